@@ -1,0 +1,230 @@
+"""`trimode generate`: continue one prompt; as text, as JSON, or watched while it is made."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import itertools
+import json
+import sys
+from typing import TYPE_CHECKING, Any, cast
+
+from trimode.errors import RequestError
+
+if TYPE_CHECKING:
+    from trimode.decoding import Stats
+    from trimode.runtime import Generation, TriModeLM
+
+NAME = "generate"
+HELP = "continue a prompt, in any mode"
+
+DECODING_FLAGS: dict[str, dict[str, Any]] = {
+    "mode": {"metavar": "MODE", "help": "ar, diffusion or linear (default linear)"},
+    "max_new_tokens": {"type": int, "metavar": "N", "help": "at most so many (default 128)"},
+    "block_length": {
+        "type": int,
+        "metavar": "K",
+        "help": "tokens per block (default: the model's)",
+    },
+    "threshold": {
+        "type": float,
+        "metavar": "X",
+        "help": "reveal what is at least so probable, 0 to 1 (default 0.9 in diffusion without"
+        " --steps; in linear one pass per draft)",
+    },
+    "steps": {
+        "type": int,
+        "metavar": "N",
+        "help": "passes per block; alone it turns the threshold off",
+    },
+    "temperature": {"type": float, "metavar": "T", "help": "0 is greedy (default 0.0)"},
+    "top_p": {"type": float, "metavar": "P", "help": "likeliest tokens of this probability in all"},
+    "top_k": {"type": int, "metavar": "K", "help": "the K likeliest tokens only"},
+    "seed": {"type": int, "metavar": "S", "help": "fixes the text (default: drawn, and reported)"},
+    "stop": {
+        "action": "append",
+        "metavar": "STR",
+        "help": "end the text before STR, taken as it is; may be given several times",
+    },
+    "ignore_eos": {"action": "store_true", "help": "go on past the end-of-text token"},
+}
+"""Arguments of `TriModeLM.generate`. Only those given are passed on: defaults live there."""
+
+DEFAULT_WATCH_DELAY_MS = 40.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = (
+        "On stdout: the prompt, its continuation as it is made, and a final newline if there is"
+        " none; with --json one object, whose `text` is the continuation alone. On stderr: counts."
+    )
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="text to continue; `-`, or none with something piped in, reads stdin as it is",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="PATH", help="a folder or hub id (default: built in)")
+    model.add_argument("--drafter", metavar="PATH", help="folder of a LoRA adapter for drafting")
+    model.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is)")
+    model.add_argument(
+        "--dtype",
+        metavar="D",
+        help="float32, bfloat16, ... (default: bfloat16 on cuda, else float32)",
+    )
+    decoding = parser.add_argument_group("decoding")
+    for name, flag in DECODING_FLAGS.items():
+        decoding.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **flag)
+    output = parser.add_argument_group("output")
+    how = output.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print one JSON object")
+    how.add_argument(
+        "--watch",
+        action="store_true",
+        help="show the tokens being drafted, accepted, rejected and revealed; plain output where"
+        " stdout is not a terminal",
+    )
+    output.add_argument(
+        "--watch-delay",
+        type=float,
+        default=DEFAULT_WATCH_DELAY_MS,
+        metavar="MS",
+        help="pause after every picture, left out of tokens/s (default %(default)g)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate; 0 unless the network broke down on the way."""
+    if not 0 <= args.watch_delay <= 60_000:
+        raise RequestError(f"--watch-delay is {args.watch_delay:g}; allowed: 0 to 60000 ms")
+    prompt = _read_prompt(args.prompt)
+
+    from trimode.runtime import load
+
+    lm = load(args.model, device=args.device, dtype=args.dtype, drafter=args.drafter)
+    options = {name: getattr(args, name) for name in DECODING_FLAGS if hasattr(args, name)}
+    mode, block_length = _in_force(lm, options)
+    if args.json:
+        generation = cast("Generation", lm.generate(prompt, **options))
+        print(json.dumps(as_object(generation, mode=mode, block_length=block_length)))
+    else:
+        if args.watch and _is_watchable():
+            from trimode.cli.watch import watch
+
+            generation = watch(
+                lm, prompt, options=options, mode=mode, delay_s=args.watch_delay / 1000
+            )
+        else:
+            generation = _print_as_it_comes(lm, prompt, options)
+        for line in summary(generation, mode=mode, block_length=block_length):
+            print(line, file=sys.stderr)
+    return 1 if generation.finish_reason == "abort" else 0
+
+
+def as_object(generation: Generation, *, mode: str, block_length: int | None) -> dict[str, Any]:
+    """The object that `--json` prints; `block_length` is None where the mode has no blocks."""
+    stats = generation.stats
+    record: dict[str, Any] = {
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "prompt_tokens": len(generation.prompt_ids),
+        "new_tokens": stats.new_tokens,
+        "finish_reason": generation.finish_reason,
+        "mode": mode,
+        "block_length": block_length,
+        "forwards": {**stats.forwards, "total": stats.num_forwards},
+        "tokens_per_forward": {"decode": stats.tpf_decode, "total": stats.tpf_total},
+    }
+    if mode == "linear":
+        record["acceptance_lengths"] = stats.acceptance_lengths
+    record["seconds"] = stats.seconds
+    record["tokens_per_second"] = stats.tokens_per_second
+    record["seed"] = generation.seed
+    return record
+
+
+def summary(generation: Generation, *, mode: str, block_length: int | None) -> list[str]:
+    """What the continuation cost, in lines for a reader."""
+    stats = generation.stats
+    block = "" if block_length is None else f", block length {block_length}"
+    lines = [
+        f"-- {mode}{block}, seed {generation.seed}: {stats.new_tokens} tokens in"
+        f" {stats.seconds:.2f} s, {stats.tokens_per_second:.1f} tokens/s,"
+        f" ended by {generation.finish_reason}",
+        f"-- {forwards_line(stats)}; {tokens_per_forward_line(stats)}",
+    ]
+    if stats.acceptance_lengths:
+        lines.append(f"-- {acceptance_line(stats)}, {len(stats.acceptance_lengths)} rounds")
+    return lines
+
+
+def forwards_line(stats: Stats) -> str:
+    """Forwards by kind."""
+    kinds = ", ".join(f"{number} {kind}" for kind, number in stats.forwards.items() if number)
+    return f"{stats.num_forwards} forwards ({kinds})"
+
+
+def tokens_per_forward_line(stats: Stats) -> str:
+    """Both numbers, always together."""
+    decode = "none" if stats.tpf_decode is None else f"{stats.tpf_decode:.2f}"
+    return f"tokens per forward: {decode} decode, {stats.tpf_total:.2f} total"
+
+
+def acceptance_line(stats: Stats) -> str:
+    """Mean over the rounds so far."""
+    mean = sum(stats.acceptance_lengths) / len(stats.acceptance_lengths)
+    return f"acceptance length {mean:.2f} (accepted drafts plus the bonus token)"
+
+
+def _read_prompt(word: str | None) -> str:
+    """The prompt from the command line or from stdin, a newline at the end included."""
+    if word is not None and word != "-":
+        try:
+            word.encode()
+        except UnicodeEncodeError:  # Python hides undecodable bytes of an argument in surrogates
+            raise RequestError("the prompt is not valid UTF-8; convert it first") from None
+        return word
+    if sys.stdin is None or (word is None and sys.stdin.isatty()):
+        raise RequestError(
+            "no prompt; give it as an argument or pipe it in (`-` reads the terminal)"
+        )
+    content = sys.stdin.buffer.read()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"the prompt on stdin is not valid UTF-8: byte 0x{content[error.start]:02x} at offset"
+            f" {error.start}; convert it first"
+        ) from None
+
+
+def _in_force(lm: TriModeLM, options: dict[str, Any]) -> tuple[str, int | None]:
+    """Mode and block length, defaults filled in."""
+    mode = options.get("mode", inspect.signature(lm.generate).parameters["mode"].default)
+    if mode == "ar":
+        return mode, None
+    return mode, options.get("block_length", lm.model.config.block_size)
+
+
+def _is_watchable() -> bool:
+    from rich.console import Console
+
+    return sys.stdout.isatty() and not Console().is_dumb_terminal
+
+
+def _print_as_it_comes(lm: TriModeLM, prompt: str, options: dict[str, Any]) -> Generation:
+    """The prompt and its continuation on stdout; on a terminal without what could upset it."""
+    from trimode.cli.watch import printable
+
+    stream = lm.stream(prompt, **options)
+    show = printable if sys.stdout.isatty() else str
+    last = ""
+    for piece in itertools.chain([prompt], stream):
+        print(show(piece), end="", flush=True)
+        last = piece or last
+    if not last.endswith("\n"):
+        print()
+    assert stream.generation is not None
+    return stream.generation

@@ -1,0 +1,168 @@
+"""`trimode info`: what a checkpoint is, from its headers alone, and what it would run on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimode.model import TriModeConfig
+
+NAME = "info"
+HELP = "describe a checkpoint and this installation"
+
+_MODEL_CARD = "README.md"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "path", nargs="?", metavar="PATH", help="a folder or hub id (default: the built-in model)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Describe it; weights are not loaded."""
+    from trimode.checkpoint.io import resolve
+
+    record = describe(resolve(args.path))
+    print(json.dumps(record) if args.json else as_text(record))
+    return 0
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Everything `trimode info` knows about a checkpoint folder, ready for JSON.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint that could be loaded.
+    """
+    from trimode.checkpoint.io import check_weights, read_model_config
+
+    config = read_model_config(folder)
+    check_weights(folder, config)
+    return {
+        "path": str(folder),
+        "model_type": config.model_type,
+        "config": json.loads(config.to_json_string(use_diff=False)),
+        "weights": _weights(folder),
+        "tokenizer": _tokenizer(folder),
+        "special_token_ids": {
+            "bos": config.bos_token_id,
+            "eos": list(config.eos_token_ids),
+            "mask": config.mask_token_id,
+        },
+        "modes": _modes(config),
+        "drafters": sorted(file.parent.name for file in folder.glob("*/adapter_config.json")),
+        "has_model_card": (folder / _MODEL_CARD).is_file(),
+        "environment": _environment(),
+    }
+
+
+def as_text(record: dict[str, Any]) -> str:
+    """The same for a reader."""
+    config, weights, here = record["config"], record["weights"], record["environment"]
+    rows = {
+        "checkpoint": record["path"],
+        "model": f"{record['model_type']}, {config['num_hidden_layers']} layers of"
+        f" {config['hidden_size']}, {config['num_attention_heads']} heads"
+        f" ({config['num_key_value_heads']} for keys and values) of {config['head_dim']}",
+        "context": f"{config['max_position_embeddings']:,} tokens",
+        "parameters": f"{weights['parameters']:,}, of them {weights['embedding_parameters']:,} in"
+        " embedding and head",
+        "on disk": f"{weights['tensors']} tensors in {weights['files']} files,"
+        f" {weights['bytes'] / 1e6:,.1f} MB, {' and '.join(weights['dtypes'])}",
+        "tokenizer": "none"
+        if record["tokenizer"] is None
+        else f"{record['tokenizer']['size']:,} tokens ({config['vocab_size']:,} rows)",
+        "special ids": ", ".join(f"{k} {v}" for k, v in record["special_token_ids"].items()),
+        **{f"mode {name}": _as_words(knobs) for name, knobs in record["modes"].items()},
+        "drafters": ", ".join(record["drafters"]) or "none",
+        "model card": "yes" if record["has_model_card"] else "none",
+        "here": f"trimode {here['trimode']}, torch {here['torch']}, transformers"
+        f" {here['transformers']}, Python {here['python']}, {here['device']},"
+        f" {here['threads']} threads",
+    }
+    return "\n".join(f"{name:<16}{value}" for name, value in rows.items())
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    """Counts from the safetensors headers."""
+    from safetensors import safe_open
+
+    from trimode.checkpoint.io import INDEX_NAME, WEIGHTS_NAME, read_json
+
+    names = {WEIGHTS_NAME}
+    if (folder / INDEX_NAME).exists():
+        names = set(read_json(folder / INDEX_NAME)["weight_map"].values())
+    sizes: dict[str, int] = {}
+    dtypes: Counter[str] = Counter()
+    for name in sorted(names):
+        with safe_open(folder / name, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_slice(key)
+                size = 1
+                for extent in tensor.get_shape():
+                    size *= extent
+                sizes[key] = size
+                dtypes[tensor.get_dtype()] += size
+    outer = ("encoder.embed_tokens.weight", "diffusion_head.weight")
+    return {
+        "parameters": sum(sizes.values()),
+        "embedding_parameters": sum(sizes.get(name, 0) for name in outer),
+        "tensors": len(sizes),
+        "files": len(names),
+        "bytes": sum((folder / name).stat().st_size for name in names),
+        "dtypes": [dtype for dtype, _ in dtypes.most_common()],
+    }
+
+
+def _tokenizer(folder: Path) -> dict[str, Any] | None:
+    from trimode.checkpoint.io import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return None
+    return {"size": len(tokenizer), "class": type(tokenizer).__name__}
+
+
+def _modes(config: TriModeConfig) -> dict[str, dict[str, Any]]:
+    """What each mode does when nothing is asked for; a null threshold in `linear`: one pass."""
+    from trimode.decoding import MODES, GenerationParams
+
+    knobs = {}
+    for mode in MODES:
+        size = config.block_size
+        params = GenerationParams(mode=mode, max_new_tokens=1, block_length=size, seed=0)
+        knobs[mode] = {
+            "block_length": None if mode == "ar" else size,
+            "threshold": params.reveal_threshold if mode == "diffusion" else params.threshold,
+            "temperature": params.temperature,
+        }
+    return knobs
+
+
+def _as_words(knobs: dict[str, Any]) -> str:
+    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in knobs.items() if v is not None)
+
+
+def _environment() -> dict[str, Any]:
+    import platform
+
+    import torch
+    import transformers
+
+    from trimode._version import __version__
+
+    has_cuda = torch.cuda.is_available()
+    return {
+        "trimode": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if has_cuda else "cpu",
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,27 @@
+"""Block diffusion: a block starts from the AR token and is denoised in a few passes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from trimode.decoding.reveal import denoise
+from trimode.decoding.sequence import Sequence
+from trimode.decoding.step import Readout, Step, causal_step
+
+
+def block_diffusion(seq: Sequence) -> Generator[Step, Readout, None]:
+    """One round: one block of K tokens, the last emitted one at its head (facts 3.2).
+
+    The block is always denoised whole and then cut, so a shorter limit gives a prefix. The causal
+    commit pass writes its K/V and gives the token that seeds the next block; it is skipped after
+    the last block.
+    """
+    canvas = [seq.last] + [seq.mask_token_id] * (seq.params.block_length - 1)
+    yield from denoise(seq, canvas, kind="denoise", is_drafter_on=False)
+    seq.emit(canvas[1:])
+    if seq.is_finished:
+        return
+    last = len(canvas) - 1
+    readout = yield causal_step("commit", canvas, start=seq.length, wanted=[last])
+    seq.commit(len(canvas))
+    seq.emit(readout.token_ids)

@@ -1,0 +1,107 @@
+"""The law of a choice, and the choice: the token at position i is argmax(log p_i + g(seed, i)).
+
+Order of the law: ban, temperature, top-k, top-p. Greedy (temperature 0) is zero noise. Everything
+over the vocabulary happens on the device; one small array comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimode.decoding.noise import gumbel, noise_key
+from trimode.decoding.params import GenerationParams
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Choices for W wanted tokens.
+
+    Attributes:
+        token_ids: [W] chosen tokens.
+        confidences: [W] probability of each at temperature 1 after the ban, unfiltered.
+        is_finite: [W] False where the logits held a NaN or an infinity, so the choice means nothing.
+    """
+
+    token_ids: list[int]
+    confidences: list[float]
+    is_finite: list[bool]
+
+
+def choose(
+    logits: Tensor,
+    *,
+    params: Sequence[GenerationParams],
+    positions: Sequence[int],
+    banned: Tensor,
+    wants_confidence: bool,
+) -> Choice:
+    """Choose one token for each wanted position.
+
+    Args:
+        logits: [W, V]. Overwritten.
+        params: [W] whose temperature, filters and seed apply.
+        positions: [W] absolute position each answer is for.
+        banned: [number banned] int64. Ids never chosen: the mask token and padded rows.
+        wants_confidence: Whether anybody needs `confidences`; ones are returned otherwise.
+    """
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    logits[:, banned] = -torch.inf
+    best, token_ids = logits.max(dim=-1)  # max propagates NaN
+    is_finite = best.isfinite()
+    hot = [w for w, p in enumerate(params) if p.temperature > 0]
+    if hot:
+        rows = torch.tensor(hot, device=logits.device)
+        token_ids[rows] = _sample(
+            logits[rows], [params[w] for w in hot], [positions[w] for w in hot]
+        )
+    confidences = torch.ones_like(best)
+    if wants_confidence:
+        chosen = logits.gather(-1, token_ids[:, None])[:, 0]
+        confidences = (chosen - logits.logsumexp(dim=-1)).exp()
+    ids, probs, finite = torch.stack((token_ids.double(), confidences.double(), is_finite.double())).tolist()
+    return Choice([int(i) for i in ids], probs, [bool(f) for f in finite])
+
+
+def _sample(logits: Tensor, params: list[GenerationParams], positions: list[int]) -> Tensor:
+    """[W] int64: argmax of the filtered law plus keyed noise, for temperatures above 0."""
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in params], device=device, dtype=logits.dtype)
+    scores = filter_logits(
+        logits / temperature[:, None],
+        top_k=[p.top_k for p in params],
+        top_p=[p.top_p for p in params],
+    )
+    keys = [noise_key(p.seed, position) for p, position in zip(params, positions, strict=True)]
+    noise = gumbel(torch.tensor(keys, device=device), logits.shape[-1])
+    return (scores + noise.to(scores.dtype)).argmax(dim=-1)
+
+
+def filter_logits(
+    logits: Tensor, *, top_k: Sequence[int | None], top_p: Sequence[float | None]
+) -> Tensor:
+    """Top-k, then top-p within what is left; what is dropped becomes -inf.
+
+    Of equally likely tokens at the edge, the lower ids stay.
+
+    Args:
+        logits: [W, V], at temperature 1 of the law.
+        top_k: [W] how many of the likeliest stay; None for all.
+        top_p: [W] the smallest likeliest set of at least this probability stays; None for all.
+    """
+    if all(k is None for k in top_k) and all(p is None for p in top_p):
+        return logits
+    num_tokens, device = logits.shape[-1], logits.device
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    kept = torch.tensor([min(k or num_tokens, num_tokens) for k in top_k], device=device)
+    ranked = ranked.masked_fill(torch.arange(num_tokens, device=device) >= kept[:, None], -torch.inf)
+    probabilities = ranked.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    # A mass of 2 is never reached, so None keeps everything whatever the rounding of the sum.
+    mass = torch.tensor([2.0 if p is None else p for p in top_p], device=device, dtype=logits.dtype)
+    ranked = ranked.masked_fill(before >= mass[:, None], -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, order, ranked)

@@ -1,0 +1,113 @@
+"""Gumbel noise that is a pure function of (seed, position, token id), bit for bit the same on every device.
+
+Integers come from SplitMix64 (Steele, Lea, Flood 2014: "Fast splittable pseudorandom number
+generators") used as a counter-based generator: a (seed, position) pair is hashed into a 64-bit state
+on the host, and token v draws the (v+1)-th output from it. Logarithms are taken with a table and a
+quadratic, using only exact integer operations and single IEEE additions and multiplications in
+float64, because `torch.log` differs between devices in its last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_WORD = 2**64
+_TABLE_BITS = 12
+_MANTISSA_BITS = 52
+_LN2 = math.log(2.0)
+
+
+def _signed(word: int) -> int:
+    """The int64 that has the bits of an unsigned 64-bit word."""
+    return word - _WORD if word >= _WORD // 2 else word
+
+
+def _mix_int(word: int) -> int:
+    word = (word ^ (word >> 30)) * _MIX_1 % _WORD
+    word = (word ^ (word >> 27)) * _MIX_2 % _WORD
+    return word ^ (word >> 31)
+
+
+def noise_key(seed: int, position: int) -> int:
+    """The generator state for one position of one seed, as a signed 64-bit integer.
+
+    Args:
+        seed: 0 .. 2**64 - 1.
+        position: Absolute position of the token to be chosen.
+    """
+    stream = _mix_int((seed + _GAMMA) % _WORD)
+    return _signed(_mix_int((stream ^ _mix_int((position + 1) * _GAMMA % _WORD)) % _WORD))
+
+
+def _shift_right(words: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 words."""
+    return (words >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def random_words(keys: Tensor, num_tokens: int) -> Tensor:
+    """Outputs 1 .. num_tokens of SplitMix64 from each state.
+
+    Args:
+        keys: [W] int64, from `noise_key`.
+        num_tokens: V.
+
+    Returns:
+        [W, V] int64, uniform over all 64-bit words.
+    """
+    words = keys[:, None] + _steps(num_tokens, keys.device)
+    words = (words ^ _shift_right(words, 30)) * _signed(_MIX_1)
+    words = (words ^ _shift_right(words, 27)) * _signed(_MIX_2)
+    return words ^ _shift_right(words, 31)
+
+
+def gumbel(keys: Tensor, num_tokens: int) -> Tensor:
+    """Standard Gumbel noise: -ln(-ln u) with u uniform in (0, 1).
+
+    Args:
+        keys: [W] int64, from `noise_key`.
+        num_tokens: V.
+
+    Returns:
+        [W, V] float64, finite, within (-3.7, 36.8).
+    """
+    odd = (_shift_right(random_words(keys, num_tokens), 12) << 1) | 1  # odd, below 2**53: exact
+    exponential = -(_log(odd.double()) - 53 * _LN2)
+    return -_log(exponential.clamp(min=2.0**-53))
+
+
+@lru_cache(maxsize=8)
+def _steps(num_tokens: int, device: torch.device) -> Tensor:
+    return torch.arange(1, num_tokens + 1, device=device) * _signed(_GAMMA)
+
+
+@lru_cache(maxsize=8)
+def _log_table(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Interval centres c of [1, 2), 1/c and ln c. Rounded to 2**-44, so that a host's own last bit cannot show."""
+    size = 1 << _TABLE_BITS
+    centres = [1 + (i + 0.5) / size for i in range(size)]
+    columns = (
+        centres,
+        [1 / c for c in centres],
+        [round(math.log(c) * 2**44) / 2**44 for c in centres],
+    )
+    table = torch.tensor(columns, dtype=torch.float64, device=device)
+    return table[0], table[1], table[2]
+
+
+def _log(x: Tensor) -> Tensor:
+    """Natural logarithm of positive normal float64, error below 1e-12, the same bits everywhere."""
+    bits = x.view(torch.int64)
+    exponent = ((bits >> _MANTISSA_BITS) - 1023).double()
+    one = 1023 << _MANTISSA_BITS
+    mantissa = ((bits & ((1 << _MANTISSA_BITS) - 1)) | one).view(torch.float64)
+    index = (bits >> (_MANTISSA_BITS - _TABLE_BITS)) & ((1 << _TABLE_BITS) - 1)
+    centre, inverse, log_centre = _log_table(x.device)
+    r = (mantissa - centre[index]) * inverse[index]
+    return (log_centre[index] + exponent * _LN2) + (r - r * r * 0.5)

@@ -1,0 +1,93 @@
+"""What a request may ask for, checked once. One frozen dataclass, no behaviour beyond its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from trimode.errors import RequestError
+
+MODE_NAMES = ("ar", "diffusion", "linear")
+
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationParams:
+    """How one prompt is to be continued.
+
+    Attributes:
+        mode: `ar`, `diffusion` or `linear`.
+        max_new_tokens: At most so many tokens are emitted, at least 1.
+        block_length: Diffusion block length K; in `linear`, the tokens of one draft including the
+            last emitted one, so K - 1 are proposed. At least 1 in `diffusion`, 2 in `linear`.
+        threshold: Reveal every masked position whose confidence reaches this, and always the best.
+            `diffusion`: None and no `steps` means 0.9. `linear`: None means one pass per draft.
+        steps: Passes per block, 1 to `block_length`, spread evenly. Alone it turns the threshold off;
+            with a threshold it is the floor of what every pass reveals.
+        temperature: 0 is greedy.
+        top_k: Keep the k likeliest tokens; None keeps all.
+        top_p: Keep the smallest likeliest set of at least this probability, in (0, 1]; None keeps all.
+        seed: Fixes the text, whatever the mode among `ar` and `linear` and whatever the batch.
+        stop: Strings that end the text; they are cut off.
+        stop_token_ids: Tokens that end the text, beside the model's EOS; they are kept in `token_ids`.
+        ignore_eos: Go on past EOS.
+
+    Raises:
+        RequestError: naming the argument, its value and what is allowed.
+    """
+
+    mode: str
+    max_new_tokens: int
+    block_length: int
+    seed: int
+    threshold: float | None = None
+    steps: int | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        def check(name: str, is_valid: Callable[[Any], bool], allowed: str) -> None:
+            value = getattr(self, name)
+            if not is_valid(value):
+                raise RequestError(f"{name} is {value!r}; allowed: {allowed}")
+
+        check("mode", lambda v: v in MODE_NAMES, ", ".join(MODE_NAMES))
+        least = 2 if self.mode == "linear" else 1
+        check("max_new_tokens", lambda v: _is_int(v) and v >= 1, "an integer of at least 1")
+        check("block_length", lambda v: _is_int(v) and v >= least, f"an integer of at least {least}")
+        check("seed", lambda v: _is_int(v) and 0 <= v <= MAX_SEED, f"an integer from 0 to {MAX_SEED}")
+        check("temperature", lambda v: _is_number(v) and 0 <= v < float("inf"), "0 or more")
+        check("top_k", lambda v: v is None or (_is_int(v) and v >= 1), "None or an integer >= 1")
+        check("top_p", lambda v: v is None or (_is_number(v) and 0 < v <= 1), "None, or in (0, 1]")
+        check("stop", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings")
+        check("stop_token_ids", lambda v: all(_is_int(i) and i >= 0 for i in v), "token ids")
+        if self.mode == "ar":
+            check("threshold", lambda v: v is None, "None, since mode 'ar' has no threshold")
+            check("steps", lambda v: v is None, "None, since mode 'ar' has no steps")
+        check("threshold", lambda v: v is None or (_is_number(v) and 0 <= v <= 1), "None, or 0 to 1")
+        check(
+            "steps",
+            lambda v: v is None or (_is_int(v) and 1 <= v <= self.block_length),
+            f"None, or 1 to block_length={self.block_length}",
+        )
+
+    @property
+    def reveal_threshold(self) -> float | None:
+        """The threshold in force: None where only `steps` decides."""
+        if self.threshold is not None or self.steps is not None:
+            return self.threshold
+        return 0.9 if self.mode == "diffusion" else 0.0
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

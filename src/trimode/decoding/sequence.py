@@ -1,0 +1,152 @@
+"""One request's state. Between rounds: L committed cells, `last` emitted but not yet fed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+
+from trimode.decoding.params import GenerationParams
+from trimode.decoding.stats import Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something a watcher may want to see; it changes nothing.
+
+    Attributes:
+        kind: `draft` and `denoise` (a pass over a block), `verify` (a draft was checked), `emit`.
+        position: Absolute position of the first of `token_ids`.
+        token_ids: The block, the draft, or the emitted tokens.
+        is_masked: `draft`, `denoise`: which of them are still masked.
+        num_accepted: `verify`: how many of the draft's tokens were accepted.
+    """
+
+    kind: str
+    position: int
+    token_ids: tuple[int, ...]
+    is_masked: tuple[bool, ...] = ()
+    num_accepted: int = 0
+
+
+class Sequence:
+    """A prompt being continued. Modes act on it through `commit`, `emit` and `event` only.
+
+    Args:
+        prompt_ids: Tokens of the prompt, at least one.
+        params: What was asked for.
+        eos_token_ids: The model's own stop tokens.
+        mask_token_id: The model's mask token.
+        detokenize: Text of some token ids; needed only where `params.stop` has strings.
+        on_event: Called with every `Event`, from within a step.
+
+    Attributes:
+        length: Committed length L. Position of `last`.
+        new_ids: Tokens emitted so far.
+        finish_reason: None while running, then `stop`, `length` or `abort`.
+        stop_text_len: Characters of text before the stop string that ended it; None if none did.
+        num_committable: How many fed tokens of the latest step may be committed; set by the engine.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Ids[int],
+        params: GenerationParams,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        mask_token_id: int,
+        detokenize: Callable[[Ids[int]], str] | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        self.prompt_ids = list(prompt_ids)
+        self.params = params
+        self.mode = params.mode
+        self.mask_token_id = mask_token_id
+        self.stop_token_ids = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+        )
+        self.stats = Stats()
+        self.length = 0
+        self.new_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.stop_text_len: int | None = None
+        self.num_committable = 0
+        self._detokenize = detokenize
+        self._on_event = on_event
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def last(self) -> int:
+        """The token emitted but not yet fed; its position is `length`."""
+        return self.new_ids[-1]
+
+    @property
+    def num_remaining(self) -> int:
+        """How many tokens may still be emitted."""
+        return self.params.max_new_tokens - len(self.new_ids)
+
+    def commit(self, num_tokens: int) -> None:
+        """Keep the K/V of the first `num_tokens` fed in the latest step."""
+        if not 0 <= num_tokens <= self.num_committable:
+            raise AssertionError(
+                f"commit({num_tokens}): only {self.num_committable} tokens of the latest step were"
+                " written causally with the adapter off"
+            )
+        self.length += num_tokens
+        self.num_committable = 0
+
+    def emit(self, token_ids: Ids[int]) -> int:
+        """Show tokens to the user, up to the first that ends the text.
+
+        Returns:
+            How many were emitted; fewer than given only if the sequence is now finished.
+        """
+        position, num_emitted = len(self.prompt_ids) + len(self.new_ids), 0
+        for token_id in token_ids:
+            if self.is_finished:
+                break
+            self.new_ids.append(token_id)
+            num_emitted += 1
+            self.finish_reason = self._reason_to_stop(token_id)
+        self.stats.new_tokens = len(self.new_ids)
+        if num_emitted:
+            self.event("emit", position=position, token_ids=token_ids[:num_emitted])
+        return num_emitted
+
+    def event(
+        self,
+        kind: str,
+        *,
+        position: int,
+        token_ids: Ids[int],
+        is_masked: Ids[bool] = (),
+        num_accepted: int = 0,
+    ) -> None:
+        """Tell the watcher, if there is one."""
+        if self._on_event is not None:
+            event = Event(kind, position, tuple(token_ids), tuple(is_masked), num_accepted)
+            self._on_event(event)
+
+    def _reason_to_stop(self, token_id: int) -> str | None:
+        if token_id in self.stop_token_ids:
+            return "stop"
+        if self.params.stop and self._ends_with_stop_string():
+            return "stop"
+        return None if self.num_remaining else "length"
+
+    def _ends_with_stop_string(self) -> bool:
+        """Whether the newest token completed a stop string; notes where the text before it ends."""
+        if self._detokenize is None:
+            raise AssertionError("stop strings need a detokenizer")
+        # A token is at least one byte, so the newest match lies within this many tokens.
+        window = 1 + max(len(stop.encode()) for stop in self.params.stop)
+        tail = self._detokenize(self.new_ids[-window:])
+        if not any(stop in tail for stop in self.params.stop):
+            return False
+        text = self._detokenize(self.new_ids)
+        found = [text.find(stop) for stop in self.params.stop if stop in text]
+        self.stop_text_len = min(found, default=len(text))
+        return bool(found)

@@ -1,0 +1,92 @@
+"""What a mode asks of the network (`Step`) and what it gets back (`Readout`). Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trimode.model.masks import TRUNK
+
+FORWARD_KINDS = ("prefill", "decode", "draft", "verify", "denoise", "commit")
+
+BLOCK = 1
+"""Group of the tokens of a block that see each other bidirectionally (any group but the trunk)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one sequence feeds in one forward, T tokens.
+
+    Attributes:
+        kind: One of `FORWARD_KINDS`, for the counts.
+        token_ids: [T] ids fed.
+        positions: [T] absolute positions.
+        groups: [T] group of each (`trimode.model.masks.fed_mask`); 0 is the causal trunk.
+        is_drafter_on: [T] whether the drafter adapter is on for each.
+        wanted: Indexes into the fed tokens whose answer is wanted. A trunk token answers for the
+            position after its own (the AR law), any other token for its own (the diffusion law).
+        wants_confidence: Whether the probability of each answer is wanted too.
+    """
+
+    kind: str
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+    groups: Sequence[int]
+    is_drafter_on: Sequence[bool]
+    wanted: Sequence[int]
+    wants_confidence: bool = False
+
+    @property
+    def answer_positions(self) -> list[int]:
+        """Absolute position that each wanted answer is for."""
+        return [self.positions[i] + (self.groups[i] == TRUNK) for i in self.wanted]
+
+    @property
+    def num_committable(self) -> int:
+        """Leading fed tokens written causally with the adapter off: all that may be committed."""
+        for t, (group, is_on) in enumerate(zip(self.groups, self.is_drafter_on, strict=True)):
+            if group != TRUNK or is_on:
+                return t
+        return len(self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """The answers to one `Step`, in the order of `wanted`.
+
+    Attributes:
+        token_ids: Chosen token for each.
+        confidences: Probability of it at temperature 1 after the ban, unfiltered; empty if unwanted.
+    """
+
+    token_ids: list[int]
+    confidences: list[float]
+
+
+def causal_step(kind: str, token_ids: Sequence[int], *, start: int, wanted: Sequence[int]) -> Step:
+    """Tokens from position `start` in the AR view: causal, adapter off."""
+    num_tokens = len(token_ids)
+    return Step(
+        kind=kind,
+        token_ids=token_ids,
+        positions=range(start, start + num_tokens),
+        groups=[TRUNK] * num_tokens,
+        is_drafter_on=[False] * num_tokens,
+        wanted=wanted,
+    )
+
+
+def block_step(
+    kind: str, token_ids: Sequence[int], *, start: int, wanted: Sequence[int], is_drafter_on: bool
+) -> Step:
+    """A block from position `start` in the diffusion view: bidirectional within itself."""
+    num_tokens = len(token_ids)
+    return Step(
+        kind=kind,
+        token_ids=token_ids,
+        positions=range(start, start + num_tokens),
+        groups=[BLOCK] * num_tokens,
+        is_drafter_on=[is_drafter_on] * num_tokens,
+        wanted=wanted,
+        wants_confidence=True,
+    )

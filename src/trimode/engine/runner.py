@@ -1,0 +1,110 @@
+"""One forward for many sequences: pack their steps, run the network, choose, hand back readouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimode.decoding.choose import choose
+from trimode.decoding.sequence import Sequence
+from trimode.decoding.step import Readout, Step
+from trimode.model import AdapterSwitch, DrafterAdapter, KVCache, RowAttention, TriModeModel
+from trimode.model.attention import RowFeed
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """A sequence, the K/V row it owns, and the step it asks for."""
+
+    seq: Sequence
+    row: int
+    step: Step
+
+
+class Runner:
+    """Holds the network and its K/V; one call is one forward.
+
+    Args:
+        model: The network, in evaluation mode.
+        cache: Rows for as many sequences as ever run together.
+        adapter: The drafter adapter; None drafts with the network itself.
+    """
+
+    def __init__(
+        self, model: TriModeModel, cache: KVCache, *, adapter: DrafterAdapter | None = None
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._adapter = adapter
+        self._device = cache.keys.device
+        config = model.config
+        num_valid = config.num_valid_tokens or config.vocab_size
+        self._banned = torch.tensor(
+            sorted({config.mask_token_id, *range(num_valid, config.vocab_size)}), device=self._device
+        )
+
+    @torch.inference_mode()
+    def run(self, feeds: Items[Feed]) -> list[Readout | None]:
+        """Run one forward.
+
+        Args:
+            feeds: What to feed, one per sequence.
+
+        Returns:
+            For each feed its answers, or None where they were not finite; that row has been scrubbed.
+        """
+        order = sorted(range(len(feeds)), key=lambda i: len(feeds[i].step.token_ids))
+        packed = [feeds[i] for i in order]
+        hidden = self._encode(packed)
+        wanted, start = [], 0
+        for feed in packed:
+            wanted += [start + i for i in feed.step.wanted]
+            start += len(feed.step.token_ids)
+        if len(wanted) < len(hidden):
+            hidden = hidden[torch.tensor(wanted, device=self._device)]
+        choice = choose(
+            self._model.diffusion_head(hidden),
+            params=[feed.seq.params for feed in packed for _ in feed.step.wanted],
+            positions=[p for feed in packed for p in feed.step.answer_positions],
+            banned=self._banned,
+            wants_confidence=any(feed.step.wants_confidence for feed in packed),
+        )
+        readouts: list[Readout | None] = [None] * len(feeds)
+        start = 0
+        for i, feed in zip(order, packed, strict=True):
+            stop = start + len(feed.step.wanted)
+            if all(choice.is_finite[start:stop]):
+                readouts[i] = Readout(choice.token_ids[start:stop], choice.confidences[start:stop])
+            else:
+                self._cache.scrub(feed.row)
+            start = stop
+        return readouts
+
+    def _encode(self, packed: list[Feed]) -> Tensor:
+        """[P, H] for all fed tokens, in packed order; their K/V go to the cells after each length."""
+        ids = [i for feed in packed for i in feed.step.token_ids]
+        positions = [p for feed in packed for p in feed.step.positions]
+        input_ids, position_ids = torch.tensor([ids, positions], device=self._device)
+        feeds = [
+            RowFeed(feed.row, feed.seq.length, feed.step.groups, feed.step.positions)
+            for feed in packed
+        ]
+        return self._model.encode(
+            input_ids,
+            position_ids,
+            attend=RowAttention(self._cache, feeds),
+            adapter=self._switch([on for feed in packed for on in feed.step.is_drafter_on]),
+        )
+
+    def _switch(self, is_on: list[bool]) -> AdapterSwitch | None:
+        if self._adapter is None or not any(is_on):
+            return None
+        if all(is_on):
+            return AdapterSwitch(self._adapter, None)
+        dtype = self._cache.keys.dtype
+        return AdapterSwitch(
+            self._adapter, torch.tensor(is_on, device=self._device, dtype=dtype)[:, None]
+        )

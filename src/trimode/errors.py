@@ -1,0 +1,35 @@
+"""Every error this package raises on purpose. Nothing else lives here.
+
+    TriModeError
+    ├── ConfigError (ValueError)                a config, a file given by the user, an argument of a run
+    ├── CheckpointError                         weights or a checkpoint folder that cannot be used
+    ├── RequestError (ValueError)               one generation request (HTTP 400)
+    ├── CapacityError                           it would not fit (HTTP 413 or 429)
+    └── UnsupportedError (NotImplementedError)  valid, but not built
+
+A message names the thing, the value and what is allowed, in one line. `assert` is for our own mistakes.
+"""
+
+
+class TriModeError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(TriModeError, ValueError):
+    """A configuration, or a file it names, is wrong."""
+
+
+class CheckpointError(TriModeError):
+    """A checkpoint is missing, damaged, or of another kind."""
+
+
+class RequestError(TriModeError, ValueError):
+    """A generation request asks for something that is not valid."""
+
+
+class CapacityError(TriModeError):
+    """A request is valid but does not fit."""
+
+
+class UnsupportedError(TriModeError, NotImplementedError):
+    """A request is valid but what it asks for is not built."""

@@ -1,0 +1,255 @@
+"""The shape of the network, in Hugging Face's names, and the published presets. No tensors here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from trimode.errors import ConfigError, UnsupportedError
+
+
+class TriModeConfig(PreTrainedConfig):
+    """Configuration of a tri-mode decoder: Llama-style, with what Qwen2/3, Mistral and Ministral 3 need.
+
+    Args:
+        vocab_size: Rows of the embedding and of the head, padding rows included.
+        num_valid_tokens: Rows that stand for a token; rows from here on are padding and never
+            chosen. None means all of `vocab_size`.
+        head_dim: Size of one attention head; independent of `hidden_size / num_attention_heads`.
+            None means that quotient.
+        rope_parameters: transformers' RoPE dictionary. `llama_4_scaling_beta` in it turns on the
+            query scale `1 + beta * ln(1 + floor(position / original_max_position_embeddings))`.
+        attention_bias: Bias of q, k and v; `attention_output_bias` (None: the same) that of o.
+        use_qk_norm: RMSNorm over each head of q and k before RoPE (Qwen3).
+        mask_token_id: Id of the mask token; never emitted.
+        block_size: Default diffusion block length.
+
+    Raises:
+        ConfigError: a value is impossible, e.g. a mask id outside the vocabulary.
+        UnsupportedError: a value this network does not implement (activation, sliding window).
+    """
+
+    model_type = "trimode"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    ignore_keys_at_rope_validation = {"llama_4_scaling_beta", "max_position_embeddings"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 4096,
+        num_valid_tokens: int | None = None,
+        hidden_size: int = 256,
+        intermediate_size: int = 768,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 2048,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-5,
+        rope_parameters: dict[str, Any] | None = None,
+        attention_bias: bool = False,
+        attention_output_bias: bool | None = None,
+        mlp_bias: bool = False,
+        use_qk_norm: bool = False,
+        sliding_window: int | None = None,
+        attention_dropout: float = 0.0,
+        tie_word_embeddings: bool = False,
+        mask_token_id: int = 2,
+        block_size: int = 8,
+        bos_token_id: int | None = 0,
+        eos_token_id: int | list[int] | None = 1,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.num_valid_tokens = num_valid_tokens
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = (
+            num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        )
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_parameters = dict(rope_parameters or {"rope_type": "default", "rope_theta": 1e4})
+        self.attention_bias = attention_bias
+        self.attention_output_bias = attention_output_bias
+        self.mlp_bias = mlp_bias
+        self.use_qk_norm = use_qk_norm
+        self.sliding_window = sliding_window
+        self.attention_dropout = attention_dropout
+        self.mask_token_id = mask_token_id
+        self.block_size = block_size
+        self._check()
+        try:
+            super().__init__(
+                bos_token_id=bos_token_id,
+                eos_token_id=eos_token_id,
+                tie_word_embeddings=tie_word_embeddings,
+                **kwargs,
+            )
+        except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(" ".join(str(error.__cause__ or error).split())) from error
+        # transformers >= 5.17 keeps these three as dataclass fields, older ones set them in __init__.
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+
+    def _check(self) -> None:
+        def refuse(name: str, allowed: str) -> None:
+            raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
+
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "block_size",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                refuse(name, "an integer of at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            refuse("num_key_value_heads", f"a divisor of {self.num_attention_heads}")
+        if self.head_dim % 2:
+            refuse("head_dim", "an even number")
+        if self.num_valid_tokens is not None and not 1 <= self.num_valid_tokens <= self.vocab_size:
+            refuse("num_valid_tokens", f"1 to vocab_size={self.vocab_size}, or null")
+        if not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size:
+            refuse("mask_token_id", f"0 to {self.vocab_size - 1}")
+        if self.hidden_act != "silu":
+            raise UnsupportedError(f"hidden_act is {self.hidden_act!r}; supported: 'silu'")
+        if self.sliding_window is not None:
+            raise UnsupportedError(f"sliding_window is {self.sliding_window!r}; supported: null")
+        if self.attention_dropout:
+            raise UnsupportedError(f"attention_dropout is {self.attention_dropout}; supported: 0.0")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All ids that end a text, possibly none."""
+        eos = self.eos_token_id
+        if eos is None:
+            return ()
+        return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether o_proj has a bias."""
+        if self.attention_output_bias is None:
+            return self.attention_bias
+        return self.attention_output_bias
+
+    @property
+    def is_published_shape(self) -> bool:
+        """Whether `nemotron_labs_diffusion` can express this network."""
+        return not (
+            self.attention_bias
+            or self.has_output_bias
+            or self.mlp_bias
+            or self.use_qk_norm
+            or self.tie_word_embeddings
+            or self.num_valid_tokens not in (None, self.vocab_size)
+        )
+
+
+class NemotronLabsDiffusionConfig(TriModeConfig):
+    """The published configuration (facts 1.1 and 1.2): the same network under NVIDIA's model type.
+
+    The fields below are carried so that a written `config.json` opens in every engine that reads
+    this model type; the network does not use them.
+    """
+
+    model_type = "nemotron_labs_diffusion"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 131072,
+        hidden_size: int = 4096,
+        intermediate_size: int = 14336,
+        num_hidden_layers: int = 34,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = 8,
+        head_dim: int | None = 128,
+        max_position_embeddings: int = 262144,
+        rope_parameters: dict[str, Any] | None = None,
+        mask_token_id: int = 100,
+        block_size: int = 32,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] | None = 11,
+        dlm_paradigm: str = "bidirectional",
+        ar_loss_weight: float = 1.0,
+        dlm_loss_weight: float | None = None,
+        dp_varying_mask_ratio: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.dlm_paradigm = dlm_paradigm
+        self.ar_loss_weight = ar_loss_weight
+        self.dlm_loss_weight = dlm_loss_weight
+        self.dp_varying_mask_ratio = dp_varying_mask_ratio
+        super().__init__(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=head_dim,
+            max_position_embeddings=max_position_embeddings,
+            rope_parameters=rope_parameters or published_rope(1e6),
+            mask_token_id=mask_token_id,
+            block_size=block_size,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            **kwargs,
+        )
+        if not self.is_published_shape:
+            raise ConfigError(
+                "model_type 'nemotron_labs_diffusion' has no biases, no QK-norm, no tied head and no"
+                " padded vocabulary; use model_type 'trimode' for such a network"
+            )
+
+    @classmethod
+    def preset(cls, name: str) -> NemotronLabsDiffusionConfig:
+        """The published text model `3b`, `8b` or `14b` (facts 1.1)."""
+        if name not in PRESETS:
+            raise ConfigError(f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
+        return cls(**PRESETS[name])
+
+
+def published_rope(rope_theta: float) -> dict[str, Any]:
+    """The YaRN parameters of the published text models (facts 1.2)."""
+    return {
+        "rope_type": "yarn",
+        "rope_theta": rope_theta,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "3b": {"hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34},
+    "14b": {
+        "hidden_size": 5120,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 40,
+        "rope_parameters": published_rope(1e9),
+    },
+}

@@ -1,0 +1,294 @@
+"""The network: a Llama-style decoder whose view (attention, positions, adapter) is an argument.
+
+Source: facts 1.3 and 1.4; Ministral 3, Llama, Qwen2/3 as in transformers. Parameter names are the
+published ones (`encoder.*`, `diffusion_head.weight`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from trimode.errors import ConfigError
+from trimode.model.adapter import AdapterSwitch
+from trimode.model.attention import Attend, DenseAttention
+from trimode.model.configuration import NemotronLabsDiffusionConfig, TriModeConfig
+from trimode.model.masks import dense_mask
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last dimension (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Rotary:
+    """Angles of rotary positions and the query scale. Holds constants only, made from the config."""
+
+    def __init__(self, config: TriModeConfig) -> None:
+        parameters = config.rope_parameters
+        self._config = config
+        self._beta = float(parameters.get("llama_4_scaling_beta") or 0.0)
+        self._original_len = parameters.get(
+            "original_max_position_embeddings", config.max_position_embeddings
+        )
+        self._constants: dict[torch.device, tuple[Tensor, float]] = {}
+
+    def _frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+        """[D/2] float32 inverse frequencies and the attention factor, made once per device."""
+        if device not in self._constants:
+            rope_type = self._config.rope_parameters["rope_type"]
+            if rope_type == "default":
+                theta, dim = self._config.rope_parameters["rope_theta"], self._config.head_dim
+                inverse = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+                factor = 1.0
+            elif rope_type in ROPE_INIT_FUNCTIONS and rope_type not in ("dynamic", "longrope"):
+                inverse, factor = ROPE_INIT_FUNCTIONS[rope_type](self._config, None)
+            else:
+                raise ConfigError(
+                    f"rope_parameters.rope_type is {rope_type!r}; allowed: default, linear, llama3, yarn"
+                )
+            self._constants[device] = (inverse.to(device), float(factor))
+        return self._constants[device]
+
+    def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> RotaryAngles:
+        """position_ids: [...] int64 -> angles for tensors [..., heads, D] of `dtype`."""
+        inverse, factor = self._frequencies(position_ids.device)
+        angles = position_ids[..., None, None].float() * inverse
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        query_scale = None
+        if self._beta:
+            query_scale = 1 + self._beta * torch.log(
+                1 + torch.floor(position_ids / self._original_len)
+            )
+            query_scale = query_scale[..., None, None].to(dtype)
+        return RotaryAngles(
+            cos=torch.cat((cos, cos), dim=-1).to(dtype),
+            signed_sin=torch.cat((-sin, sin), dim=-1).to(dtype),
+            query_scale=query_scale,
+        )
+
+
+class RotaryAngles:
+    """cos, signed_sin: [..., 1, D]; query_scale: [..., 1, 1] or None. Half-rotation ("neox") layout."""
+
+    __slots__ = ("_half", "cos", "query_scale", "signed_sin")
+
+    def __init__(self, *, cos: Tensor, signed_sin: Tensor, query_scale: Tensor | None) -> None:
+        self.cos = cos
+        self.signed_sin = signed_sin
+        self.query_scale = query_scale
+        self._half = cos.shape[-1] // 2
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x: [..., heads, D]. rotate_half(x) * sin is roll(x) * signed_sin."""
+        return torch.addcmul(x * self.cos, x.roll(self._half, -1), self.signed_sin)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; what is attended to is the caller's `attend`."""
+
+    def __init__(self, config: TriModeConfig, layer_index: int) -> None:
+        super().__init__()
+        hidden, dim = config.hidden_size, config.head_dim
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        bias = config.attention_bias
+        self.layer_index = layer_index
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim
+        self.q_proj = nn.Linear(hidden, num_heads * dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, num_kv_heads * dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, num_kv_heads * dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * dim, hidden, bias=config.has_output_bias)
+        if config.use_qk_norm:
+            self.q_norm = RMSNorm(dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(dim, config.rms_norm_eps)
+        self.use_qk_norm = config.use_qk_norm
+
+    def forward(
+        self, x: Tensor, angles: RotaryAngles, *, attend: Attend, adapter: AdapterSwitch | None
+    ) -> Tensor:
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if adapter is not None:
+            query = adapter.add(self.layer_index, "q_proj", x, query)
+            key = adapter.add(self.layer_index, "k_proj", x, key)
+            value = adapter.add(self.layer_index, "v_proj", x, value)
+        query = query.unflatten(-1, (self.num_heads, self.head_dim))
+        key = key.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        value = value.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.use_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        rotated = angles.rotate(torch.cat((query, key), dim=-2))
+        query, key = rotated.split((self.num_heads, self.num_kv_heads), dim=-2)
+        if angles.query_scale is not None:
+            query = query * angles.query_scale
+        attended = attend(self.layer_index, query, key, value).flatten(-2)
+        output = self.o_proj(attended)
+        if adapter is not None:
+            output = adapter.add(self.layer_index, "o_proj", attended, output)
+        return output
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: TriModeConfig, layer_index: int) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.layer_index = layer_index
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, x: Tensor, *, adapter: AdapterSwitch | None) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if adapter is not None:
+            gate = adapter.add(self.layer_index, "gate_proj", x, gate)
+            up = adapter.add(self.layer_index, "up_proj", x, up)
+        inner = F.silu(gate) * up
+        output = self.down_proj(inner)
+        if adapter is not None:
+            output = adapter.add(self.layer_index, "down_proj", inner, output)
+        return output
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: TriModeConfig, layer_index: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, layer_index)
+
+    def forward(
+        self, x: Tensor, angles: RotaryAngles, *, attend: Attend, adapter: AdapterSwitch | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, attend=attend, adapter=adapter)
+        return x + self.mlp(self.post_attention_layernorm(x), adapter=adapter)
+
+
+class Encoder(nn.Module):
+    """Embedding, layers and final norm. "Encoder" is the published name; the view decides what it is."""
+
+    def __init__(self, config: TriModeConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class TriModeModel(PreTrainedModel):
+    """One network, many views: every view is an argument of `encode`, none is stored."""
+
+    config_class = TriModeConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+    _no_split_modules = ["Layer"]  # noqa: RUF012
+    _tied_weights_keys = {"diffusion_head.weight": "encoder.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: TriModeConfig) -> None:
+        super().__init__(config)
+        self.encoder = Encoder(config)
+        self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = Rotary(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.encoder.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.diffusion_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.diffusion_head = value
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *,
+        attend: Attend,
+        adapter: AdapterSwitch | None = None,
+    ) -> Tensor:
+        """The one forward pass, up to the head.
+
+        Args:
+            input_ids: [...] int64. [B, T] for whole sequences, [P] for packed tokens.
+            position_ids: Same shape, int64. Absolute positions.
+            attend: The attention pattern, and the K/V rows if there are any.
+            adapter: The drafter adapter and the tokens it is on for; None if for none.
+
+        Returns:
+            [..., H]. `diffusion_head` of any of it gives logits over the vocabulary.
+        """
+        x = self.encoder.embed_tokens(input_ids)
+        angles = self.rotary(position_ids, x.dtype)
+        for layer in self.encoder.layers:
+            x = layer(x, angles, attend=attend, adapter=adapter)
+        return self.encoder.norm(x)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        pattern: str = "causal",
+        adapter: AdapterSwitch | None = None,
+        **unsupported: Any,
+    ) -> CausalLMOutput:
+        """Logits of whole sequences in one view, without K/V: for scoring, tests and tools.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], nonzero where a token is real (left or right padding).
+            position_ids: [B, T] int64; by default counted over the real tokens.
+            pattern: `causal` (the AR view) or `bidirectional`.
+            adapter: As in `encode`.
+
+        Returns:
+            `logits`: [B, T, V].
+        """
+        if pattern not in ("causal", "bidirectional"):
+            raise ConfigError(f"pattern is {pattern!r}; allowed: causal, bidirectional")
+        for name, value in unsupported.items():
+            is_what_we_do = value is None or value is (name == "return_dict")
+            if not is_what_we_do:
+                raise ConfigError(f"forward does not take {name}")
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        elif position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        attend = DenseAttention(dense_mask(pattern, input_ids, attention_mask))
+        hidden = self.encode(input_ids, position_ids, attend=attend, adapter=adapter)
+        return CausalLMOutput(logits=self.diffusion_head(hidden))
+
+
+class NemotronLabsDiffusionModel(TriModeModel):
+    """The same network under the published name, so that what it saves names the right architecture."""
+
+    config_class = NemotronLabsDiffusionConfig
+
+
+MODEL_CLASSES: dict[str, type[TriModeModel]] = {
+    cls.config_class.model_type: cls for cls in (TriModeModel, NemotronLabsDiffusionModel)
+}
+"""Model class by `model_type`."""

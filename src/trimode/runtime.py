@@ -1,0 +1,436 @@
+"""The Python interface: `trimode.load(...)`, then `.generate(...)` or `.stream(...)`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from trimode.checkpoint.adapter import load_adapter
+from trimode.checkpoint.io import load_model, load_tokenizer, resolve
+from trimode.decoding import Event, GenerationParams, Sequence, Stats
+from trimode.engine import Engine
+from trimode.engine.engine import cells_needed
+from trimode.errors import ConfigError, RequestError
+from trimode.model import DrafterAdapter, TriModeModel
+
+Prompt = str | Items[int]
+
+MAX_BATCH = 32
+"""Prompts of one `generate` call that run together; the rest wait."""
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One finished continuation.
+
+    Attributes:
+        text: The new text, without special tokens, cut before the stop string that ended it.
+        token_ids: The new tokens, the stop token or the tokens of the stop string included.
+        prompt_ids: The prompt as fed.
+        finish_reason: `stop` (stop token or string), `length`, or `abort`.
+        seed: The seed that reproduces it.
+        stats: What it cost.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_ids: list[int]
+    finish_reason: str
+    seed: int
+    stats: Stats
+
+
+class TriModeLM:
+    """A loaded model with its tokenizer, decodable in every mode.
+
+    Attributes:
+        model: The network.
+        tokenizer: transformers tokenizer; None for a checkpoint without one, which takes prompts of
+            token ids only.
+        adapter: The drafter adapter, or None.
+    """
+
+    def __init__(
+        self,
+        model: TriModeModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        adapter: DrafterAdapter | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.adapter = adapter
+
+    def generate(
+        self,
+        prompt: Prompt | Items[Prompt],
+        *,
+        mode: str = "linear",
+        max_new_tokens: int = 128,
+        block_length: int | None = None,
+        threshold: float | None = None,
+        steps: int | None = None,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | Items[int] | None = None,
+        stop: str | Items[str] = (),
+        stop_token_ids: Items[int] = (),
+        ignore_eos: bool = False,
+        on_event: Callable[[int, Event], None] | None = None,
+    ) -> Generation | list[Generation]:
+        """Continue one prompt, or several together.
+
+        Args:
+            prompt: A string or token ids; or a list of either, which need not be equally long.
+            mode: `ar`, `diffusion` or `linear`. For one seed `ar` and `linear` give the same text.
+            max_new_tokens, block_length, threshold, steps, temperature, top_p, top_k, ignore_eos,
+            stop_token_ids: See `trimode.decoding.params.GenerationParams`. `block_length` is by
+                default the model's own; it means nothing in mode `ar` and is refused there.
+            seed: One for all prompts, one each, or None to draw (see `Generation.seed`).
+            stop: String or strings that end the text.
+            on_event: Called with (index of the prompt, event) as things happen.
+
+        Returns:
+            A `Generation`, or a list of them in the order of the prompts.
+
+        Raises:
+            RequestError: an argument is not valid, or a prompt does not fit the context.
+            CapacityError: it does not fit into memory.
+        """
+        is_single, sequences = self._sequences(
+            prompt,
+            mode=mode,
+            max_new_tokens=max_new_tokens,
+            block_length=block_length,
+            threshold=threshold,
+            steps=steps,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+            on_event=on_event,
+        )
+        engine = self.engine(sequences)
+        while not engine.is_idle:
+            engine.step()
+        generations = [self.generation(seq) for seq in sequences]
+        return generations[0] if is_single else generations
+
+    def stream(self, prompt: Prompt, **options: Any) -> Stream:
+        """Continue one prompt, yielding text as it is made; the pieces join to `Generation.text`.
+
+        Takes what `generate` takes, for one prompt, and refuses what it refuses at once. A piece
+        never ends in half a character; with stop strings, text that may yet turn out to be one is
+        held back.
+        """
+        if self.tokenizer is None:
+            raise RequestError("streaming text needs a tokenizer, and this checkpoint has none")
+        arguments = inspect.signature(self.generate).bind(prompt, **options)
+        arguments.apply_defaults()
+        is_single, sequences = self._sequences(**arguments.arguments)
+        if not is_single:
+            raise RequestError(f"stream takes one prompt, and got a list of {len(sequences)}")
+        return Stream(self, sequences[0])
+
+    def _sequences(
+        self,
+        prompt: Prompt | Items[Prompt],
+        *,
+        mode: str,
+        block_length: int | None,
+        seed: int | Items[int] | None,
+        stop: str | Items[str],
+        stop_token_ids: Items[int],
+        on_event: Callable[[int, Event], None] | None,
+        **params: Any,
+    ) -> tuple[bool, list[Sequence]]:
+        """Whether one prompt was given, and a checked sequence for each."""
+        if mode == "ar" and block_length is not None:
+            raise RequestError(f"block_length is {block_length}; mode 'ar' has no blocks")
+        is_single, prompts = _as_prompts(prompt)
+        if block_length is None:
+            block_length = self.model.config.block_size
+        sequences = []
+        for index, one_seed in enumerate(_as_seeds(seed, len(prompts))):
+            checked = GenerationParams(
+                mode=mode,
+                block_length=_plain(block_length),
+                seed=_plain(one_seed),
+                stop=(stop,) if isinstance(stop, str) else tuple(stop),
+                stop_token_ids=tuple(map(_plain, stop_token_ids)),
+                **{name: _plain(value) for name, value in params.items()},
+            )
+            on_own_event = _bind(on_event, index)
+            sequences.append(self.sequence(prompts[index], checked, on_event=on_own_event))
+        return is_single, sequences
+
+    def sequence(
+        self,
+        prompt: Prompt,
+        params: GenerationParams,
+        *,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Sequence:
+        """A sequence for an `Engine`, its prompt encoded and checked against the context."""
+        prompt_ids = self.encode(prompt)
+        context = self.model.config.max_position_embeddings
+        if len(prompt_ids) + params.max_new_tokens > context:
+            raise RequestError(
+                f"prompt of {len(prompt_ids)} tokens + max_new_tokens={params.max_new_tokens} ="
+                f" {len(prompt_ids) + params.max_new_tokens}, beyond the context of {context}"
+            )
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this checkpoint has none")
+        return Sequence(
+            prompt_ids,
+            params,
+            eos_token_ids=self.model.config.eos_token_ids,
+            mask_token_id=self.model.config.mask_token_id,
+            detokenize=self.decode if self.tokenizer is not None else None,
+            on_event=on_event,
+        )
+
+    def engine(self, sequences: Items[Sequence]) -> Engine:
+        """An engine just large enough for these sequences, with them submitted."""
+        engine = Engine(
+            self.model,
+            num_rows=min(len(sequences), MAX_BATCH),
+            num_cells=max(map(cells_needed, sequences)),
+            adapter=self.adapter,
+        )
+        for seq in sequences:
+            engine.submit(seq)
+        return engine
+
+    def generation(self, seq: Sequence) -> Generation:
+        """The result of a finished sequence."""
+        assert seq.finish_reason is not None
+        text = self.decode(seq.new_ids) if self.tokenizer is not None else ""
+        return Generation(
+            text=text if seq.stop_text_len is None else text[: seq.stop_text_len],
+            token_ids=seq.new_ids,
+            prompt_ids=seq.prompt_ids,
+            finish_reason=seq.finish_reason,
+            seed=seq.params.seed,
+            stats=seq.stats,
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; an empty one becomes BOS."""
+        config = self.model.config
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("a text prompt needs a tokenizer, and this checkpoint has none")
+            ids = list(self.tokenizer(prompt)["input_ids"])
+        else:
+            ids = [_plain(token_id) for token_id in prompt]
+            wrong = [i for i in ids if type(i) is not int or not 0 <= i < config.vocab_size]
+            if wrong:
+                raise RequestError(
+                    f"prompt has token id {wrong[0]!r}; allowed: 0 to {config.vocab_size - 1}"
+                )
+        if not ids:
+            if config.bos_token_id is None:
+                raise RequestError(
+                    "the prompt is empty and the model has no BOS token to start from"
+                )
+            ids = [config.bos_token_id]
+        return ids
+
+    def decode(self, token_ids: Items[int]) -> str:
+        """Text of token ids, without special tokens."""
+        assert self.tokenizer is not None
+        return self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+class Stream(Iterator[str]):
+    """Text of one continuation as it is made: iterate over it, and close it to stop early.
+
+    Nothing runs between two pieces. Letting go of it frees what it holds, as `close` does.
+    """
+
+    def __init__(self, lm: TriModeLM, seq: Sequence) -> None:
+        self._lm = lm
+        self._seq = seq
+        self._engine: Engine | None = lm.engine([seq])
+        self._text = GrowingText(lm)
+        self._num_taken = 0
+        self._held = ""
+        self._num_yielded = 0
+
+    @property
+    def stats(self) -> Stats:
+        """Counts so far."""
+        return self._seq.stats
+
+    @property
+    def generation(self) -> Generation | None:
+        """The result, once it has ended; `finish_reason` is `abort` after an early `close`."""
+        return self._lm.generation(self._seq) if self._seq.is_finished else None
+
+    def close(self) -> None:
+        """Stop, and free the K/V rows; what was not yielded yet is in `generation.text`."""
+        if self._engine is not None:
+            self._engine.abort(self._seq)
+            self._engine = None
+
+    def __next__(self) -> str:
+        while self._engine is not None:
+            try:
+                self._engine.step()
+            except BaseException:
+                self.close()
+                raise
+            piece = self._next_piece()
+            self._num_yielded += len(piece)
+            if piece:
+                return piece
+        raise StopIteration
+
+    def _next_piece(self) -> str:
+        if self._seq.is_finished:
+            self._engine = None
+            return self._lm.generation(self._seq).text[self._num_yielded :]
+        self._held += self._text.push(self._seq.new_ids[self._num_taken :])
+        self._num_taken = len(self._seq.new_ids)
+        free_len = _free_len(self._held, self._seq.params.stop)
+        piece, self._held = self._held[:free_len], self._held[free_len:]
+        return piece
+
+
+class GrowingText:
+    """Text of a growing list of tokens, handed out once no later token can change it.
+
+    What may change: a half character at the end (decoded as U+FFFD), and a run of single-byte
+    tokens, which sentencepiece tokenizers decode as a whole. Only the newest tokens are decoded.
+    """
+
+    def __init__(self, lm: TriModeLM) -> None:
+        assert lm.tokenizer is not None
+        self._lm = lm
+        self._tokenizer = lm.tokenizer
+        self._window: list[int] = []  # the newest tokens, after some of known text for context
+        self._num_known = 0  # tokens of the window, from its start, whose text is out
+        self._num_shown = 0  # characters of the window's text that are out
+
+    def push(self, token_ids: Items[int]) -> str:
+        """Take the next tokens; returns the text they settle, possibly none."""
+        if not token_ids:
+            return ""
+        self._window += token_ids
+        text = self._lm.decode(self._window)
+        if _BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(self._window[-1]))):
+            return ""
+        if text.endswith("\ufffd"):
+            piece = text[self._num_shown : -1]
+            self._num_shown += len(piece)
+            return piece
+        piece = text[self._num_shown :]
+        if piece:
+            self._window = self._window[self._num_known :]
+            self._num_known = len(self._window)
+            self._num_shown = len(self._lm.decode(self._window))
+        return piece
+
+    @property
+    def rest(self) -> str:
+        """Text of the tokens pushed so far that `push` did not hand out."""
+        return self._lm.decode(self._window)[self._num_shown :]
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    drafter: str | Path | None = None,
+) -> TriModeLM:
+    """Open a checkpoint.
+
+    Args:
+        path: A folder, or an id on the Hugging Face hub; None is the default model.
+        device: Default: CUDA where there is one, else the CPU.
+        dtype: Default: bfloat16 on CUDA, float32 on the CPU.
+        drafter: A PEFT LoRA folder for the drafter, e.g. `<path>/linear_spec_lora`.
+
+    Raises:
+        CheckpointError: it cannot be used, and why.
+        ConfigError: there is no such device.
+    """
+    folder = resolve(path)
+    device = _as_device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load_model(folder, device=device, dtype=dtype)
+    adapter = None if drafter is None else load_adapter(drafter, model=model)
+    return TriModeLM(model, load_tokenizer(folder), adapter=adapter)
+
+
+def _as_device(device: str | torch.device | None) -> torch.device:
+    num_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        found = torch.device(device or ("cuda" if num_cuda else "cpu"))
+    except RuntimeError:
+        raise ConfigError(f"device is {device!r}; allowed: cpu, cuda, cuda:0, ...") from None
+    if found.type == "cuda" and (found.index or 0) >= num_cuda:
+        raise ConfigError(f"device is '{found}'; this machine has {num_cuda} usable CUDA devices")
+    return found
+
+
+def _bind(
+    on_event: Callable[[int, Event], None] | None, index: int
+) -> Callable[[Event], None] | None:
+    return None if on_event is None else lambda event: on_event(index, event)
+
+
+def _as_prompts(prompt: Prompt | Items[Prompt]) -> tuple[bool, list[Prompt]]:
+    """Whether one prompt was given, and all prompts."""
+    if isinstance(prompt, str):
+        return True, [prompt]
+    items = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
+    if not items:
+        raise RequestError("prompt is an empty list; give '' for an empty prompt")
+    if all(isinstance(item, str) or hasattr(item, "__len__") for item in items):
+        return False, items
+    return True, [items]
+
+
+def _as_seeds(seed: int | Items[int] | None, num_prompts: int) -> list[int]:
+    if seed is None:
+        return [secrets.randbits(32) for _ in range(num_prompts)]
+    seed = seed.tolist() if hasattr(seed, "tolist") else seed
+    if not isinstance(seed, Items):
+        return [seed] * num_prompts
+    if len(seed) != num_prompts:
+        raise RequestError(f"seed has {len(seed)} entries for {num_prompts} prompts; give one each")
+    return list(seed)
+
+
+def _plain(value: Any) -> Any:
+    """numpy and torch scalars as Python's, whose integers do not overflow; all else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _free_len(text: str, stop: Items[str]) -> int:
+    """Characters of `text` that cannot belong to a stop string, whatever follows."""
+    for start in range(len(text)):
+        if any(string.startswith(text[start : start + len(string)]) for string in stop):
+            return start
+    return len(text)

@@ -1,0 +1,1 @@
+"""Learning: data, packing, corruption, objective, optimisers, the trainer."""

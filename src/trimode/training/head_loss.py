@@ -1,0 +1,82 @@
+"""Head and cross-entropy in one, a few rows at a time: all the logits never exist at once.
+
+The gradient is made in the forward, while a chunk's logits are at hand. On a CPU this spares the
+page faults of large temporaries (a sixth of a stage 1 step), on a GPU the memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def head_loss_sum(head: nn.Linear, states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Sum of weighted cross-entropies of `head(states)`.
+
+    The matrix products run in the autocast dtype where autocast is on; the softmax in float32 (or
+    wider, if the weights are).
+
+    Args:
+        head: Without a bias.
+        states: [M, H]. Hidden states.
+        targets: [M] int64.
+        weights: [M] float32. Of each loss.
+
+    Returns:
+        Scalar, float32 or wider.
+    """
+    assert head.bias is None
+    device = states.device.type
+    dtype = head.weight.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    total: Tensor = _HeadLoss.apply(states, head.weight, targets, weights, dtype)
+    return total
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        needs_grad = any(ctx.needs_input_grad)
+        table, total = weight.to(dtype), torch.zeros((), dtype=wide, device=states.device)
+        states_grad = torch.empty_like(states) if needs_grad else None
+        weight_grad = torch.zeros_like(weight) if needs_grad else None
+        chunk_len = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, len(states), chunk_len):
+            rows = slice(start, start + chunk_len)
+            chunk, target, scale = states[rows].to(dtype), targets[rows, None], weights[rows, None]
+            logits = torch.mm(chunk, table.mT).to(wide)
+            log_sums = logits.logsumexp(1, keepdim=True)
+            total += ((log_sums - logits.gather(1, target)) * scale).sum()
+            if states_grad is None or weight_grad is None:
+                continue
+            grad = logits.sub_(log_sums).exp_().mul_(scale)
+            grad.scatter_add_(1, target, -scale.to(wide))
+            grad = grad.to(dtype)
+            states_grad[rows] = torch.mm(grad, table)
+            weight_grad += torch.mm(grad.mT, chunk)
+        ctx.save_for_backward(states_grad, weight_grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        states_grad, weight_grad = ctx.saved_tensors
+        return (
+            states_grad * upstream.to(states_grad.dtype),
+            weight_grad * upstream.to(weight_grad.dtype),
+            None,
+            None,
+            None,
+        )

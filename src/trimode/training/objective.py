@@ -1,0 +1,127 @@
+"""The joint objective `L = L_AR + alpha * L_diff` (design, section 6) and the draft statistics.
+
+    L_AR   = sum over AR targets of the loss / number of AR targets
+    L_diff = sum over masked, supervised positions of loss / p / number of maskable, supervised tokens
+
+Both numbers are global: `count_targets` gives them before any forward, so that they can be summed over
+the micro-batches of a step (and over ranks) and every micro-batch be divided by the same ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimode.model import TriModeModel
+from trimode.training.corruption import Corruption
+from trimode.training.dual_stream import causal_mask, dual_stream_mask, training_attention
+from trimode.training.head_loss import head_loss_sum
+from trimode.training.packing import PackedRows
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBatch:
+    """Rows and their noise; `noise` is None where only the AR view is trained."""
+
+    rows: PackedRows
+    noise: Corruption | None
+
+    def to(self, device: torch.device) -> TrainingBatch:
+        """The same batch on `device`."""
+        noise = None if self.noise is None else self.noise.to(device)
+        return TrainingBatch(rows=self.rows.to(device), noise=noise)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetCounts:
+    """What the two sums are divided by."""
+
+    num_ar_targets: int
+    num_maskable: int
+
+    def __add__(self, other: TargetCounts) -> TargetCounts:
+        return TargetCounts(
+            self.num_ar_targets + other.num_ar_targets, self.num_maskable + other.num_maskable
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LossSums:
+    """Sums, not means: scalars of float32 or wider, with a graph in training."""
+
+    ar: Tensor
+    diffusion: Tensor
+
+    def total(self, counts: TargetCounts, *, diffusion_weight: float) -> Tensor:
+        """`L_AR + alpha * L_diff`, divided by the global `counts`."""
+        ar = self.ar / max(counts.num_ar_targets, 1)
+        return ar + diffusion_weight * self.diffusion / max(counts.num_maskable, 1)
+
+
+def is_ar_target(rows: PackedRows) -> Tensor:
+    """[B, S - 1] bool. Whether token s + 1 is a target for the AR view at token s."""
+    document = rows.document_ids
+    return (document[:, 1:] == document[:, :-1]) & rows.is_supervised[:, 1:]
+
+
+def count_targets(batch: TrainingBatch) -> TargetCounts:
+    """Targets of both losses in a batch; needs no forward."""
+    num_maskable = 0
+    if batch.noise is not None:
+        num_maskable = int((batch.noise.is_maskable & batch.rows.is_supervised).sum())
+    return TargetCounts(int(is_ar_target(batch.rows).sum()), num_maskable)
+
+
+def loss_sums(model: TriModeModel, batch: TrainingBatch) -> LossSums:
+    """Both loss sums of a batch in one forward.
+
+    With noise: the dual stream. Without: the clean half alone, each document causal.
+    """
+    rows, noise = batch.rows, batch.noise
+    if noise is None:
+        attend = training_attention(
+            causal_mask(rows), part_len=rows.clean_ids.shape[1], dtype=model.dtype
+        )
+        hidden = model.encode(rows.clean_ids, rows.position_ids, attend=attend)
+        ar = _ar_sum(model, hidden, rows)
+        return LossSums(ar=ar, diffusion=torch.zeros_like(ar))
+    noisy_hidden, clean_hidden = encode_dual_stream(model, batch)
+    return LossSums(
+        ar=_ar_sum(model, clean_hidden, rows),
+        diffusion=_diffusion_sum(model, noisy_hidden, rows, noise),
+    )
+
+
+def encode_dual_stream(model: TriModeModel, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+    """Hidden states of the noisy and of the clean half, [B, S, H] each."""
+    rows, noise = batch.rows, batch.noise
+    assert noise is not None, "a dual stream needs noise"
+    row_len = rows.clean_ids.shape[1]
+    hidden = model.encode(
+        torch.cat((noise.noisy_ids, rows.clean_ids), dim=1),
+        torch.cat((rows.position_ids, rows.position_ids), dim=1),
+        attend=training_attention(dual_stream_mask(rows), part_len=row_len, dtype=model.dtype),
+    )
+    return hidden[:, :row_len], hidden[:, row_len:]
+
+
+def _ar_sum(model: TriModeModel, hidden: Tensor, rows: PackedRows) -> Tensor:
+    """Shifted: the state at token s predicts token s + 1."""
+    places = is_ar_target(rows).flatten().nonzero()[:, 0]
+    states = hidden[:, :-1].flatten(0, 1).index_select(0, places)
+    targets = rows.clean_ids[:, 1:].flatten().index_select(0, places)
+    weights = torch.ones(len(places), device=states.device)
+    return head_loss_sum(model.diffusion_head, states, targets, weights)
+
+
+def _diffusion_sum(
+    model: TriModeModel, hidden: Tensor, rows: PackedRows, noise: Corruption
+) -> Tensor:
+    """Not shifted: the state at a masked token predicts that token. The head runs for no others."""
+    places = (noise.is_masked & rows.is_supervised).flatten().nonzero()[:, 0]
+    states = hidden.flatten(0, 1).index_select(0, places)
+    targets = rows.clean_ids.flatten().index_select(0, places)
+    weights = noise.weight.flatten().index_select(0, places)
+    return head_loss_sum(model.diffusion_head, states, targets, weights)

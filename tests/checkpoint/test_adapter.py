@@ -1,0 +1,190 @@
+"""Drafter adapters from PEFT folders: the same arithmetic as PEFT's, and every defect one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trimode.checkpoint.adapter import load_adapter
+from trimode.errors import CheckpointError
+from trimode.model import AdapterSwitch, TriModeModel
+from trimode.model.adapter import TARGETS
+
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's, of newer transformers
+
+Model = Callable[..., TriModeModel]
+Folder = Callable[..., Path]
+
+
+@pytest.fixture
+def peft_folder(tiny_model: Model, tmp_path: Path) -> Folder:
+    """`peft_folder(**options)`: a LoRA of random weights, written by PEFT."""
+
+    def write(*, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+        wrapped = wrap(tiny_model(dtype), **options)
+        wrapped.save_pretrained(tmp_path / "lora")
+        return tmp_path / "lora"
+
+    return write
+
+
+def wrap(model: TriModeModel, **options: Any) -> Any:
+    values = {"r": 4, "lora_alpha": 16, "target_modules": ["o_proj"], "init_lora_weights": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, peft.LoraConfig(**(values | options))).eval()
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def refused(folder: Path, model: TriModeModel, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_adapter(folder, model=model)
+    assert "\n" not in str(caught.value)
+    assert folder.name in str(caught.value)
+
+
+@pytest.mark.parametrize("targets", [["o_proj"], list(TARGETS)])
+@pytest.mark.parametrize("pattern", ["causal", "bidirectional"])
+def test_logits_equal_pefts(
+    tiny_model: Model, tmp_path: Path, targets: list[str], pattern: str
+) -> None:
+    """A scale forgotten, A and B swapped, or an adapter put on another layer than in training."""
+    wrapped = wrap(tiny_model(), target_modules=targets)
+    wrapped.save_pretrained(tmp_path / "lora")
+    model, ids = tiny_model(), torch.arange(30).reshape(2, 15)
+    adapter = load_adapter(tmp_path / "lora", model=model)
+    expected = wrapped(ids, pattern=pattern).logits
+    got = model(ids, pattern=pattern, adapter=AdapterSwitch(adapter, None)).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    plain = model(ids, pattern=pattern).logits
+    assert (got - plain).abs().max() > 0.1
+    with wrapped.disable_adapter():
+        assert wrapped(ids, pattern=pattern).logits.equal(plain)
+
+
+def test_device_and_dtype_of_the_model(peft_folder: Folder, tiny_model: Model) -> None:
+    """A float32 adapter beside a bfloat16 model, or one that trains by accident."""
+    adapter = load_adapter(peft_folder(), model=tiny_model(torch.bfloat16))
+    assert {p.dtype for p in adapter.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in adapter.parameters())
+    assert len(list(adapter.parameters())) == 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora is True; allowed: False"),
+        ({"use_rslora": True}, "use_rslora is True; allowed: False"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'; allowed: 'none'"),
+        ({"rank_pattern": {"o_proj": 2}}, "rank_pattern is .*; allowed: {}"),
+        ({"alpha_pattern": {"o_proj": 2}}, "alpha_pattern is .*; allowed: {}"),
+        ({"modules_to_save": ["norm"]}, r"modules_to_save is \['norm'\]; allowed: None"),
+    ],
+)
+def test_variants_of_lora_are_refused(
+    peft_folder: Folder, tiny_model: Model, options: dict[str, Any], message: str
+) -> None:
+    """A variant with another arithmetic read as plain LoRA."""
+    refused(peft_folder(**options), tiny_model(), message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; allowed: 'LORA'"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
+        ({"r": 0}, "r is 0 and lora_alpha 16"),
+        ({"r": 2}, r"A \[4, 128\] and B \[64, 4\]; expected \[2, 128\] .* at r=2$"),
+        ({"lora_alpha": "16"}, "lora_alpha '16'"),
+        ({"lora_alpha": None}, "lora_alpha None"),
+    ],
+)
+def test_config_defects(
+    peft_folder: Folder, tiny_model: Model, changes: dict[str, Any], message: str
+) -> None:
+    """A scale computed from values that do not belong to the tensors."""
+    folder = peft_folder()
+    edit_config(folder, **changes)
+    refused(folder, tiny_model(), message)
+
+
+def test_config_that_is_not_json(peft_folder: Folder, tiny_model: Model) -> None:
+    """A parser's traceback instead of the name of the file."""
+    folder = peft_folder()
+    (folder / "adapter_config.json").write_text("{")
+    refused(folder, tiny_model(), r"adapter_config\.json is not JSON")
+
+
+def test_missing_files(peft_folder: Folder, tiny_model: Model, tmp_path: Path) -> None:
+    """A folder without an adapter drafting with no adapter at all."""
+    refused(tmp_path / "nothing", tiny_model(), "no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", tiny_model(), r"has no adapter_config\.json")
+    folder = peft_folder()
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    refused(folder, tiny_model(), r"has no adapter_model\.safetensors")
+
+
+def test_truncated_weights(peft_folder: Folder, tiny_model: Model) -> None:
+    """An interrupted download as a traceback from a C extension."""
+    folder = peft_folder()
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    refused(folder, tiny_model(), r"adapter_model\.safetensors is not a whole safetensors file")
+
+
+def test_tensor_defects(peft_folder: Folder, tiny_model: Model) -> None:
+    """Half a pair, a pair of the wrong size or an unknown tensor skipped in silence."""
+    name = "base_model.model.encoder.layers.{}.self_attn.o_proj.lora_{}.weight"
+
+    def drop(weights: dict[str, Tensor]) -> None:
+        del weights[name.format(1, "B")]
+
+    def widen(weights: dict[str, Tensor]) -> None:
+        weights[name.format(1, "A")] = torch.zeros(4, 130)
+
+    def rank(weights: dict[str, Tensor]) -> None:
+        weights[name.format(1, "A")] = torch.zeros(3, 128)
+
+    def squash(weights: dict[str, Tensor]) -> None:
+        weights[name.format(1, "A")] = torch.zeros(512)
+
+    def add(weights: dict[str, Tensor]) -> None:
+        weights["base_model.model.diffusion_head.lora_A.weight"] = torch.zeros(4, 64)
+
+    for change, message in (
+        (drop, "layer 1 o_proj has lora_A only; expected A and B"),
+        (widen, r"layer 1 o_proj has A \[4, 130\] .*; expected \[4, 128\] and \[64, 4\]"),
+        (rank, r"layer 1 o_proj has A \[3, 128\]"),
+        (squash, r"layer 1 o_proj has A \[512\]"),
+        (add, re.escape("unexpected tensor base_model.model.diffusion_head.lora_A.weight")),
+        (dict.clear, "holds no tensors"),
+    ):
+        folder = peft_folder()
+        edit_weights(folder, change)
+        refused(folder, tiny_model(), message)
+
+
+def test_adapter_of_a_deeper_model(peft_folder: Folder, tiny_model: Model) -> None:
+    """An adapter of another size whose extra layers are dropped."""
+    refused(peft_folder(), tiny_model(num_hidden_layers=1), "layer 1 o_proj, but the model has 1")

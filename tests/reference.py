@@ -1,0 +1,231 @@
+"""Slow, obvious twins of the fast paths: dense masks, no K/V kept, one sequence at a time.
+
+Nothing here may call what it is the twin of. The network's layers themselves are shared (they are
+checked against transformers in `tests/model/test_parity.py`); masks, attention over cells, the loop
+and the counts are done again from the facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimode.model import AdapterSwitch, DrafterAdapter, TriModeModel
+
+
+@dataclass
+class Written:
+    """What a reference loop emitted, and the forwards the published code would have counted."""
+
+    new_ids: list[int]
+    nfe: int
+
+
+def fed_mask(groups: Sequence[int], positions: Sequence[int]) -> list[list[bool]]:
+    """[T][T]: what fed token t may see of the fed tokens, one pair at a time, rule by rule."""
+
+    def sees(t: int, s: int) -> bool:
+        if groups[t] == 0:
+            return groups[s] == 0 and s <= t
+        if groups[s] == groups[t]:
+            return True
+        own = [p for p, g in zip(positions, groups, strict=True) if g == groups[t]]
+        return groups[s] == 0 and positions[s] < min(own)
+
+    return [[sees(t, s) for s in range(len(groups))] for t in range(len(groups))]
+
+
+def cell_mask(fed: list[list[bool]], length: int, num_cells: int) -> list[list[bool]]:
+    """[T][num_cells]: the committed cells, then the fed ones, then nothing."""
+    num_tokens = len(fed)
+    return [
+        [
+            cell < length or (cell < length + num_tokens and fed[t][cell - length])
+            for cell in range(num_cells)
+        ]
+        for t in range(num_tokens)
+    ]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax attention one head and one token at a time.
+
+    Args:
+        query: [T, N, D].
+        key, value: [S, G, D].
+        allowed: [T, S] bool.
+
+    Returns:
+        [T, N, D].
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    shared_by = num_heads // key.shape[1]
+    output = torch.empty_like(query)
+    for t in range(num_tokens):
+        visible = allowed[t].nonzero()[:, 0]
+        for n in range(num_heads):
+            scores = key[visible, n // shared_by] @ query[t, n] / head_dim**0.5
+            output[t, n] = scores.softmax(dim=0) @ value[visible, n // shared_by]
+    return output
+
+
+class MaskedAttention:
+    """An `Attend` over one whole sequence with any mask at all.
+
+    Args:
+        allowed: [T, T] bool.
+    """
+
+    def __init__(self, allowed: Tensor) -> None:
+        self.allowed = allowed
+
+    def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query: [1, T, N, D]; key, value: [1, T, G, D] -> [1, T, N, D]."""
+        return attention(query[0], key[0], value[0], self.allowed)[None]
+
+
+def next_logits(
+    model: TriModeModel,
+    prefix: Sequence[int],
+    block: Sequence[int] = (),
+    *,
+    adapter: DrafterAdapter | None = None,
+) -> Tensor:
+    """Logits of a causal prefix followed by a bidirectional block that sees all of it.
+
+    The adapter is on for the block only, as in drafting.
+
+    Returns:
+        [len(prefix) + len(block), V], the mask token banned.
+    """
+    ids = torch.tensor([[*prefix, *block]])
+    num_tokens, start = ids.shape[1], len(prefix)
+    allowed = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    allowed[start:] = True
+    switch = None
+    if adapter is not None:
+        is_on = (torch.arange(num_tokens) >= start).to(model.dtype)[None, :, None]
+        switch = AdapterSwitch(adapter, is_on)
+    with torch.no_grad():
+        hidden = model.encode(
+            ids,
+            torch.arange(num_tokens)[None],
+            attend=MaskedAttention(allowed),
+            adapter=switch,
+        )
+        logits = model.diffusion_head(hidden)[0]
+    logits[:, model.config.mask_token_id] = -torch.inf
+    return logits
+
+
+def greedy_ar(
+    model: TriModeModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stops: Collection[int] = (),
+) -> Written:
+    """Facts 3.1, greedy: nfe is the number of generated tokens."""
+    new_ids: list[int] = []
+    while len(new_ids) < max_new_tokens and not set(new_ids) & set(stops):
+        new_ids.append(int(next_logits(model, [*prompt, *new_ids])[-1].argmax()))
+    return Written(new_ids, nfe=len(new_ids))
+
+
+def greedy_diffusion(
+    model: TriModeModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    block_length: int,
+    threshold: float | None,
+    steps: int | None = None,
+    stops: Collection[int] = (),
+) -> Written:
+    """Facts 3.2, greedy: denoising forwards, plus a commit for every block."""
+    new_ids: list[int] = []
+    nfe = 0
+    while len(new_ids) < max_new_tokens and not set(new_ids) & set(stops):
+        seed = int(next_logits(model, [*prompt, *new_ids])[-1].argmax())
+        canvas: list[int | None] = [seed, *[None] * (block_length - 1)]
+        schedule = _even(block_length - 1, steps) if steps else []
+        while None in canvas and not _is_stopped(canvas, stops):
+            least = schedule.pop(0) if schedule else 1
+            _reveal(model, [*prompt, *new_ids], canvas, threshold=threshold, least=least)
+            nfe += 1
+        nfe += 1
+        new_ids += [i for i in canvas[: _end(canvas, stops)] if i is not None]
+    return Written(new_ids[:max_new_tokens], nfe=nfe)
+
+
+def greedy_linear(
+    model: TriModeModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    block_length: int,
+    adapter: DrafterAdapter | None = None,
+    stops: Collection[int] = (),
+) -> Written:
+    """Facts 3.3, greedy, one pass a draft: the prefill, and a draft and a verify each round.
+
+    As in our engine, and unlike in the published code, a block is no longer than what may still be
+    emitted; a shorter block may draft other tokens, so this can move the last rounds.
+    """
+    new_ids = [int(next_logits(model, prompt)[-1].argmax())]
+    nfe = 1
+    while len(new_ids) < max_new_tokens and not set(new_ids) & set(stops):
+        prefix, last = [*prompt, *new_ids[:-1]], new_ids[-1]
+        num_fed = min(block_length, max_new_tokens - len(new_ids))
+        canvas: list[int | None] = [last, *[None] * (num_fed - 1)]
+        _reveal(model, prefix, canvas, threshold=0.0, least=1, adapter=adapter)
+        block = [i for i in canvas if i is not None]
+        chosen = next_logits(model, [*prefix, *block])[len(prefix) :].argmax(-1).tolist()
+        nfe += 2
+        for i in range(num_fed):
+            new_ids.append(chosen[i])
+            if chosen[i] in stops or i + 1 == num_fed or chosen[i] != block[i + 1]:
+                break
+    return Written(new_ids, nfe=nfe)
+
+
+def _reveal(
+    model: TriModeModel,
+    prefix: Sequence[int],
+    canvas: list[int | None],
+    *,
+    threshold: float | None,
+    least: int,
+    adapter: DrafterAdapter | None = None,
+) -> None:
+    """One denoising pass: fills, in place, the masked positions that it is sure enough of."""
+    mask = model.config.mask_token_id
+    block = [mask if i is None else i for i in canvas]
+    logits = next_logits(model, prefix, block, adapter=adapter)[len(prefix) :]
+    confidence, token = logits.softmax(-1).max(-1)
+    masked = [i for i, token_id in enumerate(canvas) if token_id is None]
+    masked.sort(key=lambda i: -float(confidence[i]))
+    for rank, i in enumerate(masked):
+        if rank < least or (threshold is not None and float(confidence[i]) >= threshold):
+            canvas[i] = int(token[i])
+
+
+def _even(num_masked: int, steps: int) -> list[int]:
+    return [num_masked // steps + (i < num_masked % steps) for i in range(steps)]
+
+
+def _end(canvas: Sequence[int | None], stops: Collection[int]) -> int:
+    """How much of a block is text: up to its first stop token, that included."""
+    for i, token_id in enumerate(canvas):
+        if token_id in stops:
+            return i + 1
+    return len(canvas)
+
+
+def _is_stopped(canvas: Sequence[int | None], stops: Collection[int]) -> bool:
+    """Whether a stop token stands with no mask before it."""
+    end = _end(canvas, stops)
+    return canvas[end - 1] in stops and None not in canvas[:end]
