@@ -1,6 +1,7 @@
 """trimode: one checkpoint decoded token by token, by block diffusion, or by self-speculation.
 
-Importing this package loads neither torch nor transformers; the names below load what they need when used.
+Importing this package loads neither torch nor transformers; the names below load what they need
+when used.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,13 +1,14 @@
 """Every error this package raises on purpose. Nothing else lives here.
 
     TriModeError
-    ├── ConfigError (ValueError)                a config, a file given by the user, an argument of a run
+    ├── ConfigError (ValueError)                a config, a file of the user, an argument of a run
     ├── CheckpointError                         weights or a checkpoint folder that cannot be used
     ├── RequestError (ValueError)               one generation request (HTTP 400)
     ├── CapacityError                           it would not fit (HTTP 413 or 429)
     └── UnsupportedError (NotImplementedError)  valid, but not built
 
-A message names the thing, the value and what is allowed, in one line. `assert` is for our own mistakes.
+A message names the thing, the value and what is allowed, in one line. `assert` is for our own
+mistakes.
 """
 
 

@@ -1,4 +1,5 @@
-"""Reading a drafter adapter from a PEFT LoRA folder (`adapter_config.json`, `adapter_model.safetensors`)."""
+"""Reading a drafter adapter from a PEFT LoRA folder (`adapter_config.json`,
+`adapter_model.safetensors`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Opening and writing checkpoint folders in the Hugging Face layout. Every defect is one `CheckpointError`.
+"""Opening and writing checkpoint folders in the Hugging Face layout.
 
-transformers does the reading, writing and sharding; this file checks first, from the safetensors
-headers alone, so that a wrong folder is refused before a byte of weights is read.
+Every defect is one `CheckpointError`. transformers does the reading, writing and sharding; this
+file checks first, from the safetensors headers alone, so that a wrong folder is refused before a
+byte of weights is read.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def resolve(path: str | Path | None) -> Path:
         return Path(snapshot_download(str(path)))
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: no such folder, and not opened from the hub: {reason}") from error
+        raise CheckpointError(
+            f"{path}: no such folder, and not opened from the hub: {reason}"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,7 +73,8 @@ def read_model_config(folder: Path) -> TriModeConfig:
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_CLASSES:
         raise CheckpointError(
-            f"{folder / CONFIG_NAME}: model_type is {model_type!r}; allowed: {', '.join(MODEL_CLASSES)}"
+            f"{folder / CONFIG_NAME}: model_type is {model_type!r}; "
+            f"allowed: {', '.join(MODEL_CLASSES)}"
         )
     try:
         return MODEL_CLASSES[model_type].config_class.from_dict(content)
@@ -106,7 +110,9 @@ def check_weights(folder: Path, config: TriModeConfig) -> None:
         raise CheckpointError(f"{folder}: {'; '.join(filter(None, problems))}")
 
 
-def load_model(folder: Path, *, device: torch.device | str, dtype: str | torch.dtype) -> TriModeModel:
+def load_model(
+    folder: Path, *, device: torch.device | str, dtype: str | torch.dtype
+) -> TriModeModel:
     """Check a folder and load its network, in evaluation mode."""
     dtype = _as_dtype(dtype)
     config = read_model_config(folder)

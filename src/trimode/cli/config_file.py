@@ -1,7 +1,7 @@
 """The one route from a YAML file and `key=value` words to a frozen dataclass.
 
-Strict on purpose: an unknown key, a wrong type or a missing value is one `ConfigError` line that names
-the key, the value and what is allowed. What the values mean is the business of the dataclass.
+Strict on purpose: an unknown key, a wrong type or a missing value is one `ConfigError` line that
+names the key, the value and what is allowed. What the values mean is the business of the dataclass.
 """
 
 from __future__ import annotations

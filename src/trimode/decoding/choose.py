@@ -23,7 +23,8 @@ class Choice:
     Attributes:
         token_ids: [W] chosen tokens.
         confidences: [W] probability of each at temperature 1 after the ban, unfiltered.
-        is_finite: [W] False where the logits held a NaN or an infinity, so the choice means nothing.
+        is_finite: [W] False where the logits held a NaN or an infinity, so the choice means
+            nothing.
     """
 
     token_ids: list[int]
@@ -63,7 +64,9 @@ def choose(
     if wants_confidence:
         chosen = logits.gather(-1, token_ids[:, None])[:, 0]
         confidences = (chosen - logits.logsumexp(dim=-1)).exp()
-    ids, probs, finite = torch.stack((token_ids.double(), confidences.double(), is_finite.double())).tolist()
+    ids, probs, finite = torch.stack(
+        (token_ids.double(), confidences.double(), is_finite.double())
+    ).tolist()
     return Choice([int(i) for i in ids], probs, [bool(f) for f in finite])
 
 
@@ -98,7 +101,9 @@ def filter_logits(
     num_tokens, device = logits.shape[-1], logits.device
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     kept = torch.tensor([min(k or num_tokens, num_tokens) for k in top_k], device=device)
-    ranked = ranked.masked_fill(torch.arange(num_tokens, device=device) >= kept[:, None], -torch.inf)
+    ranked = ranked.masked_fill(
+        torch.arange(num_tokens, device=device) >= kept[:, None], -torch.inf
+    )
     probabilities = ranked.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     # A mass of 2 is never reached, so None keeps everything whatever the rounding of the sum.

@@ -17,11 +17,13 @@ MODES: dict[str, Callable[[Sequence], Steps]] = {
     "diffusion": block_diffusion,
     "linear": linear,
 }
-"""Each yields the steps of one round and returns in the common state, so modes may change between rounds."""
+"""Each yields the steps of one round and returns in the common state, so modes may change between
+rounds."""
 
 
 def life(seq: Sequence) -> Steps:
-    """All steps of one sequence. The prefill is causal with the adapter off and gives the first token."""
+    """All steps of one sequence. The prefill is causal with the adapter off and gives the first
+    token."""
     last = len(seq.prompt_ids) - 1
     readout = yield causal_step("prefill", seq.prompt_ids, start=0, wanted=[last])
     seq.commit(len(seq.prompt_ids))

@@ -1,10 +1,11 @@
-"""Gumbel noise that is a pure function of (seed, position, token id), bit for bit the same on every device.
+"""Gumbel noise that is a pure function of (seed, position, token id), bit for bit the same on
+every device.
 
 Integers come from SplitMix64 (Steele, Lea, Flood 2014: "Fast splittable pseudorandom number
-generators") used as a counter-based generator: a (seed, position) pair is hashed into a 64-bit state
-on the host, and token v draws the (v+1)-th output from it. Logarithms are taken with a table and a
-quadratic, using only exact integer operations and single IEEE additions and multiplications in
-float64, because `torch.log` differs between devices in its last bit.
+generators") used as a counter-based generator: a (seed, position) pair is hashed into a 64-bit
+state on the host, and token v draws the (v+1)-th output from it. Logarithms are taken with a table
+and a quadratic, using only exact integer operations and single IEEE additions and multiplications
+in float64, because `torch.log` differs between devices in its last bit.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def _steps(num_tokens: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _log_table(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Interval centres c of [1, 2), 1/c and ln c. Rounded to 2**-44, so that a host's own last bit cannot show."""
+    """Interval centres c of [1, 2), 1/c and ln c. Rounded to 2**-44, so that a host's own last bit
+    cannot show."""
     size = 1 << _TABLE_BITS
     centres = [1 + (i + 0.5) / size for i in range(size)]
     columns = (

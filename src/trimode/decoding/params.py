@@ -1,4 +1,5 @@
-"""What a request may ask for, checked once. One frozen dataclass, no behaviour beyond its checks."""
+"""What a request may ask for, checked once. One frozen dataclass, no behaviour beyond its
+checks."""
 
 from __future__ import annotations
 
@@ -24,14 +25,16 @@ class GenerationParams:
             last emitted one, so K - 1 are proposed. At least 1 in `diffusion`, 2 in `linear`.
         threshold: Reveal every masked position whose confidence reaches this, and always the best.
             `diffusion`: None and no `steps` means 0.9. `linear`: None means one pass per draft.
-        steps: Passes per block, 1 to `block_length`, spread evenly. Alone it turns the threshold off;
-            with a threshold it is the floor of what every pass reveals.
+        steps: Passes per block, 1 to `block_length`, spread evenly. Alone it turns the threshold
+            off; with a threshold it is the floor of what every pass reveals.
         temperature: 0 is greedy.
         top_k: Keep the k likeliest tokens; None keeps all.
-        top_p: Keep the smallest likeliest set of at least this probability, in (0, 1]; None keeps all.
+        top_p: Keep the smallest likeliest set of at least this probability, in (0, 1]; None keeps
+            all.
         seed: Fixes the text, whatever the mode among `ar` and `linear` and whatever the batch.
         stop: Strings that end the text; they are cut off.
-        stop_token_ids: Tokens that end the text, beside the model's EOS; they are kept in `token_ids`.
+        stop_token_ids: Tokens that end the text, beside the model's EOS; they are kept in
+            `token_ids`.
         ignore_eos: Go on past EOS.
 
     Raises:
@@ -60,8 +63,12 @@ class GenerationParams:
         check("mode", lambda v: v in MODE_NAMES, ", ".join(MODE_NAMES))
         least = 2 if self.mode == "linear" else 1
         check("max_new_tokens", lambda v: _is_int(v) and v >= 1, "an integer of at least 1")
-        check("block_length", lambda v: _is_int(v) and v >= least, f"an integer of at least {least}")
-        check("seed", lambda v: _is_int(v) and 0 <= v <= MAX_SEED, f"an integer from 0 to {MAX_SEED}")
+        check(
+            "block_length", lambda v: _is_int(v) and v >= least, f"an integer of at least {least}"
+        )
+        check(
+            "seed", lambda v: _is_int(v) and 0 <= v <= MAX_SEED, f"an integer from 0 to {MAX_SEED}"
+        )
         check("temperature", lambda v: _is_number(v) and 0 <= v < float("inf"), "0 or more")
         check("top_k", lambda v: v is None or (_is_int(v) and v >= 1), "None or an integer >= 1")
         check("top_p", lambda v: v is None or (_is_number(v) and 0 < v <= 1), "None, or in (0, 1]")
@@ -70,7 +77,9 @@ class GenerationParams:
         if self.mode == "ar":
             check("threshold", lambda v: v is None, "None, since mode 'ar' has no threshold")
             check("steps", lambda v: v is None, "None, since mode 'ar' has no steps")
-        check("threshold", lambda v: v is None or (_is_number(v) and 0 <= v <= 1), "None, or 0 to 1")
+        check(
+            "threshold", lambda v: v is None or (_is_number(v) and 0 <= v <= 1), "None, or 0 to 1"
+        )
         check(
             "steps",
             lambda v: v is None or (_is_int(v) and 1 <= v <= self.block_length),

@@ -1,4 +1,5 @@
-"""Linear self-speculation: the diffusion view drafts, the AR view verifies, the text is the AR view's."""
+"""Linear self-speculation: the diffusion view drafts, the AR view verifies, the text is the AR
+view's."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ from trimode.decoding.step import Readout, Step, causal_step
 
 
 def linear(seq: Sequence) -> Generator[Step, Readout, None]:
-    """One round: draft K - 1 tokens, verify them in one causal forward, keep the run that agrees (facts 3.3).
+    """One round: draft K - 1 tokens, verify them in one causal forward, keep the run that agrees
+    (facts 3.3).
 
-    Both views choose with the same noise (`trimode.decoding.choose`), so a draft token is right exactly
-    when it equals the verifier's choice, and what is emitted is the verifier's at any temperature.
+    Both views choose with the same noise (`trimode.decoding.choose`), so a draft token is right
+    exactly when it equals the verifier's choice, and what is emitted is the verifier's at any
+    temperature.
     """
     block = [seq.last] + [seq.mask_token_id] * (min(seq.params.block_length, seq.num_remaining) - 1)
     yield from denoise(seq, block, kind="draft", is_drafter_on=True)

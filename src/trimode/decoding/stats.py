@@ -1,4 +1,5 @@
-"""Counts of one request. A 32-token forward is not a 1-token forward, so tokens fed are kept too."""
+"""Counts of one request. A 32-token forward is not a 1-token forward, so tokens fed are kept
+too."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Stats:
 
     @property
     def tpf_decode(self) -> float | None:
-        """(new tokens - the one the prefill gives) / forwards other than prefill; None without any."""
+        """(new tokens - the one the prefill gives) / forwards other than prefill; None without
+        any."""
         num_decode = self.num_forwards - self.forwards["prefill"]
         return (self.new_tokens - 1) / num_decode if num_decode else None
 

@@ -56,7 +56,8 @@ class Readout:
 
     Attributes:
         token_ids: Chosen token for each.
-        confidences: Probability of it at temperature 1 after the ban, unfiltered; empty if unwanted.
+        confidences: Probability of it at temperature 1 after the ban, unfiltered; empty if
+            unwanted.
     """
 
     token_ids: list[int]

@@ -71,7 +71,8 @@ class Engine:
         needed = cells_needed(seq)
         if needed > self._num_cells:
             raise CapacityError(
-                f"prompt of {len(seq.prompt_ids)} + max_new_tokens={seq.params.max_new_tokens} + a block"
+                f"prompt of {len(seq.prompt_ids)} + max_new_tokens={seq.params.max_new_tokens} "
+                f"+ a block"
                 f" of {seq.params.block_length} needs {needed} cells; a row has {self._num_cells}"
             )
         self._waiting.append((seq, time.perf_counter()))
@@ -92,7 +93,10 @@ class Engine:
             seq, step = running.seq, running.step
             seq.stats.count(step.kind, len(step.token_ids))
             if readout is None:
-                logger.error("sequence aborted: the network gave non-finite logits in a %s forward", step.kind)
+                logger.error(
+                    "sequence aborted: the network gave non-finite logits in a %s forward",
+                    step.kind,
+                )
                 seq.finish_reason = "abort"
             else:
                 seq.num_committable = step.num_committable

@@ -43,7 +43,8 @@ class Runner:
         config = model.config
         num_valid = config.num_valid_tokens or config.vocab_size
         self._banned = torch.tensor(
-            sorted({config.mask_token_id, *range(num_valid, config.vocab_size)}), device=self._device
+            sorted({config.mask_token_id, *range(num_valid, config.vocab_size)}),
+            device=self._device,
         )
 
     @torch.inference_mode()
@@ -54,7 +55,8 @@ class Runner:
             feeds: What to feed, one per sequence.
 
         Returns:
-            For each feed its answers, or None where they were not finite; that row has been scrubbed.
+            For each feed its answers, or None where they were not finite; that row has been
+            scrubbed.
         """
         order = sorted(range(len(feeds)), key=lambda i: len(feeds[i].step.token_ids))
         packed = [feeds[i] for i in order]
@@ -84,7 +86,8 @@ class Runner:
         return readouts
 
     def _encode(self, packed: list[Feed]) -> Tensor:
-        """[P, H] for all fed tokens, in packed order; their K/V go to the cells after each length."""
+        """[P, H] for all fed tokens, in packed order; their K/V go to the cells after each
+        length."""
         ids = [i for feed in packed for i in feed.step.token_ids]
         positions = [p for feed in packed for p in feed.step.positions]
         input_ids, position_ids = torch.tensor([ids, positions], device=self._device)

@@ -39,13 +39,16 @@ class KVCache:
         except RuntimeError as error:  # out of memory is a RuntimeError on CPU and on CUDA
             num_bytes = 2 * torch.Size(shape).numel() * dtype.itemsize
             raise CapacityError(
-                f"{num_rows} rows of {num_cells} cells need {num_bytes / 2**30:.1f} GiB on {device},"
+                f"{num_rows} rows of {num_cells} cells need {num_bytes / 2**30:.1f} GiB on "
+                f"{device},"
                 " which are not free; lower the batch size or the lengths"
             ) from error
         self.num_rows = num_rows
         self.num_cells = num_cells
 
-    def write(self, layer_index: int, rows: Tensor, cells: Tensor, key: Tensor, value: Tensor) -> None:
+    def write(
+        self, layer_index: int, rows: Tensor, cells: Tensor, key: Tensor, value: Tensor
+    ) -> None:
         """Put the K/V of P tokens into their cells.
 
         Args:

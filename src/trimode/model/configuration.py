@@ -11,7 +11,8 @@ from trimode.errors import ConfigError, UnsupportedError
 
 
 class TriModeConfig(PreTrainedConfig):
-    """Configuration of a tri-mode decoder: Llama-style, with what Qwen2/3, Mistral and Ministral 3 need.
+    """Configuration of a tri-mode decoder: Llama-style, with what Qwen2/3, Mistral and Ministral 3
+    need.
 
     Args:
         vocab_size: Rows of the embedding and of the head, padding rows included.
@@ -97,7 +98,8 @@ class TriModeConfig(PreTrainedConfig):
             )
         except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(" ".join(str(error.__cause__ or error).split())) from error
-        # transformers >= 5.17 keeps these three as dataclass fields, older ones set them in __init__.
+        # transformers >= 5.17 keeps these three as dataclass fields, older ones set them in
+        # __init__.
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
@@ -216,7 +218,8 @@ class NemotronLabsDiffusionConfig(TriModeConfig):
         )
         if not self.is_published_shape:
             raise ConfigError(
-                "model_type 'nemotron_labs_diffusion' has no biases, no QK-norm, no tied head and no"
+                "model_type 'nemotron_labs_diffusion' has no biases, no QK-norm, no tied head "
+                "and no"
                 " padded vocabulary; use model_type 'trimode' for such a network"
             )
 

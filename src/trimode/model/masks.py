@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 TRUNK = 0
-"""Group of the tokens that verify or commit: causal, adapter off, the only ones whose K/V may be kept."""
+"""Group of the tokens that verify or commit: causal, adapter off, the only ones whose K/V may be
+kept."""
 
 
 def fed_mask(groups: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """Attention among the tokens one sequence feeds in one forward; the committed prefix is always visible.
+    """Attention among the tokens one sequence feeds in one forward; the committed prefix is always
+    visible.
 
     Group 0 is the *trunk*: its tokens see earlier fed trunk tokens and themselves. A token of any
     other group sees its whole own group (bidirectionally) and the trunk tokens that lie before the

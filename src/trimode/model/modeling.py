@@ -35,7 +35,8 @@ class RMSNorm(nn.Module):
 
 
 class Rotary:
-    """Angles of rotary positions and the query scale. Holds constants only, made from the config."""
+    """Angles of rotary positions and the query scale. Holds constants only, made from the
+    config."""
 
     def __init__(self, config: TriModeConfig) -> None:
         parameters = config.rope_parameters
@@ -58,7 +59,8 @@ class Rotary:
                 inverse, factor = ROPE_INIT_FUNCTIONS[rope_type](self._config, None)
             else:
                 raise ConfigError(
-                    f"rope_parameters.rope_type is {rope_type!r}; allowed: default, linear, llama3, yarn"
+                    f"rope_parameters.rope_type is {rope_type!r}; allowed: default, linear, "
+                    f"llama3, yarn"
                 )
             self._constants[device] = (inverse.to(device), float(factor))
         return self._constants[device]
@@ -82,7 +84,8 @@ class Rotary:
 
 
 class RotaryAngles:
-    """cos, signed_sin: [..., 1, D]; query_scale: [..., 1, 1] or None. Half-rotation ("neox") layout."""
+    """cos, signed_sin: [..., 1, D]; query_scale: [..., 1, 1] or None. Half-rotation ("neox")
+    layout."""
 
     __slots__ = ("_half", "cos", "query_scale", "signed_sin")
 
@@ -181,7 +184,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embedding, layers and final norm. "Encoder" is the published name; the view decides what it is."""
+    """Embedding, layers and final norm. "Encoder" is the published name; the view decides what it
+    is."""
 
     def __init__(self, config: TriModeConfig) -> None:
         super().__init__()
@@ -283,7 +287,8 @@ class TriModeModel(PreTrainedModel):
 
 
 class NemotronLabsDiffusionModel(TriModeModel):
-    """The same network under the published name, so that what it saves names the right architecture."""
+    """The same network under the published name, so that what it saves names the right
+    architecture."""
 
     config_class = NemotronLabsDiffusionConfig
 

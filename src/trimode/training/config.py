@@ -74,7 +74,8 @@ class StagePart:
         batch_tokens: Tokens of text per optimiser step.
         micro_batch_sequences: Rows per forward; the rest of the batch is accumulated.
         block_lengths: K, drawn for each row with equal chance.
-        draft_share: Share of blocks that show the pattern of decoding: one clean token, K - 1 masks.
+        draft_share: Share of blocks that show the pattern of decoding: one clean token, K - 1
+            masks.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Noise: which positions of a row are masked, and how much their losses weigh.
 
-Pure functions of the rows, a seed and each row's global sample index, so neither the split of a batch
-nor a resumed run changes the noise.
+Pure functions of the rows, a seed and each row's global sample index, so neither the split of a
+batch nor a resumed run changes the noise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How good the diffusion view is as a drafter: accuracy by offset and expected acceptance length."""
+"""How good the diffusion view is as a drafter: accuracy by offset and expected acceptance
+length."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ class DraftAccuracy:
 def draft_accuracy(
     model: TriModeModel, batch: TrainingBatch, *, block_length: int
 ) -> DraftAccuracy:
-    """Measure one batch whose noise is `corruption.draft_pattern` and whose blocks are all K long."""
+    """Measure one batch whose noise is `corruption.draft_pattern` and whose blocks are all K
+    long."""
     rows = batch.rows
     noisy_hidden, clean_hidden = encode_dual_stream(model, batch)
     blocks = _whole_blocks(batch, block_length)  # [M, K] places in the flattened rows
@@ -86,7 +88,8 @@ def merge(parts: Iterable[DraftAccuracy]) -> DraftAccuracy:
 
 
 def _whole_blocks(batch: TrainingBatch, block_length: int) -> Tensor:
-    """[M, K] int64. Places (in the flattened rows) of the blocks that are all there and all text."""
+    """[M, K] int64. Places (in the flattened rows) of the blocks that are all there and all
+    text."""
     rows = batch.rows
     starts = rows.is_block_start.flatten().nonzero()[:, 0]
     row_len = rows.clean_ids.shape[1]

@@ -1,7 +1,7 @@
 """The dual stream `[noisy | clean]`: its tokens, its positions and what may attend to what.
 
-One forward over both halves gives the diffusion view (noisy half) and the AR view (clean half) of the
-same text. Source: facts 2.2, `sbd_block_diff`, here with documents packed in rows.
+One forward over both halves gives the diffusion view (noisy half) and the AR view (clean half) of
+the same text. Source: facts 2.2, `sbd_block_diff`, here with documents packed in rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def dual_stream_mask(rows: PackedRows) -> Tensor:
 
 
 class ChunkedAttention:
-    """`DenseAttention` without the work that the mask throws away: queries in chunks, few keys each.
+    """`DenseAttention` without the work that the mask throws away: queries in chunks, few keys
+    each.
 
     For each chunk of queries, the keys are cut to the first-to-last one that any of its queries may
     see, in each part of the stream. The result is that of the dense mask. With plain products and

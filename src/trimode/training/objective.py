@@ -1,10 +1,11 @@
 """The joint objective `L = L_AR + alpha * L_diff` (design, section 6) and the draft statistics.
 
     L_AR   = sum over AR targets of the loss / number of AR targets
-    L_diff = sum over masked, supervised positions of loss / p / number of maskable, supervised tokens
+    L_diff = sum over masked, supervised positions of loss / p / number of maskable, supervised
+    tokens
 
-Both numbers are global: `count_targets` gives them before any forward, so that they can be summed over
-the micro-batches of a step (and over ranks) and every micro-batch be divided by the same ones.
+Both numbers are global: `count_targets` gives them before any forward, so that they can be summed
+over the micro-batches of a step (and over ranks) and every micro-batch be divided by the same ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Muon for the hidden matrices, AdamW for everything else, and the learning-rate schedule.
 
-`torch.optim.Muon` orthogonalises in bf16, which is a hundred times slower on CPUs without bf16 units;
-ours works in float32 unless told otherwise, and on all matrices of one shape at once.
+`torch.optim.Muon` orthogonalises in bf16, which is a hundred times slower on CPUs without bf16
+units; ours works in float32 unless told otherwise, and on all matrices of one shape at once.
 Source: Jordan et al. 2024 (Muon); Liu et al. 2025, arXiv 2502.16982 (update size and weight decay).
 """
 
@@ -43,7 +43,8 @@ def orthogonalize(matrices: Tensor, *, num_steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; the update's size matches AdamW's, so one rate serves both.
+    """Nesterov momentum, orthogonalised; the update's size matches AdamW's, so one rate serves
+    both.
 
     Args:
         params: 2-D matrices.
@@ -177,7 +178,8 @@ def wsd_ratio(progress: float, schedule: SchedulePart) -> float:
 
 
 def _outer_matrices(model: nn.Module) -> set[int]:
-    """Ids of the embedding and head matrices, which are tables and not maps between hidden states."""
+    """Ids of the embedding and head matrices, which are tables and not maps between hidden
+    states."""
     modules = (module for module in model.modules() if isinstance(module, nn.Embedding))
     outer = {id(module.weight) for module in modules}
     head = getattr(model, "diffusion_head", None)

@@ -1,8 +1,9 @@
 """Rows of text for training: which tokens, in which document, at which position, in which block.
 
-Row `r` of a split is the tokens `[r * S, (r + 1) * S)` of its stream. Positions and blocks restart at
-each document, and at the row's start for a document cut there. The last block of a document that ends
-inside the row is filled up with EOS (see `pack_row`). Noise is not made here: see `corruption`.
+Row `r` of a split is the tokens `[r * S, (r + 1) * S)` of its stream. Positions and blocks restart
+at each document, and at the row's start for a document cut there. The last block of a document that
+ends inside the row is filled up with EOS (see `pack_row`). Noise is not made here: see
+`corruption`.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def pack_row(
 class RowSampler:
     """Rows by global sample index: a fresh permutation of all rows for every epoch.
 
-    Everything is a function of `seed` and the sample's index, so a run resumes from its step number.
+    Everything is a function of `seed` and the sample's index, so a run resumes from its step
+    number.
 
     Args:
         stream: The tokens.

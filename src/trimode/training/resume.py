@@ -1,8 +1,9 @@
 """Checkpoints of a run: written whole or not at all, found by looking, resumed to the last bit.
 
-A checkpoint is a folder `output_dir/checkpoints/step_00001234` with the weights, the optimiser state,
-the state of torch's random generators, and `run.json` (step, tokens, config, versions, commit).
-All noise and the order of the data are functions of the step, so nothing else has to be kept.
+A checkpoint is a folder `output_dir/checkpoints/step_00001234` with the weights, the optimiser
+state, the state of torch's random generators, and `run.json` (step, tokens, config, versions,
+commit). All noise and the order of the data are functions of the step, so nothing else has to be
+kept.
 """
 
 from __future__ import annotations
