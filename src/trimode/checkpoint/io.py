@@ -127,7 +127,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, config=read_model_config(folder))
     except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
 

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="change the config, e.g. optimizer.learning_rate=1e-3 stages.0.tokens=1000000",
     )

@@ -141,9 +141,14 @@ class Sequence:
         """Whether the newest token completed a stop string; notes where the text before it ends."""
         if self._detokenize is None:
             raise AssertionError("stop strings need a detokenizer")
-        # A token is at least one byte, so the newest match lies within this many tokens.
+        # The newest match lies within so many bytes, and nearly every token is at least one; those
+        # that show nothing (special tokens) make the window grow.
         window = 1 + max(len(stop.encode()) for stop in self.params.stop)
-        tail = self._detokenize(self.new_ids[-window:])
+        num_tokens = window
+        tail = self._detokenize(self.new_ids[-num_tokens:])
+        while len(tail.encode()) < window and num_tokens < len(self.new_ids):
+            num_tokens *= 2
+            tail = self._detokenize(self.new_ids[-num_tokens:])
         if not any(stop in tail for stop in self.params.stop):
             return False
         text = self._detokenize(self.new_ids)

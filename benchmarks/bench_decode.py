@@ -1,0 +1,184 @@
+"""Decoding speed of all modes beside transformers' own `generate`, in one run on the same weights.
+
+    python benchmarks/bench_decode.py --output benchmarks/results/pocket_cpu_202611
+
+Every prompt is decoded by every contestant in turn, so a machine that slows down slows them all;
+the table compares totals and the JSON keeps every run. Writes OUTPUT.json and OUTPUT.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import Ministral3Config, Ministral3ForCausalLM
+
+import trimode
+from trimode.checkpoint.io import DEFAULT_MODEL
+
+MODES = ("ar", "diffusion", "linear")
+
+
+def transformers_twin(lm: trimode.TriModeLM) -> Ministral3ForCausalLM:
+    """The AR view of the same weights as transformers' Ministral 3."""
+    config = lm.model.config
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim"
+        " num_key_value_heads max_position_embeddings rms_norm_eps"
+    ).split()
+    rope = {"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": 2**30}
+    twin = Ministral3ForCausalLM(
+        Ministral3Config(
+            **{name: getattr(config, name) for name in names},
+            rope_parameters=rope | config.rope_parameters,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=None,
+            pad_token_id=config.bos_token_id,
+        )
+    )
+    renamed = {
+        name.replace("encoder.", "model.").replace("diffusion_head", "lm_head"): tensor
+        for name, tensor in lm.model.state_dict().items()
+    }
+    twin.load_state_dict(renamed)
+    return twin.eval()
+
+
+def measure(lm: trimode.TriModeLM, twin: Any, prompt_ids: list[int], new_tokens: int) -> dict:
+    """One prompt through every contestant."""
+    runs: dict[str, Any] = {}
+    started_s = time.perf_counter()
+    ids = twin.generate(
+        torch.tensor([prompt_ids]),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        suppress_tokens=[lm.model.config.mask_token_id],
+    )
+    seconds = time.perf_counter() - started_s
+    runs["transformers"] = {"seconds": seconds, "token_ids": ids[0, len(prompt_ids) :].tolist()}
+    for mode in MODES:
+        result = lm.generate(
+            prompt_ids, mode=mode, max_new_tokens=new_tokens, seed=0, ignore_eos=True
+        )
+        stats = result.stats
+        runs[mode] = {
+            "seconds": stats.seconds,
+            "token_ids": result.token_ids,
+            "forwards": stats.forwards,
+            "tokens_fed": stats.tokens_fed,
+            "acceptance_lengths": stats.acceptance_lengths,
+        }
+    return runs
+
+
+def summarise(name: str, runs: list[dict[str, Any]], base: float) -> dict[str, Any]:
+    """Totals of one contestant over all prompts."""
+    seconds = sum(run["seconds"] for run in runs)
+    tokens = sum(len(run["token_ids"]) for run in runs)
+    row: dict[str, Any] = {"name": name, "tokens_per_second": tokens / seconds}
+    row["speed_over_transformers"] = row["tokens_per_second"] / base if base else 1.0
+    if name != "transformers":
+        total = sum(sum(run["forwards"].values()) for run in runs)
+        prefill = sum(run["forwards"]["prefill"] for run in runs)
+        lengths = [length for run in runs for length in run["acceptance_lengths"]]
+        row["tpf_total"] = tokens / total
+        row["tpf_decode"] = (tokens - prefill) / (total - prefill)
+        row["acceptance_length"] = sum(lengths) / len(lengths) if lengths else None
+        row["tokens_fed_per_new_token"] = (
+            sum(sum(run["tokens_fed"].values()) for run in runs) / tokens
+        )
+    return row
+
+
+def environment(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Hardware, versions, commit and settings."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python benchmarks/bench_decode.py",
+        "arguments": {k: str(v) for k, v in vars(arguments).items()},
+        "machine": platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trimode": trimode.__version__,
+        "commit": commit.stdout.strip(),
+        "batch_size": 1,
+        "dtype": "float32",
+    }
+
+
+def table(rows: list[dict[str, Any]], about: str) -> str:
+    """The Markdown summary."""
+    lines = [
+        about,
+        "",
+        "| | tokens/s | over transformers | TPF decode | TPF total | acceptance length | fed/new |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["name"], f"{row['tokens_per_second']:.0f}"]
+        cells.append(f"{row['speed_over_transformers']:.2f}x")
+        for key in ("tpf_decode", "tpf_total", "acceptance_length", "tokens_fed_per_new_token"):
+            cells.append(f"{row[key]:.2f}" if row.get(key) is not None else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    lines.append("Acceptance length counts accepted drafts plus the bonus token of each round.")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--prompts", type=Path, default=DEFAULT_MODEL / "heldout_prompts.jsonl")
+    parser.add_argument("--num-prompts", type=int, default=50)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    lm = trimode.load(arguments.model)
+    twin = transformers_twin(lm)
+    lines = arguments.prompts.read_text(encoding="utf-8").splitlines()[: arguments.num_prompts]
+    prompts = [lm.encode(json.loads(line)["prompt"]) for line in lines]
+    measure(lm, twin, prompts[0], 16)  # warm up
+    runs = [measure(lm, twin, prompt, arguments.new_tokens) for prompt in prompts]
+    rows: list[dict[str, Any]] = []
+    for name in ("transformers", *MODES):
+        base = rows[0]["tokens_per_second"] if rows else 0.0
+        rows.append(summarise(name, [run[name] for run in runs], base))
+    equal = {
+        "ar_equals_transformers": sum(
+            r["ar"]["token_ids"] == r["transformers"]["token_ids"] for r in runs
+        ),
+        "linear_equals_ar": sum(r["linear"]["token_ids"] == r["ar"]["token_ids"] for r in runs),
+        "prompts": len(runs),
+    }
+    env = environment(arguments)
+    lens = [len(prompt) for prompt in prompts]
+    about = (
+        f"Greedy, batch 1, float32, {env['threads']} threads, {len(prompts)} held-out prompts of"
+        f" {min(lens)} to {max(lens)} tokens, {arguments.new_tokens} new tokens each, block length"
+        f" {lm.model.config.block_size}, threshold 0.9 (diffusion). {env['date']}, torch"
+        f" {env['torch']}, transformers {env['transformers']}, commit {env['commit']}.\n\n"
+        f"Token-equal texts: AR and transformers {equal['ar_equals_transformers']}/{len(runs)},"
+        f" linear and AR {equal['linear_equals_ar']}/{len(runs)}."
+    )
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    record = {"environment": env, "equal": equal, "summary": rows, "runs": runs}
+    arguments.output.with_suffix(".json").write_text(json.dumps(record) + "\n")
+    arguments.output.with_suffix(".md").write_text(table(rows, about))
+    print(table(rows, about))
+
+
+if __name__ == "__main__":
+    main()
