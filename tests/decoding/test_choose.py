@@ -1,0 +1,256 @@
+"""The law of a choice: AR with fresh seeds follows the enumerated law, filters as their twin."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+from tests.reference import next_logits
+from trimode.decoding import GenerationParams
+from trimode.decoding.choose import Choice, choose, filter_logits
+from trimode.engine import Engine
+from trimode.model import TriModeModel
+from trimode.runtime import TriModeLM
+
+TINY = {"vocab_size": 8, "mask_token_id": 7, "eos_token_id": 6, "bos_token_id": 5}
+PROMPT = [1, 2, 3]
+NUM_SEEDS = 4000
+LAW: dict[str, Any] = {"temperature": 1.3, "top_k": 5, "top_p": 0.9}
+
+
+def slow_law(
+    logits: list[float], *, temperature: float, top_k: int | None, top_p: float | None
+) -> list[float]:
+    """The probabilities after temperature, top-k and top-p, one token at a time."""
+    top = max(logits)
+    weights = [math.exp((x - top) / temperature) for x in logits]
+    ranked = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+    ranked = ranked[: top_k or len(ranked)]
+    total = sum(weights[i] for i in ranked)
+    kept: list[int] = []
+    for i in ranked:
+        if top_p is not None and sum(weights[j] for j in kept) / total >= top_p:
+            break
+        kept.append(i)
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
+
+
+def enumerated_law(model: TriModeModel, **law: Any) -> dict[tuple[int, int], float]:
+    """Probability of every continuation of two tokens."""
+    found = {}
+    first = slow_law(next_logits(model, PROMPT)[-1].tolist(), **law)
+    for i in (i for i, p in enumerate(first) if p > 0):
+        second = slow_law(next_logits(model, [*PROMPT, i])[-1].tolist(), **law)
+        found |= {(i, j): first[i] * p for j, p in enumerate(second) if p > 0}
+    return found
+
+
+def p_value(model: TriModeModel, **law: Any) -> float:
+    """Chi-square of AR continuations of two tokens, a fresh seed each; 0 if one is impossible."""
+    lm = TriModeLM(model, None)
+    engine = Engine(model, num_rows=200, num_cells=8)
+    sequences = [
+        lm.sequence(
+            PROMPT,
+            GenerationParams(
+                mode="ar", max_new_tokens=2, block_length=2, seed=seed, ignore_eos=True, **law
+            ),
+        )
+        for seed in range(NUM_SEEDS)
+    ]
+    for seq in sequences:
+        engine.submit(seq)
+    while not engine.is_idle:
+        engine.step()
+    counts = Counter((seq.new_ids[0], seq.new_ids[1]) for seq in sequences)
+    expected = enumerated_law(model, **law)
+    if not counts.keys() <= expected.keys():
+        return 0.0
+    cells, rare = [], [0.0, 0.0]
+    for pair, probability in expected.items():
+        cell = [float(counts[pair]), probability * NUM_SEEDS]
+        if cell[1] >= 5:
+            cells.append(cell)
+        else:
+            rare = [rare[0] + cell[0], rare[1] + cell[1]]
+    if rare[1] > 0:
+        cells.append(rare)
+    assert len(cells) > 5, "the law is too narrow to test anything"
+    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+    return float(stats.chi2.sf(statistic, len(cells) - 1))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., TriModeModel]) -> TriModeModel:
+    return tiny_model(torch.float64, initializer_range=0.2, **TINY)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        {"temperature": 1.0, "top_k": None, "top_p": None},
+        {"temperature": 0.7, "top_k": 4, "top_p": None},
+        LAW,
+    ],
+    ids=str,
+)
+def test_ar_follows_the_enumerated_law(model: TriModeModel, law: dict[str, Any]) -> None:
+    """Prevents: sampling from another law than the one asked for."""
+    assert p_value(model, **law) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement"),
+    [
+        ("noise_key", lambda real: lambda seed, position: real(seed, 0)),
+        ("noise_key", lambda real: lambda seed, position: real(0, position)),
+        # A filter after the noise keeps the winner, whatever it is: it filters nothing.
+        ("filter_logits", lambda real: lambda logits, **_: logits),
+        ("gumbel", lambda real: lambda keys, num_tokens: 0.8 * real(keys, num_tokens)),
+    ],
+    ids=["noise reused", "seed ignored", "filter after noise", "noise too small"],
+)
+def test_the_test_of_the_law_catches_mutants(
+    model: TriModeModel, monkeypatch: pytest.MonkeyPatch, name: str, replacement: Any
+) -> None:
+    """Prevents: a chi-square test that would pass whatever is sampled."""
+    module = sys.modules["trimode.decoding.choose"]
+    monkeypatch.setattr(module, name, replacement(getattr(module, name)))
+    assert p_value(model, **LAW) < 1e-6
+
+
+TIED = [0.0, 1.0, 1.0, -2.0, 1.0, 0.5, 0.5, -9.0]
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2, 3, 5, 8, 100])
+@pytest.mark.parametrize("top_p", [None, 1.0, 0.95, 0.5, 1e-9])
+def test_filter_agrees_with_its_slow_twin(top_k: int | None, top_p: float | None) -> None:
+    """Prevents: an off-by-one at the edge of a filter, or ties that all stay or fall by chance."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(6, 8, generator=generator, dtype=torch.float64) * 2
+    logits[0] = torch.tensor(TIED)
+    logits[1, 7] = -torch.inf
+    found = filter_logits(logits, top_k=[top_k] * 6, top_p=[top_p] * 6)
+    for row, kept in zip(logits.tolist(), found.softmax(-1).tolist(), strict=True):
+        assert kept == pytest.approx(slow_law(row, temperature=1, top_k=top_k, top_p=top_p))
+
+
+def test_filters_of_one_row_leave_the_others_alone() -> None:
+    """Prevents: one request's top_k applied to the whole batch."""
+    logits = torch.tensor([TIED] * 3, dtype=torch.float64)
+    found = filter_logits(logits, top_k=[None, 2, None], top_p=[None, None, 0.3])
+    assert found[0].tolist() == TIED
+    assert found[1].isfinite().nonzero()[:, 0].tolist() == [1, 2]
+    assert found[2].isfinite().nonzero()[:, 0].tolist() == [1, 2]
+
+
+def pick(logits: torch.Tensor, *, banned: list[int] = (), **law: Any) -> Choice:
+    num_wanted = len(logits)
+    params = [
+        GenerationParams(mode="ar", max_new_tokens=1, block_length=2, seed=s, **law)
+        for s in range(num_wanted)
+    ]
+    return choose(
+        logits.clone(),
+        params=params,
+        positions=range(num_wanted),
+        banned=torch.tensor(banned, dtype=torch.int64),
+        wants_confidence=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "law", [{}, {"temperature": 5.0}, {"temperature": 2.0, "top_k": 8, "top_p": 1.0}], ids=str
+)
+def test_banned_ids_are_never_chosen(law: dict[str, Any]) -> None:
+    """Prevents: the mask token, or a padded row, in the text."""
+    logits = torch.tensor([[9.0, 0, 0, 0, 0, 0, 0, 9.0]], dtype=torch.float64).expand(500, 8)
+    assert set(pick(logits, banned=[0, 7], **law).token_ids) <= set(range(1, 7))
+
+
+@pytest.mark.parametrize("law", [{}, {"temperature": 3.0, "top_k": 2}], ids=str)
+def test_confidence_is_the_plain_probability_after_the_ban(law: dict[str, Any]) -> None:
+    """Prevents: confidence that moves with temperature or filters, or that counts banned ids."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(20, 8, generator=generator, dtype=torch.float64)
+    choice = pick(logits, banned=[7], **law)
+    for row, token_id, confidence in zip(
+        logits.tolist(), choice.token_ids, choice.confidences, strict=True
+    ):
+        total = sum(math.exp(x) for x in row[:7])
+        assert confidence == pytest.approx(math.exp(row[token_id]) / total, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("law", [{}, {"temperature": 1.0, "top_p": 0.9}], ids=str)
+def test_a_bad_row_is_flagged_and_alone(bad: float, law: dict[str, Any]) -> None:
+    """Prevents: a token chosen from NaN, and one bad row spoiling the choices beside it."""
+    logits = torch.tensor([TIED] * 3, dtype=torch.float64)
+    good = pick(logits, **law)
+    logits[1, 4] = bad
+    found = pick(logits, **law)
+    assert found.is_finite == [True, False, True]
+    assert [found.token_ids[i] for i in (0, 2)] == [good.token_ids[i] for i in (0, 2)]
+
+
+@pytest.mark.parametrize("mode", ["ar", "linear", "diffusion"])
+def test_a_nan_sequence_is_aborted_and_its_row_scrubbed(
+    tiny_model: Callable[..., TriModeModel], mode: str
+) -> None:
+    """Prevents: NaN K/V left in a row, which masked attention then multiplies by zero into NaN for
+    whoever gets the row next; and one bad request ending the others."""
+    model = tiny_model(torch.float64)
+    lm = TriModeLM(model, None)
+    poison = 200
+
+    def sequences() -> list[Any]:
+        params = GenerationParams(
+            mode=mode, max_new_tokens=8, block_length=4, seed=1, temperature=0.0, ignore_eos=True
+        )
+        prompts = [[1, 2, 3], [4, poison], [5, 6], [7]]
+        return [lm.sequence(prompt, params) for prompt in prompts]
+
+    def run(engine: Engine, seqs: list[Any]) -> None:
+        for seq in seqs:
+            engine.submit(seq)
+        while not engine.is_idle:
+            engine.step()
+
+    expected = sequences()
+    for seq in expected:
+        run(Engine(model, num_rows=1, num_cells=32), [seq])
+    assert not any(poison in expected[i].new_ids for i in (0, 2, 3))
+
+    def plant(_module: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((args[0] == poison)[..., None], math.nan)
+
+    hook = model.encoder.embed_tokens.register_forward_hook(plant)
+    try:
+        engine = Engine(model, num_rows=2, num_cells=32)
+        found = sequences()
+        run(engine, found)
+    finally:
+        hook.remove()
+    assert [seq.finish_reason for seq in found] == ["length", "abort", "length", "length"]
+    for i in (0, 2, 3):
+        assert found[i].new_ids == expected[i].new_ids
+    assert found[1].new_ids == []
+    cache = engine._runner._cache
+    assert bool(cache.keys.isfinite().all())
+    assert bool(cache.values.isfinite().all())
+
+
+def test_all_pairs_of_the_plain_law_sum_to_one(model: TriModeModel) -> None:
+    """Prevents: an enumeration that misses outcomes, which would hide them from the chi-square."""
+    law = enumerated_law(model, **LAW)
+    assert sum(law.values()) == pytest.approx(1)
+    assert law.keys() < set(itertools.product(range(7), repeat=2))

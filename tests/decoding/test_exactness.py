@@ -1,0 +1,189 @@
+"""The promise of speculation: same seed, same text, whatever the schedule, the drafter, the batch.
+
+All in float64, where rounding cannot move a choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from trimode.decoding import GenerationParams, Sequence, speculation
+from trimode.engine import Engine
+from trimode.engine.runner import Runner
+from trimode.runtime import Generation, TriModeLM
+
+SMALL = {"vocab_size": 12, "mask_token_id": 11, "eos_token_id": 10, "bos_token_id": 9}
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 1, 2, 0, 3, 3], [9, 2, 2, 7, 1], [0, 8]]
+SEEDS = [0, 1, 2**63, 2**64 - 1, 77]
+LAWS = [
+    {"temperature": 0.0},
+    {"temperature": 0.7},
+    {"temperature": 1.3},
+    {"temperature": 1.3, "top_k": 4},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"temperature": 1.3, "top_k": 6, "top_p": 0.9},
+]
+SCHEDULES: list[dict[str, Any]] = [
+    {"block_length": 2},
+    {"block_length": 4},
+    {"block_length": 8},
+    {"block_length": 4, "threshold": 0.3},
+    {"block_length": 8, "threshold": 0.3, "steps": 2},
+    {"block_length": 4, "steps": 4},
+]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Callable[..., Any]) -> TriModeLM:
+    """Drafts with the network itself; its flat law lets the noise decide, so drafts run long."""
+    return TriModeLM(tiny_model(torch.float64, initializer_range=0.2, **SMALL), None)
+
+
+@pytest.fixture(scope="module")
+def adapted(alone: TriModeLM, random_adapter: Callable[..., Any]) -> TriModeLM:
+    """Drafts with an adapter that disagrees."""
+    adapter = random_adapter(alone.model, strength=3.0)
+    return TriModeLM(alone.model, None, adapter=adapter)
+
+
+def generate(lm: TriModeLM, prompts: Any = PROMPTS, **options: Any) -> list[Generation]:
+    defaults: dict[str, Any] = {"max_new_tokens": 16, "seed": SEEDS, "ignore_eos": True}
+    found = lm.generate(prompts, **(defaults | options))
+    return found if isinstance(found, list) else [found]
+
+
+def texts(generations: list[Generation]) -> list[list[int]]:
+    return [generation.token_ids for generation in generations]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_linear_writes_what_ar_writes(
+    alone: TriModeLM, adapted: TriModeLM, law: dict[str, Any], ignore_eos: bool
+) -> None:
+    """Prevents: a draft, a schedule or a block length leaking into the text."""
+    expected = generate(alone, mode="ar", ignore_eos=ignore_eos, **law)
+    for schedule in SCHEDULES if ignore_eos else SCHEDULES[2:3]:
+        for lm in (alone, adapted):
+            found = generate(lm, mode="linear", ignore_eos=ignore_eos, **law, **schedule)
+            assert texts(found) == texts(expected), schedule
+            assert [g.finish_reason for g in found] == [g.finish_reason for g in expected]
+
+
+@pytest.mark.parametrize("block_length", [2, 4, 8])
+def test_every_acceptance_length_happens_and_is_exact(
+    alone: TriModeLM, adapted: TriModeLM, block_length: int
+) -> None:
+    """Prevents: an off-by-one that shows only for a draft wholly wrong or wholly right."""
+    lengths = set()
+    prompts, seeds = PROMPTS * 4, list(range(20))
+    for temperature in (0.7, 1.3):
+        options = {"temperature": temperature, "seed": seeds, "max_new_tokens": 24}
+        expected = texts(generate(alone, prompts, mode="ar", **options))
+        for lm in (alone, adapted):
+            found = generate(lm, prompts, mode="linear", block_length=block_length, **options)
+            assert texts(found) == expected
+            for generation in found:
+                assert sum(generation.stats.acceptance_lengths) + 1 == len(generation.token_ids)
+                lengths.update(generation.stats.acceptance_lengths)
+    assert lengths == set(range(1, block_length + 1))
+
+
+@pytest.mark.parametrize("mode", ["ar", "linear", "diffusion"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_does_not_depend_on_its_batch(
+    adapted: TriModeLM, mode: str, temperature: float
+) -> None:
+    """Prevents: padding, cell offsets or noise of one row reaching another."""
+    options: dict[str, Any] = {"mode": mode, "temperature": temperature}
+    together = generate(adapted, **options)
+    for prompt, seed, found in zip(PROMPTS, SEEDS, together, strict=True):
+        [single] = generate(adapted, prompt, seed=seed, **options)
+        assert single.token_ids == found.token_ids
+        assert single.stats.forwards == found.stats.forwards
+        assert single.stats.acceptance_lengths == found.stats.acceptance_lengths
+
+
+def _mixed(lm: TriModeLM) -> list[Sequence]:
+    modes = ["ar", "linear", "diffusion", "linear", "ar"]
+    return [
+        lm.sequence(
+            prompt,
+            GenerationParams(
+                mode=mode,
+                max_new_tokens=9 + i,
+                block_length=3 + i,
+                seed=SEEDS[i],
+                temperature=0.4 * i,
+                top_k=None if i % 2 else 5,
+                ignore_eos=True,
+            ),
+        )
+        for i, (mode, prompt) in enumerate(zip(modes, PROMPTS, strict=True))
+    ]
+
+
+def _run(engine: Engine) -> list[Sequence]:
+    finished = []
+    while not engine.is_idle:
+        finished += engine.step()
+    return finished
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+def test_modes_mix_in_one_engine_and_rows_are_reused(adapted: TriModeLM, num_rows: int) -> None:
+    """Prevents: a causal row beside a block row taking its mask or its adapter; stale cells of a
+    row's former owner; sequences lost when there are more than rows."""
+    expected = []
+    for seq in _mixed(adapted):
+        _run(adapted.engine([seq]))
+        expected.append((seq.new_ids, seq.stats.forwards))
+    engine = Engine(adapted.model, num_rows=num_rows, num_cells=64, adapter=adapted.adapter)
+    sequences = _mixed(adapted)
+    for seq in sequences:
+        engine.submit(seq)
+    finished = _run(engine)
+    assert sorted(map(id, finished)) == sorted(map(id, sequences))
+    assert [(seq.new_ids, seq.stats.forwards) for seq in sequences] == expected
+
+
+def test_the_adapter_changes_drafts_and_not_text(alone: TriModeLM, adapted: TriModeLM) -> None:
+    """Prevents: an adapter that is never switched on, or that is on in the verifier too."""
+    options: dict[str, Any] = {"mode": "linear", "block_length": 8, "temperature": 1.0}
+    without, with_it = generate(alone, **options), generate(adapted, **options)
+    assert texts(without) == texts(with_it)
+    assert [g.stats.acceptance_lengths for g in without] != [
+        g.stats.acceptance_lengths for g in with_it
+    ]
+
+
+def test_accepting_one_token_too_many_is_caught(
+    adapted: TriModeLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: these tests passing whatever is accepted."""
+
+    def take_one_more(agrees: Callable[[Any], bool], pairs: Any) -> Any:
+        for pair in pairs:
+            yield pair
+            if not agrees(pair):
+                return
+
+    options: dict[str, Any] = {"temperature": 1.0}
+    expected = texts(generate(adapted, mode="ar", **options))
+    monkeypatch.setattr(speculation, "takewhile", take_one_more)
+    assert texts(generate(adapted, mode="linear", **options)) != expected
+
+
+def test_an_adapter_left_on_in_verify_is_caught(
+    adapted: TriModeLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: these tests passing with a verifier that is not the AR view."""
+    options: dict[str, Any] = {"temperature": 1.0}
+    expected = texts(generate(adapted, mode="ar", **options))
+    switch = Runner._switch
+    monkeypatch.setattr(Runner, "_switch", lambda self, on: switch(self, [True] * len(on)))
+    assert texts(generate(adapted, mode="linear", **options)) != expected

@@ -1,0 +1,214 @@
+"""The loop: rows, capacity, aborts, and what a mode may commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from trimode.decoding import GenerationParams, Sequence, Step
+from trimode.decoding.modes import MODES
+from trimode.decoding.step import block_step, causal_step
+from trimode.engine import Engine
+from trimode.errors import CapacityError
+from trimode.runtime import TriModeLM
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model: Callable[..., Any], random_adapter: Callable[..., Any]) -> TriModeLM:
+    model = tiny_model(torch.float64)
+    return TriModeLM(model, None, adapter=random_adapter(model))
+
+
+def make(lm: TriModeLM, prompt: list[int], **options: Any) -> Sequence:
+    values: dict[str, Any] = {"mode": "linear", "max_new_tokens": 10, "block_length": 4, "seed": 0}
+    return lm.sequence(prompt, GenerationParams(**(values | {"ignore_eos": True} | options)))
+
+
+def run(engine: Engine) -> list[Sequence]:
+    finished = []
+    while not engine.is_idle:
+        finished += engine.step()
+    return finished
+
+
+def commits_block(seq: Sequence, *, is_drafter_on: bool) -> Iterator[Any]:
+    """A wrong mode: keeps the K/V of a block that saw itself in both directions."""
+    block = [seq.last, seq.mask_token_id]
+    yield block_step("denoise", block, start=seq.length, wanted=[1], is_drafter_on=is_drafter_on)
+    seq.commit(1)
+
+
+def commits_adapted(seq: Sequence) -> Iterator[Any]:
+    """A wrong mode: causal, but written with the drafter on from its second token."""
+    yield Step("verify", [seq.last, 1], [seq.length, seq.length + 1], [0, 0], [False, True], [0])
+    seq.commit(2)
+
+
+def commits_too_many(seq: Sequence) -> Iterator[Any]:
+    """A wrong mode: commits more than it fed."""
+    yield causal_step("decode", [seq.last], start=seq.length, wanted=[0])
+    seq.commit(2)
+
+
+def commits_twice(seq: Sequence) -> Iterator[Any]:
+    """A wrong mode: commits the same step twice."""
+    yield causal_step("decode", [seq.last], start=seq.length, wanted=[0])
+    seq.commit(1)
+    seq.commit(1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "num_allowed"),
+    [
+        (lambda seq: commits_block(seq, is_drafter_on=False), 0),
+        (lambda seq: commits_block(seq, is_drafter_on=True), 0),
+        (commits_adapted, 1),
+        (commits_too_many, 1),
+        (commits_twice, 0),
+    ],
+    ids=["bidirectional", "drafted", "adapted", "too many", "twice"],
+)
+def test_a_mode_cannot_commit_what_is_not_causal_and_plain(
+    lm: TriModeLM, monkeypatch: pytest.MonkeyPatch, wrong: Any, num_allowed: int
+) -> None:
+    """Prevents: K/V of the diffusion view or of the drafter becoming the prefix of later text."""
+    monkeypatch.setitem(MODES, "linear", wrong)
+    engine = lm.engine([make(lm, [1, 2])])
+    engine.step()
+    with pytest.raises(AssertionError, match=rf"only {num_allowed} tokens of the latest step"):
+        engine.step()
+
+
+def test_commit_refuses_a_negative_number(lm: TriModeLM) -> None:
+    """Prevents: a length that shrinks unseen."""
+    with pytest.raises(AssertionError, match=r"commit\(-1\)"):
+        make(lm, [1]).commit(-1)
+
+
+def test_num_committable_is_the_plain_causal_head_of_a_step() -> None:
+    """Prevents: committable tokens counted behind one that is not."""
+    assert causal_step("verify", [1, 2, 3], start=0, wanted=[0]).num_committable == 3
+    assert (
+        block_step("draft", [1, 2], start=0, wanted=[1], is_drafter_on=False).num_committable == 0
+    )
+    mixed = Step("verify", [1, 2, 3], [0, 1, 2], [0, 1, 0], [False] * 3, [0])
+    assert mixed.num_committable == 1
+    assert mixed.answer_positions == [1]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["ar", "linear", "diffusion"])
+def test_abort_frees_the_row_for_the_next(lm: TriModeLM, mode: str, num_steps: int) -> None:
+    """Prevents: a row lost, or left with cells that the next owner sees."""
+    expected = make(lm, [5, 6], mode=mode)
+    run(lm.engine([expected]))
+    engine = Engine(lm.model, num_rows=1, num_cells=32, adapter=lm.adapter)
+    first, second = make(lm, [1, 2, 3, 4], mode=mode), make(lm, [5, 6], mode=mode)
+    engine.submit(first)
+    engine.submit(second)
+    for _ in range(num_steps):
+        engine.step()
+    assert second.new_ids == []
+    num_emitted = len(first.new_ids)
+    engine.abort(first)
+    engine.abort(first)
+    assert first.finish_reason == "abort"
+    assert run(engine) == [second]
+    assert second.new_ids == expected.new_ids
+    assert len(first.new_ids) == num_emitted
+
+
+def test_abort_of_a_waiting_sequence(lm: TriModeLM) -> None:
+    """Prevents: an aborted request running all the same once a row is free."""
+    engine = Engine(lm.model, num_rows=1, num_cells=32)
+    first, second = make(lm, [1]), make(lm, [2])
+    engine.submit(first)
+    engine.submit(second)
+    engine.step()
+    engine.abort(second)
+    assert run(engine) == [first]
+    assert second.finish_reason == "abort"
+    assert second.new_ids == []
+    assert engine.step() == []
+
+
+def test_abort_keeps_the_reason_of_a_finished_sequence(lm: TriModeLM) -> None:
+    """Prevents: a completed request reported as aborted by a late disconnect."""
+    seq = make(lm, [1], max_new_tokens=2)
+    engine = lm.engine([seq])
+    run(engine)
+    engine.abort(seq)
+    assert seq.finish_reason == "length"
+
+
+def test_capacity_is_refused_with_numbers(lm: TriModeLM) -> None:
+    """Prevents: writing beyond a row; a refusal that does not say what would fit."""
+    engine = Engine(lm.model, num_rows=1, num_cells=16)
+    with pytest.raises(CapacityError) as caught:
+        engine.submit(make(lm, [1, 2, 3]))
+    message = str(caught.value)
+    for part in ("prompt of 3", "max_new_tokens=10", "a block of 4", "needs 17 cells", "has 16"):
+        assert part in message
+    assert engine.is_idle
+    engine.submit(make(lm, [1, 2]))
+    assert [seq.finish_reason for seq in run(engine)] == ["length"]
+
+
+@pytest.mark.parametrize("mode", ["ar", "linear", "diffusion"])
+@pytest.mark.parametrize("block_length", [2, 5, 16])
+def test_the_cells_of_a_row_are_enough(lm: TriModeLM, mode: str, block_length: int) -> None:
+    """Prevents: a last block that does not fit where capacity said it would."""
+    for max_new_tokens in (1, 2, 7, 17):
+        seq = make(lm, [1, 2], mode=mode, block_length=block_length, max_new_tokens=max_new_tokens)
+        run(lm.engine([seq]))
+        assert len(seq.new_ids) == max_new_tokens
+
+
+def test_no_state_between_calls(lm: TriModeLM) -> None:
+    """Prevents: a call that depends on those before it, through a cache, a stat or a generator."""
+    options: dict[str, Any] = {"seed": 3, "temperature": 1.0, "max_new_tokens": 12}
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    first = lm.generate([1, 2, 3], **options)
+    lm.generate([[4] * 20, [5]], mode="diffusion", seed=9, max_new_tokens=12)
+    lm.generate([7], mode="ar", seed=1, temperature=2.0, max_new_tokens=3)
+    again = lm.generate([1, 2, 3], **options)
+    assert again.token_ids == first.token_ids
+    assert again.stats.forwards == first.stats.forwards
+    assert again.stats.acceptance_lengths == first.stats.acceptance_lengths
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_stats_add_up(lm: TriModeLM) -> None:
+    """Prevents: forwards or tokens of one sequence counted for another, or not at all."""
+    sequences = [make(lm, [1, 2, 3], mode="ar"), make(lm, [4], mode="linear")]
+    run(lm.engine(sequences))
+    ar, linear = (seq.stats for seq in sequences)
+    assert {k: v for k, v in ar.forwards.items() if v} == {"prefill": 1, "decode": 9}
+    assert {k: v for k, v in ar.tokens_fed.items() if v} == {"prefill": 3, "decode": 9}
+    assert ar.tpf_decode == 1.0
+    rounds = len(linear.acceptance_lengths)
+    assert {k: v for k, v in linear.forwards.items() if v} == {
+        "prefill": 1,
+        "draft": linear.forwards["draft"],
+        "verify": rounds,
+    }
+    assert rounds - 1 <= linear.forwards["draft"] <= rounds
+    assert sum(linear.acceptance_lengths) + 1 == linear.new_tokens == 10
+
+
+def test_a_readout_is_in_the_order_of_its_sequence(lm: TriModeLM) -> None:
+    """Prevents: answers handed to the wrong sequence, as rows are packed by length."""
+    engine = Engine(lm.model, num_rows=3, num_cells=64)
+    prompts = [[3] * 9, [4], [5] * 4]
+    sequences = [make(lm, prompt, mode="ar", max_new_tokens=1) for prompt in prompts]
+    for seq in sequences:
+        engine.submit(seq)
+    assert engine.step() == sequences
+    for prompt, seq in zip(prompts, sequences, strict=True):
+        own = make(lm, prompt, mode="ar", max_new_tokens=1)
+        run(lm.engine([own]))
+        assert own.new_ids == seq.new_ids
