@@ -216,7 +216,8 @@ def test_a_nan_sequence_is_aborted_and_its_row_scrubbed(
         params = GenerationParams(
             mode=mode, max_new_tokens=8, block_length=4, seed=1, temperature=0.0, ignore_eos=True
         )
-        prompts = [[1, 2, 3], [4, poison], [5, 6], [7]]
+        # Poison far behind the text of the row's next owner, which would else write over it.
+        prompts = [[1, 2, 3], [4] * 19 + [poison], [5, 6], [7]]
         return [lm.sequence(prompt, params) for prompt in prompts]
 
     def run(engine: Engine, seqs: list[Any]) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from trimode.errors import TriModeError
 from trimode.model import NemotronLabsDiffusionConfig, TriModeConfig, TriModeModel
+from trimode.model.modeling import MODEL_CLASSES
 from trimode.training.config import StagePart, TrainConfig, check_against_data, data_folder
 from trimode.training.corruption import corrupt
 from trimode.training.evaluate import HeldOutReport, evaluate_heldout
@@ -396,7 +397,7 @@ def _make_model(config: TrainConfig, data: TokenShards) -> TriModeModel:
     del shape["init"]
     is_published = not (part.tie_word_embeddings or part.use_qk_norm)
     config_class = NemotronLabsDiffusionConfig if is_published else TriModeConfig
-    return TriModeModel(
+    return MODEL_CLASSES[config_class.model_type](
         config_class(
             **shape,
             vocab_size=data.vocab_size,
