@@ -34,7 +34,7 @@ def transformers_twin(lm: trimode.TriModeLM) -> Ministral3ForCausalLM:
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim"
         " num_key_value_heads max_position_embeddings rms_norm_eps"
     ).split()
-    rope = {"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": 2**30}
+    rope = {"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": 2**30}  # beta 0: off
     twin = Ministral3ForCausalLM(
         Ministral3Config(
             **{name: getattr(config, name) for name in names},
@@ -56,8 +56,10 @@ def measure(lm: trimode.TriModeLM, twin: Any, prompt_ids: list[int], new_tokens:
     """One prompt through every contestant."""
     runs: dict[str, Any] = {}
     started_s = time.perf_counter()
+    input_ids = torch.tensor([prompt_ids])
     ids = twin.generate(
-        torch.tensor([prompt_ids]),
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
         max_new_tokens=new_tokens,
         do_sample=False,
         suppress_tokens=[lm.model.config.mask_token_id],

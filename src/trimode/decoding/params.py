@@ -27,7 +27,7 @@ class GenerationParams:
             `diffusion`: None and no `steps` means 0.9. `linear`: None means one pass per draft.
         steps: Passes per block, 1 to `block_length`, spread evenly. Alone it turns the threshold
             off; with a threshold it is the floor of what every pass reveals.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; else 1e-5 to 1e5, where float32 can still divide.
         top_k: Keep the k likeliest tokens; None keeps all.
         top_p: Keep the smallest likeliest set of at least this probability, in (0, 1]; None keeps
             all.
@@ -69,11 +69,23 @@ class GenerationParams:
         check(
             "seed", lambda v: _is_int(v) and 0 <= v <= MAX_SEED, f"an integer from 0 to {MAX_SEED}"
         )
-        check("temperature", lambda v: _is_number(v) and 0 <= v < float("inf"), "0 or more")
+        check(
+            "temperature",
+            lambda v: _is_number(v) and (v == 0 or 1e-5 <= v <= 1e5),
+            "0 (greedy), or 1e-5 to 1e5",
+        )
         check("top_k", lambda v: v is None or (_is_int(v) and v >= 1), "None or an integer >= 1")
         check("top_p", lambda v: v is None or (_is_number(v) and 0 < v <= 1), "None, or in (0, 1]")
-        check("stop", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings")
-        check("stop_token_ids", lambda v: all(_is_int(i) and i >= 0 for i in v), "token ids")
+        check(
+            "stop",
+            lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
+            "non-empty strings",
+        )
+        check(
+            "stop_token_ids",
+            lambda v: isinstance(v, tuple) and all(_is_int(i) and i >= 0 for i in v),
+            "token ids",
+        )
         if self.mode == "ar":
             check("threshold", lambda v: v is None, "None, since mode 'ar' has no threshold")
             check("steps", lambda v: v is None, "None, since mode 'ar' has no steps")
