@@ -332,7 +332,7 @@ class _Run:
         )
         self.heldout = report
         record = {"kind": "held_out", "step": self.state.step, "tokens": self.state.tokens}
-        record |= asdict(report)
+        record["report"] = asdict(report)
         if extra is not None:
             self.model.eval()
             record["extra"] = extra(self.model, self.state.step)
