@@ -192,8 +192,8 @@ def test_log_and_export(config: TrainConfig) -> None:
     assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
     heldout = [r for r in records if r["kind"] == "held_out"]
     assert [r["extra"]["at"] for r in heldout] == [2, 4, 6]
-    assert len(heldout[-1]["accuracy_by_offset"]) == 3
-    assert 0 < heldout[-1]["ar_loss"] < 5
+    assert len(heldout[-1]["report"]["accuracy_by_offset"]) == 3
+    assert 0 < heldout[-1]["report"]["ar_loss"] < 5
     assert records[0]["diffusion_loss"] == 0 < records[-2]["diffusion_loss"]
     final = Path(config.output_dir) / "final"
     assert result.final_dir == final
