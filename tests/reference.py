@@ -170,24 +170,19 @@ def greedy_linear(
     adapter: DrafterAdapter | None = None,
     stops: Collection[int] = (),
 ) -> Written:
-    """Facts 3.3, greedy, one pass a draft: the prefill, and a draft and a verify each round.
-
-    As in our engine, and unlike in the published code, a block is no longer than what may still be
-    emitted; a shorter block may draft other tokens, so this can move the last rounds.
-    """
+    """Facts 3.3, greedy, one pass a draft: the prefill, and a draft and a verify each round."""
     new_ids = [int(next_logits(model, prompt)[-1].argmax())]
     nfe = 1
     while len(new_ids) < max_new_tokens and not set(new_ids) & set(stops):
         prefix, last = [*prompt, *new_ids[:-1]], new_ids[-1]
-        num_fed = min(block_length, max_new_tokens - len(new_ids))
-        canvas: list[int | None] = [last, *[None] * (num_fed - 1)]
+        canvas: list[int | None] = [last, *[None] * (block_length - 1)]
         _reveal(model, prefix, canvas, threshold=0.0, least=1, adapter=adapter)
         block = [i for i in canvas if i is not None]
         chosen = next_logits(model, [*prefix, *block])[len(prefix) :].argmax(-1).tolist()
         nfe += 2
-        for i in range(num_fed):
+        for i in range(min(block_length, max_new_tokens - len(new_ids))):
             new_ids.append(chosen[i])
-            if chosen[i] in stops or i + 1 == num_fed or chosen[i] != block[i + 1]:
+            if chosen[i] in stops or i + 1 == block_length or chosen[i] != block[i + 1]:
                 break
     return Written(new_ids, nfe=nfe)
 

@@ -17,10 +17,14 @@ def linear(seq: Sequence) -> Generator[Step, Readout, None]:
 
     Both views choose with the same noise (`trimode.decoding.choose`), so a draft token is right
     exactly when it equals the verifier's choice, and what is emitted is the verifier's at any
-    temperature.
+    temperature. The draft is always a whole block, as the drafter was trained on, and then cut to
+    what may still be emitted; where that is one token there is nothing to draft.
     """
-    block = [seq.last] + [seq.mask_token_id] * (min(seq.params.block_length, seq.num_remaining) - 1)
-    yield from denoise(seq, block, kind="draft", is_drafter_on=True)
+    block = [seq.last]
+    if seq.num_remaining > 1:
+        block += [seq.mask_token_id] * (seq.params.block_length - 1)
+        yield from denoise(seq, block, kind="draft", is_drafter_on=True)
+        del block[seq.num_remaining :]
     readout = yield causal_step("verify", block, start=seq.length, wanted=range(len(block)))
     draft, chosen = block[1:], readout.token_ids
     agreeing = takewhile(lambda pair: pair[0] == pair[1], zip(draft, chosen, strict=False))

@@ -7,6 +7,7 @@ returns the attended values. `DenseAttention` is for whole sequences (training, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from trimode.model.cache import KVCache
 from trimode.model.masks import TRUNK, cell_mask, fed_mask
+
+
+_Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 class Attend(Protocol):
@@ -77,12 +81,26 @@ class RowFeed:
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
-    """Rows that feed equally many tokens: one attention call, no padding of queries."""
+    """Rows that feed equally many tokens: one attention call, no padding of queries.
 
-    start: int  # first packed token
-    num_rows: int
-    num_tokens: int
-    rows: slice | Tensor
+    Attributes:
+        first, stop: The packed tokens that are theirs.
+        shape: Number of rows, number of tokens of each.
+        fed: Per layer, the cells to write as a view [rows, G, tokens, D] of the keys and of the
+            values. Where the rows are not neighbours of equal length there is no such view: then
+            the [P'] int64 row and cell of each token.
+        seen: Per layer, the cells to read, in the same way; [rows] int64 where the rows are not
+            neighbours.
+        num_cells: Cells looked at.
+        attn_mask: What `cell_mask` gives, or None.
+        is_causal: Whether the kernel's own causal mask is the right one.
+    """
+
+    first: int
+    stop: int
+    shape: tuple[int, int]
+    fed: _Views | Tensor
+    seen: _Views | Tensor
     num_cells: int
     attn_mask: Tensor | None
     is_causal: bool
@@ -101,40 +119,26 @@ class RowAttention:
     """
 
     def __init__(self, cache: KVCache, feeds: Sequence[RowFeed]) -> None:
-        device = cache.keys.device
-        rows = [feed.row for feed in feeds for _ in feed.groups]
-        cells = [feed.length + t for feed in feeds for t in range(len(feed.groups))]
         self._cache = cache
-        self._rows, self._cells = torch.tensor([rows, cells], device=device)
-        self._only = feeds[0] if len(feeds) == 1 else None
         self._buckets: list[_Bucket] = []
-        start = 0
-        while feeds:
-            num_tokens = len(feeds[0].groups)
-            same = [feed for feed in feeds if len(feed.groups) == num_tokens]
-            if any(len(feed.groups) != num_tokens for feed in feeds[: len(same)]):
+        first = 0
+        for num_tokens, group in itertools.groupby(feeds, key=lambda feed: len(feed.groups)):
+            if self._buckets and num_tokens <= self._buckets[-1].shape[1]:
                 raise AssertionError("feeds are not sorted by their number of tokens")
-            self._buckets.append(_bucket(same, start=start, device=device))
-            start += len(same) * num_tokens
-            feeds = feeds[len(same) :]
+            self._buckets.append(_bucket(cache, list(group), first=first))
+            first = self._buckets[-1].stop
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query: [P, N, D]; key, value: [P, G, D] -> [P, N, D]."""
-        keys, values = self._cache.keys[layer_index], self._cache.values[layer_index]
-        if self._only is not None:
-            cells = slice(self._only.length, self._only.length + key.shape[0])
-            keys[self._only.row, :, cells] = key.transpose(0, 1)
-            values[self._only.row, :, cells] = value.transpose(0, 1)
-        else:
-            self._cache.write(layer_index, self._rows, self._cells, key, value)
         outputs = []
         for bucket in self._buckets:
-            stop = bucket.start + bucket.num_rows * bucket.num_tokens
-            fed = query[bucket.start : stop].unflatten(0, (bucket.num_rows, bucket.num_tokens))
+            mine = slice(bucket.first, bucket.stop)
+            self._write(bucket, layer_index, key[mine], value[mine])
+            keys, values = self._read(bucket, layer_index)
             attended = F.scaled_dot_product_attention(
-                fed.transpose(1, 2),
-                keys[bucket.rows, :, : bucket.num_cells],
-                values[bucket.rows, :, : bucket.num_cells],
+                query[mine].unflatten(0, bucket.shape).transpose(1, 2),
+                keys,
+                values,
                 attn_mask=bucket.attn_mask,
                 is_causal=bucket.is_causal,
                 enable_gqa=query.shape[1] != key.shape[1],
@@ -142,8 +146,25 @@ class RowAttention:
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def _write(self, bucket: _Bucket, layer_index: int, key: Tensor, value: Tensor) -> None:
+        if isinstance(bucket.fed, Tensor):
+            rows, cells = bucket.fed
+            self._cache.write(layer_index, rows, cells, key, value)
+            return
+        for views, new in zip(bucket.fed, (key, value), strict=True):
+            views[layer_index].copy_(new.unflatten(0, bucket.shape).transpose(1, 2))
 
-def _bucket(feeds: Sequence[RowFeed], *, start: int, device: torch.device) -> _Bucket:
+    def _read(self, bucket: _Bucket, layer_index: int) -> tuple[Tensor, Tensor]:
+        """[rows, G, num_cells, D] keys and values."""
+        if isinstance(bucket.seen, Tensor):
+            keys, values = self._cache.keys[layer_index], self._cache.values[layer_index]
+            cells = slice(bucket.num_cells)
+            return keys[bucket.seen, :, cells], values[bucket.seen, :, cells]
+        return bucket.seen[0][layer_index], bucket.seen[1][layer_index]
+
+
+def _bucket(cache: KVCache, feeds: list[RowFeed], *, first: int) -> _Bucket:
+    device = cache.keys.device
     num_tokens = len(feeds[0].groups)
     lengths = [feed.length for feed in feeds]
     num_cells = max(lengths) + num_tokens
@@ -155,16 +176,33 @@ def _bucket(feeds: Sequence[RowFeed], *, start: int, device: torch.device) -> _B
         fed = torch.stack([_fed_mask(feed, device) for feed in feeds])
         attn_mask = cell_mask(fed, torch.tensor(lengths, device=device), num_cells)
     rows = [feed.row for feed in feeds]
-    is_run = rows == list(range(rows[0], rows[0] + len(rows)))
+    fed: _Views | Tensor
+    seen: _Views | Tensor
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        run = slice(rows[0], rows[0] + len(rows))
+        seen = _views(cache, run, slice(num_cells))
+    else:
+        seen = torch.tensor(rows, device=device)
+    if is_even and not isinstance(seen, Tensor):
+        fed = _views(cache, run, slice(lengths[0], num_cells))
+    else:
+        tokens = [(feed.row, feed.length + t) for feed in feeds for t in range(num_tokens)]
+        fed = torch.tensor(tokens, device=device).T
     return _Bucket(
-        start=start,
-        num_rows=len(feeds),
-        num_tokens=num_tokens,
-        rows=slice(rows[0], rows[0] + len(rows)) if is_run else torch.tensor(rows, device=device),
+        first=first,
+        stop=first + len(feeds) * num_tokens,
+        shape=(len(feeds), num_tokens),
+        fed=fed,
+        seen=seen,
         num_cells=num_cells,
         attn_mask=attn_mask,
         is_causal=is_even and is_prefill and num_tokens > 1,
     )
+
+
+def _views(cache: KVCache, rows: slice, cells: slice) -> _Views:
+    """Per layer, [rows, G, cells, D] views of the keys and of the values."""
+    return cache.keys[:, rows, :, cells].unbind(), cache.values[:, rows, :, cells].unbind()
 
 
 def _fed_mask(feed: RowFeed, device: torch.device) -> Tensor:
