@@ -19,7 +19,6 @@ from torch import Tensor
 from trimode.model.cache import KVCache
 from trimode.model.masks import TRUNK, cell_mask, fed_mask
 
-
 _Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
@@ -173,8 +172,8 @@ def _bucket(cache: KVCache, feeds: list[RowFeed], *, first: int) -> _Bucket:
     is_prefill = max(lengths) == 0 and all(feed.is_causal for feed in feeds)
     attn_mask = None
     if not (is_even and (sees_all or is_prefill)):
-        fed = torch.stack([_fed_mask(feed, device) for feed in feeds])
-        attn_mask = cell_mask(fed, torch.tensor(lengths, device=device), num_cells)
+        allowed = torch.stack([_fed_mask(feed, device) for feed in feeds])
+        attn_mask = cell_mask(allowed, torch.tensor(lengths, device=device), num_cells)
     rows = [feed.row for feed in feeds]
     fed: _Views | Tensor
     seen: _Views | Tensor
