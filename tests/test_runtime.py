@@ -364,6 +364,24 @@ class TestOptions:
         assert cut.token_ids == whole.token_ids[: whole.text.index(stop) + 3]
         assert cut.finish_reason == "stop"
 
+    @pytest.mark.parametrize("mode", MODES)
+    def test_stop_strings_end_one_row_of_a_batch(self, ascii_lm: TriModeLM, mode: str) -> None:
+        """Prevents: a stop string of one row ending or cutting another."""
+        options = {"mode": mode, "max_new_tokens": 20, "temperature": 1.0, "seed": [4, 5]}
+        whole = ascii_lm.generate(["a", "b"], **options)
+        stop = whole[0].text[6:9]
+        assert stop not in whole[1].text
+        cut = ascii_lm.generate(["a", "b"], stop=[stop], **options)
+        assert cut[0].text == whole[0].text[: whole[0].text.index(stop)]
+        assert [g.finish_reason for g in cut] == ["stop", "length"]
+        assert cut[1].token_ids == whole[1].token_ids
+
+    def test_no_stop_may_be_none(self, ascii_lm: TriModeLM) -> None:
+        """Prevents: a TypeError for what other libraries take as "no stop strings"."""
+        plain = ascii_lm.generate("a", max_new_tokens=4)
+        found = ascii_lm.generate("a", max_new_tokens=4, stop=None, stop_token_ids=None)
+        assert found.token_ids == plain.token_ids
+
     def test_events_name_their_prompt(self, lm: TriModeLM) -> None:
         """Prevents: all events carrying the index of the last prompt."""
         emitted: dict[int, list[int]] = {0: [], 1: []}

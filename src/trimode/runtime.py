@@ -68,7 +68,7 @@ class TriModeLM:
         *,
         adapter: DrafterAdapter | None = None,
     ) -> None:
-        self.model = model.eval()
+        self.model = model
         self.tokenizer = tokenizer
         self.adapter = adapter
 
@@ -85,8 +85,8 @@ class TriModeLM:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | Items[int] | None = None,
-        stop: str | Items[str] = (),
-        stop_token_ids: Items[int] = (),
+        stop: str | Items[str] | None = None,
+        stop_token_ids: Items[int] | None = None,
         ignore_eos: bool = False,
         on_event: Callable[[int, Event], None] | None = None,
     ) -> Generation | list[Generation]:
@@ -154,8 +154,8 @@ class TriModeLM:
         mode: str,
         block_length: int | None,
         seed: int | Items[int] | None,
-        stop: str | Items[str],
-        stop_token_ids: Items[int],
+        stop: str | Items[str] | None,
+        stop_token_ids: Items[int] | None,
         on_event: Callable[[int, Event], None] | None,
         **params: Any,
     ) -> tuple[bool, list[Sequence]]:
@@ -171,8 +171,8 @@ class TriModeLM:
                 mode=mode,
                 block_length=_plain(block_length),
                 seed=_plain(one_seed),
-                stop=(stop,) if isinstance(stop, str) else tuple(stop),
-                stop_token_ids=tuple(map(_plain, stop_token_ids)),
+                stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+                stop_token_ids=tuple(map(_plain, () if stop_token_ids is None else stop_token_ids)),
                 **{name: _plain(value) for name, value in params.items()},
             )
             on_own_event = _bind(on_event, index)

@@ -151,6 +151,56 @@ def test_modes_mix_in_one_engine_and_rows_are_reused(adapted: TriModeLM, num_row
     assert [(seq.new_ids, seq.stats.forwards) for seq in sequences] == expected
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_modes_switched_at_any_round_write_what_ar_writes(
+    adapted: TriModeLM, temperature: float
+) -> None:
+    """Prevents: state that a mode leaves behind, or expects, beyond the length and `last`."""
+    options: dict[str, Any] = {"max_new_tokens": 40, "block_length": 4, "ignore_eos": True}
+    params = GenerationParams(mode="ar", seed=3, temperature=temperature, **options)
+    expected = adapted.sequence(PROMPTS[0], params)
+    _run(adapted.engine([expected]))
+    for period in (1, 2, 3, 5):
+        seq = adapted.sequence(PROMPTS[0], params)
+        engine = adapted.engine([seq])
+        for step in range(1000):
+            if engine.is_idle:
+                break
+            seq.mode = "linear" if step // period % 2 else "ar"
+            engine.step()
+        assert seq.new_ids == expected.new_ids
+        assert all(seq.stats.forwards[kind] for kind in ("decode", "draft", "verify"))
+
+
+def test_after_diffusion_the_other_modes_go_on_from_what_it_wrote(adapted: TriModeLM) -> None:
+    """Prevents: K/V of a denoising pass being taken for committed K/V of the text."""
+    options: dict[str, Any] = {"block_length": 4, "seed": 3, "ignore_eos": True}
+    params = GenerationParams(mode="diffusion", max_new_tokens=24, **options)
+    seq = adapted.sequence(PROMPTS[0], params)
+    engine = adapted.engine([seq])
+    while len(seq.new_ids) < 9:
+        engine.step()
+    seq.mode = "linear"  # from the end of the third block, whose first step already waits
+    _run(engine)
+    assert seq.stats.forwards["verify"]
+    num_diffused = 1 + 3 * 4
+    start = PROMPTS[0] + seq.new_ids[:num_diffused]
+    [rest] = generate(adapted, start, mode="ar", seed=3, max_new_tokens=24 - num_diffused)
+    assert seq.new_ids[num_diffused:] == rest.token_ids
+
+
+@pytest.mark.parametrize("mode", ["ar", "linear", "diffusion"])
+def test_padded_rows_of_the_vocabulary_are_never_chosen(
+    tiny_model: Callable[..., Any], mode: str
+) -> None:
+    """Prevents: ids without a token, from a vocabulary padded to a round number."""
+    lm = TriModeLM(tiny_model(torch.float64, initializer_range=0.2, **SMALL), None)
+    options: dict[str, Any] = {"mode": mode, "temperature": 1.5, "max_new_tokens": 40}
+    assert max(map(max, texts(generate(lm, **options)))) > 7
+    lm.model.config.num_valid_tokens = 8
+    assert max(map(max, texts(generate(lm, **options)))) <= 7
+
+
 def test_the_adapter_changes_drafts_and_not_text(alone: TriModeLM, adapted: TriModeLM) -> None:
     """Prevents: an adapter that is never switched on, or that is on in the verifier too."""
     options: dict[str, Any] = {"mode": "linear", "block_length": 8, "temperature": 1.0}
