@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import signal
 import time
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,17 +18,12 @@ from torch import nn
 from trimode.errors import TriModeError
 from trimode.model import NemotronLabsDiffusionConfig, TriModeConfig, TriModeModel
 from trimode.model.modeling import MODEL_CLASSES
+from trimode.training.batches import StepBatch, batches, place
 from trimode.training.config import StagePart, TrainConfig, check_against_data, data_folder
-from trimode.training.corruption import corrupt
 from trimode.training.evaluate import HeldOutReport, evaluate_heldout
-from trimode.training.objective import (
-    TargetCounts,
-    TrainingBatch,
-    count_targets,
-    loss_sums,
-)
+from trimode.training.export import export_model
+from trimode.training.objective import loss_sums
 from trimode.training.optim import OptimizerSet, make_optimizer, wsd_ratio
-from trimode.training.packing import RowSampler
 from trimode.training.precision import Precision, choose_device, choose_precision
 from trimode.training.resume import (
     RunState,
@@ -42,12 +34,12 @@ from trimode.training.resume import (
     save_checkpoint,
 )
 from trimode.training.shards import TokenShards
+from trimode.training.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[TriModeModel, int], dict[str, Any]]
 Log = Callable[[dict[str, Any]], None]
-_EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,28 +91,18 @@ def train(
     """
     run = _Run(config, log=log)
     run.start(is_resumed=is_resumed)
-    with _StopSignals() as stop, ThreadPoolExecutor(1) as worker:
-        batches = run.batches(worker)
+    with StopSignals() as stop, ThreadPoolExecutor(1) as worker:
+        remaining = batches(config, run.data, first_step=run.state.step, worker=worker)
         while run.state.step < config.total_steps and not run.is_out_of_time and not stop.is_set:
-            run.step(next(batches))
+            run.step(next(remaining))
             if run.is_log_due:
                 run.log_step()
             if run.is_checkpoint_due:
                 run.checkpoint()
             if run.is_evaluation_due:
                 run.evaluate(evaluate)
-        batches.close()
+        remaining.close()
     return run.finish(evaluate)
-
-
-@dataclass(frozen=True, slots=True)
-class _StepBatch:
-    """All micro-batches of one optimiser step, on the CPU."""
-
-    stage: StagePart
-    samples: range
-    micro_batches: Sequence[TrainingBatch]
-    counts: TargetCounts
 
 
 class _Run:
@@ -183,47 +165,19 @@ class _Run:
         final_dir = None
         if is_finished:
             self.evaluate(evaluate)
-            final_dir = self.export()
+            final_dir = export_model(
+                self.model,
+                self.output_dir / "final",
+                part=self.config.export,
+                tokenizer_dir=self.data_folder / "tokenizer",
+            )
         else:
             logger.info("stopped at step %d; run again to go on", self.state.step)
         return TrainResult(self.state, is_finished, final_dir, self.heldout)
 
-    # Batches ----------------------------------------------------------------------------------
-
-    def batches(self, worker: ThreadPoolExecutor) -> Generator[_StepBatch]:
-        """The batches of the remaining steps, each made while the one before is trained on."""
-        ahead: Future[_StepBatch] | None = None
-        for step in range(self.state.step, self.config.total_steps):
-            batch = ahead.result() if ahead else self._make_batch(step)
-            if step + 1 < self.config.total_steps:
-                ahead = worker.submit(self._make_batch, step + 1)
-            yield batch
-
-    def _make_batch(self, step: int) -> _StepBatch:
-        stage, first_sample = _place(self.config, step)
-        sampler = RowSampler(
-            self.data, stage.sequence_length, stage.block_lengths, self.config.seed
-        )
-        samples = range(first_sample, first_sample + stage.batch_sequences)
-        micro_batches = []
-        for start in range(0, len(samples), stage.micro_batch_sequences):
-            some = samples[start : start + stage.micro_batch_sequences]
-            rows, noise = sampler.rows(some), None
-            if stage.diffusion_weight > 0:
-                noise = corrupt(
-                    rows,
-                    some,
-                    seed=self.config.seed,
-                    mask_token_id=self.data.mask_token_id,
-                    draft_share=stage.draft_share,
-                )
-            micro_batches.append(TrainingBatch(rows, noise))
-        counts = sum((count_targets(b) for b in micro_batches), start=TargetCounts(0, 0))
-        return _StepBatch(stage, samples, micro_batches, counts)
-
     # One step ---------------------------------------------------------------------------------
 
-    def step(self, batch: _StepBatch) -> None:
+    def step(self, batch: StepBatch) -> None:
         """Forward and backward of every micro-batch, one update."""
         stage, counts = batch.stage, batch.counts
         ar_sum = torch.zeros((), device=self.device)
@@ -259,7 +213,7 @@ class _Run:
         """Share of the run behind it after the step in hand."""
         return (self.state.tokens + stage.batch_tokens) / self.config.total_tokens
 
-    def _refuse_non_finite(self, report: StepReport, batch: _StepBatch) -> None:
+    def _refuse_non_finite(self, report: StepReport, batch: StepBatch) -> None:
         values = (report.ar_loss, report.diffusion_loss, report.grad_norm)
         if all(value - value == 0 for value in values):
             return
@@ -298,7 +252,7 @@ class _Run:
         now = time.monotonic()
         rate = (self.state.tokens - self._tokens_logged) / (now - self._last_logged)
         reports, self._reports = self._reports, []
-        stage, _ = _place(self.config, self.state.step - 1)
+        stage, _ = place(self.config, self.state.step - 1)
         record = {
             "kind": "step",
             "stage": stage.name,
@@ -360,34 +314,6 @@ class _Run:
         self._last_saved = time.monotonic()
         logger.info("checkpoint %s", folder)
 
-    def export(self) -> Path:
-        """Write the Hugging Face folder `output_dir/final`: weights, config and tokenizer."""
-        part, folder = self.config.export, self.output_dir / "final"
-        temporary = self.output_dir / ".final"
-        shutil.rmtree(temporary, ignore_errors=True)
-        tokenizer = self.data_folder / "tokenizer"
-        if tokenizer.is_dir():
-            shutil.copytree(tokenizer, temporary)
-        dtype = _EXPORT_DTYPES[part.dtype]
-        exported = type(self.model)(self.model.config)
-        exported.load_state_dict(self.model.state_dict())
-        exported.to(dtype).save_pretrained(temporary, max_shard_size=part.max_shard_size)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        logger.info("exported %s", folder)
-        return folder
-
-
-def _place(config: TrainConfig, step: int) -> tuple[StagePart, int]:
-    """The stage of a step, and the step's first global sample index."""
-    first_sample = 0
-    for stage in config.stages:
-        if step < stage.num_steps:
-            return stage, first_sample + step * stage.batch_sequences
-        step -= stage.num_steps
-        first_sample += stage.num_steps * stage.batch_sequences
-    raise AssertionError("step beyond the run")
-
 
 def _make_model(config: TrainConfig, data: TokenShards) -> TriModeModel:
     part = config.model
@@ -406,35 +332,3 @@ def _make_model(config: TrainConfig, data: TokenShards) -> TriModeModel:
             eos_token_id=data.eos_token_id,
         )
     )
-
-
-class _StopSignals(AbstractContextManager["_StopSignals"]):
-    """Turns the first SIGINT or SIGTERM into a flag: the step in hand is finished and saved.
-
-    A second one acts as usual. Only the main thread can catch signals; elsewhere nothing is caught.
-    """
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._handle)
-            except ValueError:
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        logger.warning("%s: stopping after this step", signal.Signals(number).name)
-        self.is_set = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
