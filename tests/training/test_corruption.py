@@ -1,9 +1,19 @@
 """Noise: its law, its weights, and that it depends on seed and sample alone."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from fake_stream import MASK, FakeStream
 
-from trimode.training.corruption import corrupt, draft_pattern
+from trimode.training.corruption import (
+    MASK_RATIO_EPS,
+    block_offsets,
+    corrupt,
+    draft_pattern,
+    late_heavy,
+    mask_chance,
+)
 from trimode.training.packing import RowSampler
 
 SAMPLER = RowSampler(FakeStream([50, 3, 77, 130, 9, 400]), 64, (4, 8), seed=3)
@@ -73,3 +83,90 @@ def test_draft_share_is_drawn_per_block() -> None:
     assert abs(float(share) - 0.25) < 0.03
     mixed = is_drafted.any(1) & (rows.is_block_start & ~is_drafted).any(1)
     assert mixed.float().mean() > 0.9
+
+
+def test_mask_chance_by_hand() -> None:
+    """A chance of 0, whose weight is infinite, or of 1 where the complement's would be."""
+    ratio = torch.tensor([0.0, 0.5, 1.0])
+    plain = torch.tensor([MASK_RATIO_EPS, 0.5 + MASK_RATIO_EPS / 2, 1.0])
+    both = torch.tensor([MASK_RATIO_EPS, 0.5, 1 - MASK_RATIO_EPS])
+    torch.testing.assert_close(mask_chance(ratio), plain)
+    torch.testing.assert_close(mask_chance(ratio, is_complementary=True), both)
+
+
+def test_late_heavy_by_hand() -> None:
+    """Exponents that fall with the wrong offset or half-life: sixteenth, its root, its 4th root."""
+    chance = torch.full((1, 6), 1 / 16)
+    offsets = torch.tensor([[0, 2, 4, 0, 1, 4]])
+    found = late_heavy(chance, offsets, half_life=2.0)
+    by_hand = [1 / 16, 1 / 4, 1 / 2, 1 / 16, (1 / 16) ** 0.5**0.5, 1 / 2]
+    torch.testing.assert_close(found, torch.tensor([by_hand]))
+
+
+def test_block_offsets_restart_at_every_block() -> None:
+    """Offsets counted through a document, or through the row."""
+    rows = SAMPLER.rows(range(8))
+    for starts, offsets in zip(rows.is_block_start, block_offsets(rows), strict=True):
+        count = -1
+        for is_start, offset in zip(starts.tolist(), offsets.tolist(), strict=True):
+            count = 0 if is_start else count + 1
+            assert offset == count
+
+
+def test_late_heavy_weights_keep_the_loss_unbiased() -> None:
+    """Masks drawn at one chance and weighed by another."""
+    samples = range(4000)
+    rows = SAMPLER.rows([i % SAMPLER.num_rows for i in samples])
+    noise = corrupt(rows, samples, seed=0, mask_token_id=MASK, late_half_life=2.0)
+    offsets = block_offsets(rows)
+    for offset in (0, 3):
+        at = offsets == offset
+        assert abs(float((noise.is_masked * noise.weight)[at].mean()) - 1) < 0.1
+    assert noise.is_masked[offsets == 3].float().mean() > 0.6  # 1 / (1 + 2^-1.5) = 0.74
+
+
+def test_ratio_per_block() -> None:
+    """One ratio for all blocks of a row, or another for each token."""
+    rows = SAMPLER.rows(range(8))
+    noise = corrupt(rows, range(8), seed=0, mask_token_id=MASK, ratio_per="block")
+    for block_ids, weight in zip(rows.block_ids, noise.weight, strict=True):
+        by_block = {int(b): weight[block_ids == b].unique().numel() for b in block_ids.unique()}
+        assert set(by_block.values()) == {1}
+        assert weight.unique().numel() == len(by_block)
+
+
+@pytest.mark.parametrize("late_half_life", [None, 3.0])
+@pytest.mark.parametrize("ratio_per", ["sequence", "block"])
+def test_complementary_masks_hide_every_token_once(
+    late_half_life: float | None, ratio_per: str
+) -> None:
+    """Pairs of different rows, tokens hidden twice or never, weights of the wrong half."""
+    sampler = replace(SAMPLER, num_copies=2)
+    samples = range(8)
+    rows = sampler.rows(samples)
+    noise = corrupt(
+        rows,
+        samples,
+        seed=0,
+        mask_token_id=MASK,
+        is_complementary=True,
+        late_half_life=late_half_life,
+        ratio_per=ratio_per,  # type: ignore[arg-type]
+    )
+    assert torch.equal(rows.clean_ids[0::2], rows.clean_ids[1::2])
+    assert not torch.equal(rows.clean_ids[0], rows.clean_ids[2])
+    assert torch.equal(noise.is_masked[0::2], ~noise.is_masked[1::2])
+    chance = 1 / noise.weight
+    torch.testing.assert_close(chance[0::2] + chance[1::2], torch.ones_like(chance[0::2]))
+
+
+def test_prompts_are_never_masked() -> None:
+    """Noise on prompt tokens or padding, in uniform noise and in the pattern of decoding."""
+    rows = SAMPLER.rows(range(8))
+    is_prompt = torch.rand(rows.clean_ids.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    rows = replace(rows, is_maskable=~is_prompt, is_supervised=rows.is_supervised & ~is_prompt)
+    for draft_share in (0.0, 0.5, 1.0):
+        noise = corrupt(rows, range(8), seed=0, mask_token_id=MASK, draft_share=draft_share)
+        assert not (noise.is_masked & is_prompt).any()
+        assert not (noise.is_maskable & is_prompt).any()
+    assert not (draft_pattern(rows, mask_token_id=MASK).is_masked & is_prompt).any()

@@ -1,5 +1,7 @@
 """The joint objective against truth tables and a slow twin that packs nothing."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,7 @@ def _two_documents() -> PackedRows:
         block_ids=torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1]]),
         is_block_start=position % 2 == 0,
         is_supervised=torch.ones(2, 4, dtype=torch.bool),
+        is_maskable=torch.ones(2, 4, dtype=torch.bool),
     )
 
 
@@ -221,6 +224,7 @@ def test_answer_does_not_leak(model: TriModeModel) -> None:
             block_ids=rows.block_ids,
             is_block_start=rows.is_block_start,
             is_supervised=rows.is_supervised,
+            is_maskable=rows.is_maskable,
         )
         from trimode.training.objective import encode_dual_stream
 
@@ -239,3 +243,30 @@ def test_draft_accuracy_counts_whole_blocks_of_text(model: TriModeModel) -> None
     assert report.num_blocks == 2  # 0..3 and 8..11; 4..7 has fill
     assert len(report.by_offset()) == 3
     assert 1 <= report.acceptance_length <= 4
+
+
+def test_row_averages_by_hand(model: TriModeModel) -> None:
+    """Sequence-wise averaging: long rows weighing more, or rows without targets being counted."""
+    batch = _batch()
+    supervised = batch.rows.is_supervised.clone()
+    supervised[1, 5:] = False
+    supervised[2] = False
+    batch = replace(batch, rows=replace(batch.rows, is_supervised=supervised))
+    averaged = replace(batch, is_row_averaged=True)
+    assert count_targets(averaged) == TargetCounts(2, 2)
+    found = loss_sums(model, averaged)
+    ar = diffusion = 0.0
+    for i in range(2):
+        rows = PackedRows(
+            **{f.name: getattr(batch.rows, f.name)[i : i + 1] for f in fields(PackedRows)}
+        )
+        assert batch.noise is not None
+        noise = Corruption(
+            **{f.name: getattr(batch.noise, f.name)[i : i + 1] for f in fields(Corruption)}
+        )
+        alone = TrainingBatch(rows, noise)
+        sums, counts = loss_sums(model, alone), count_targets(alone)
+        ar += float(sums.ar.detach()) / counts.num_ar_targets
+        diffusion += float(sums.diffusion.detach()) / counts.num_maskable
+    assert float(found.ar.detach()) == pytest.approx(ar, rel=1e-6)
+    assert float(found.diffusion.detach()) == pytest.approx(diffusion, rel=1e-6)

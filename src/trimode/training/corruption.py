@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,13 +49,21 @@ def corrupt(
     seed: int,
     mask_token_id: int,
     draft_share: float = 0.0,
+    ratio_per: Literal["sequence", "block"] = "sequence",
+    late_half_life: float | None = None,
+    is_complementary: bool = False,
 ) -> Corruption:
     """Mask each row at its own ratio.
 
-    1. t ~ U(0, 1) for each row, p = (1 - eps) t + eps.
-    2. Every position is masked with chance p, independently; its loss weighs 1 / p.
-    3. A share of the blocks is drawn as decoding shows them instead: offset 0 clean and not
+    1. t ~ U(0, 1) for each row (or each block), p = (1 - eps) t + eps (`mask_chance`).
+    2. Late-heavy: p of a token at offset j of its block becomes p ^ (2 ^ (-j / half-life)).
+    3. Every maskable position is masked with chance p, independently; its loss weighs 1 / p.
+    4. Complementary: samples 2i and 2i + 1 share their numbers; the odd one masks just what the
+       even one shows, with chance 1 - p.
+    5. A share of the blocks is drawn as decoding shows them instead: offset 0 clean and not
        maskable, all others masked, p = 1.
+
+    The published recipe is steps 1 and 3 (facts 2.2); 2 and 4 are switches in its code.
 
     Args:
         rows: B rows on the CPU.
@@ -62,26 +71,64 @@ def corrupt(
         seed: Of the noise.
         mask_token_id: What a masked position shows.
         draft_share: Chance of a block to be drawn as decoding shows it.
+        ratio_per: What has a t of its own.
+        late_half_life: Offsets after which the exponent of step 2 has halved; None: step 2 is off.
+        is_complementary: Whether step 4 is on; the rows of samples 2i and 2i + 1 must be equal.
     """
-    draws = [_draw(seed, sample, rows.clean_ids.shape[1]) for sample in samples]
-    ratio = torch.tensor([draw[0] for draw in draws], dtype=torch.float32)[:, None]
-    chance = (1 - MASK_RATIO_EPS) * ratio + MASK_RATIO_EPS
-    is_masked = torch.stack([draw[1] for draw in draws]) < chance
-    block_draws = torch.stack([draw[2] for draw in draws])
-    is_drafted = block_draws.gather(1, rows.block_ids) < draft_share
-    is_masked = torch.where(is_drafted, ~rows.is_block_start, is_masked)
-    weight = torch.where(is_drafted, 1.0, 1.0 / chance)
+    copies = 2 if is_complementary else 1
+    row_len = rows.clean_ids.shape[1]
+    draws = [_draw(seed, sample // copies, row_len) for sample in samples]
+    if ratio_per == "block":
+        ratio = torch.stack([draw.block_ratios for draw in draws]).gather(1, rows.block_ids)
+    else:
+        ratio = torch.tensor([draw.ratio for draw in draws])[:, None].expand(-1, row_len)
+    chance = mask_chance(ratio, is_complementary=is_complementary)
+    if late_half_life is not None:
+        chance = late_heavy(chance, block_offsets(rows), half_life=late_half_life)
+    is_masked = torch.stack([draw.positions for draw in draws]) < chance
+    if is_complementary:
+        is_odd = torch.tensor([sample % 2 == 1 for sample in samples])[:, None]
+        is_masked = is_masked ^ is_odd
+        chance = torch.where(is_odd, 1 - chance, chance)
+    is_drafted = torch.stack([draw.blocks for draw in draws]).gather(1, rows.block_ids)
+    is_drafted = is_drafted < draft_share
+    is_maskable = rows.is_maskable & ~(is_drafted & rows.is_block_start)
+    is_masked = torch.where(is_drafted, is_maskable, is_masked & is_maskable)
     return Corruption(
         noisy_ids=torch.where(is_masked, mask_token_id, rows.clean_ids),
         is_masked=is_masked,
-        is_maskable=~(is_drafted & rows.is_block_start),
-        weight=weight,
+        is_maskable=is_maskable,
+        weight=torch.where(is_drafted, 1.0, 1.0 / chance),
     )
+
+
+def mask_chance(ratio: torch.Tensor, *, is_complementary: bool = False) -> torch.Tensor:
+    """Chance of a mask at noise level `ratio`: never 0, and never 1 if its complement matters."""
+    span = 1 - (2 if is_complementary else 1) * MASK_RATIO_EPS
+    return span * ratio + MASK_RATIO_EPS
+
+
+def late_heavy(chance: torch.Tensor, offsets: torch.Tensor, *, half_life: float) -> torch.Tensor:
+    """`chance ^ (2 ^ (-offset / half_life))`: later tokens of a block are masked more often.
+
+    Args:
+        chance: [B, S] float32 in (0, 1].
+        offsets: [B, S] int64. Offset of each token in its block.
+        half_life: In tokens.
+    """
+    return chance ** torch.exp2(-offsets.float() / half_life)
+
+
+def block_offsets(rows: PackedRows) -> torch.Tensor:
+    """[B, S] int64. Offset of each token in its block."""
+    place = torch.arange(rows.clean_ids.shape[1], device=rows.clean_ids.device)
+    starts = torch.where(rows.is_block_start, place, 0).cummax(dim=1).values
+    return place - starts
 
 
 def draft_pattern(rows: PackedRows, *, mask_token_id: int) -> Corruption:
     """Every block as decoding shows it: one clean token, then masks."""
-    is_masked = ~rows.is_block_start
+    is_masked = ~rows.is_block_start & rows.is_maskable
     return Corruption(
         noisy_ids=torch.where(is_masked, mask_token_id, rows.clean_ids),
         is_masked=is_masked,
@@ -90,13 +137,17 @@ def draft_pattern(rows: PackedRows, *, mask_token_id: int) -> Corruption:
     )
 
 
-def _draw(seed: int, sample: int, row_len: int) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """One row's random numbers: its mask ratio, one number per position, one per block."""
+class _Draw(NamedTuple):
+    """One row's random numbers, uniform in [0, 1)."""
+
+    ratio: float
+    positions: torch.Tensor
+    blocks: torch.Tensor
+    block_ratios: torch.Tensor
+
+
+def _draw(seed: int, sample: int, row_len: int) -> _Draw:
     state = np.random.SeedSequence((seed, _NOISE, sample)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]) >> 1)
     ratio = float(torch.rand((), generator=generator))
-    return (
-        ratio,
-        torch.rand(row_len, generator=generator),
-        torch.rand(row_len, generator=generator),
-    )
+    return _Draw(ratio, *(torch.rand(row_len, generator=generator) for _ in range(3)))

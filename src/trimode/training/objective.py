@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimode.model import TriModeModel
+from trimode.model import AdapterSwitch, DrafterAdapter, TriModeModel
 from trimode.training.corruption import Corruption
 from trimode.training.dual_stream import causal_mask, dual_stream_mask, training_attention
 from trimode.training.head_loss import head_loss_sum
@@ -24,15 +24,23 @@ from trimode.training.packing import PackedRows
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
-    """Rows and their noise; `noise` is None where only the AR view is trained."""
+    """Rows and their noise.
+
+    Args:
+        rows: The text.
+        noise: None where only the AR view is trained.
+        is_row_averaged: Whether each row's loss is averaged over its own targets first, and then
+            over the rows (sequence-wise), and not over all targets alike (facts 2.1).
+    """
 
     rows: PackedRows
     noise: Corruption | None
+    is_row_averaged: bool = False
 
     def to(self, device: torch.device) -> TrainingBatch:
         """The same batch on `device`."""
         noise = None if self.noise is None else self.noise.to(device)
-        return TrainingBatch(rows=self.rows.to(device), noise=noise)
+        return TrainingBatch(self.rows.to(device), noise, self.is_row_averaged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +75,27 @@ def is_ar_target(rows: PackedRows) -> Tensor:
     return (document[:, 1:] == document[:, :-1]) & rows.is_supervised[:, 1:]
 
 
+def is_diffusion_target(rows: PackedRows, noise: Corruption) -> Tensor:
+    """[B, S] bool. Whether the token is a target wherever it happens to be masked."""
+    return noise.is_maskable & rows.is_supervised
+
+
 def count_targets(batch: TrainingBatch) -> TargetCounts:
-    """Targets of both losses in a batch; needs no forward."""
-    num_maskable = 0
-    if batch.noise is not None:
-        num_maskable = int((batch.noise.is_maskable & batch.rows.is_supervised).sum())
-    return TargetCounts(int(is_ar_target(batch.rows).sum()), num_maskable)
+    """Targets of both losses in a batch (rows that have any, if row-averaged); needs no forward."""
+
+    def count(is_target: Tensor) -> int:
+        return int((is_target.any(dim=1) if batch.is_row_averaged else is_target).sum())
+
+    noise = batch.noise
+    num_maskable = 0 if noise is None else count(is_diffusion_target(batch.rows, noise))
+    return TargetCounts(count(is_ar_target(batch.rows)), num_maskable)
+
+
+def target_weights(is_target: Tensor, *, is_row_averaged: bool) -> Tensor:
+    """[B, S] float32. Weight of each target: 1, or 1 over its row's number of targets."""
+    if not is_row_averaged:
+        return torch.ones(is_target.shape, device=is_target.device)
+    return (1 / is_target.sum(dim=1, keepdim=True).clamp(min=1)).expand(is_target.shape)
 
 
 def loss_sums(model: TriModeModel, batch: TrainingBatch) -> LossSums:
@@ -86,43 +109,59 @@ def loss_sums(model: TriModeModel, batch: TrainingBatch) -> LossSums:
             causal_mask(rows), part_len=rows.clean_ids.shape[1], dtype=model.dtype
         )
         hidden = model.encode(rows.clean_ids, rows.position_ids, attend=attend)
-        ar = _ar_sum(model, hidden, rows)
+        ar = _ar_sum(model, hidden, batch)
         return LossSums(ar=ar, diffusion=torch.zeros_like(ar))
     noisy_hidden, clean_hidden = encode_dual_stream(model, batch)
     return LossSums(
-        ar=_ar_sum(model, clean_hidden, rows),
-        diffusion=_diffusion_sum(model, noisy_hidden, rows, noise),
+        ar=_ar_sum(model, clean_hidden, batch),
+        diffusion=_diffusion_sum(model, noisy_hidden, batch),
     )
 
 
-def encode_dual_stream(model: TriModeModel, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-    """Hidden states of the noisy and of the clean half, [B, S, H] each."""
+def encode_dual_stream(
+    model: TriModeModel, batch: TrainingBatch, *, adapter: DrafterAdapter | None = None
+) -> tuple[Tensor, Tensor]:
+    """Hidden states of the noisy and of the clean half, [B, S, H] each.
+
+    The adapter, if there is one, is on for the noisy half only.
+    """
     rows, noise = batch.rows, batch.noise
     assert noise is not None, "a dual stream needs noise"
     row_len = rows.clean_ids.shape[1]
+    switch = None
+    if adapter is not None:
+        is_noisy = torch.arange(2 * row_len, device=rows.clean_ids.device) < row_len
+        switch = AdapterSwitch(adapter, is_noisy[:, None].to(model.dtype))
     hidden = model.encode(
         torch.cat((noise.noisy_ids, rows.clean_ids), dim=1),
         torch.cat((rows.position_ids, rows.position_ids), dim=1),
         attend=training_attention(dual_stream_mask(rows), part_len=row_len, dtype=model.dtype),
+        adapter=switch,
     )
     return hidden[:, :row_len], hidden[:, row_len:]
 
 
-def _ar_sum(model: TriModeModel, hidden: Tensor, rows: PackedRows) -> Tensor:
+def _ar_sum(model: TriModeModel, hidden: Tensor, batch: TrainingBatch) -> Tensor:
     """Shifted: the state at token s predicts token s + 1."""
-    places = is_ar_target(rows).flatten().nonzero()[:, 0]
+    is_target = is_ar_target(batch.rows)
+    weights = target_weights(is_target, is_row_averaged=batch.is_row_averaged)
+    places = is_target.flatten().nonzero()[:, 0]
     states = hidden[:, :-1].flatten(0, 1).index_select(0, places)
-    targets = rows.clean_ids[:, 1:].flatten().index_select(0, places)
-    weights = torch.ones(len(places), device=states.device)
-    return head_loss_sum(model.diffusion_head, states, targets, weights)
+    targets = batch.rows.clean_ids[:, 1:].flatten().index_select(0, places)
+    return head_loss_sum(
+        model.diffusion_head, states, targets, weights.flatten().index_select(0, places)
+    )
 
 
-def _diffusion_sum(
-    model: TriModeModel, hidden: Tensor, rows: PackedRows, noise: Corruption
-) -> Tensor:
+def _diffusion_sum(model: TriModeModel, hidden: Tensor, batch: TrainingBatch) -> Tensor:
     """Not shifted: the state at a masked token predicts that token. The head runs for no others."""
-    places = (noise.is_masked & rows.is_supervised).flatten().nonzero()[:, 0]
+    rows, noise = batch.rows, batch.noise
+    assert noise is not None
+    is_target = is_diffusion_target(rows, noise)
+    weights = target_weights(is_target, is_row_averaged=batch.is_row_averaged) * noise.weight
+    places = (is_target & noise.is_masked).flatten().nonzero()[:, 0]
     states = hidden.flatten(0, 1).index_select(0, places)
     targets = rows.clean_ids.flatten().index_select(0, places)
-    weights = noise.weight.flatten().index_select(0, places)
-    return head_loss_sum(model.diffusion_head, states, targets, weights)
+    return head_loss_sum(
+        model.diffusion_head, states, targets, weights.flatten().index_select(0, places)
+    )

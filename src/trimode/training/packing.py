@@ -44,7 +44,9 @@ class PackedRows:
         position_ids: [B, S] int64. Position within the document (piece).
         block_ids: [B, S] int64. Block of each token, different for all blocks of a row.
         is_block_start: [B, S] bool. Whether the token has offset 0 in its block.
-        is_supervised: [B, S] bool. False on the fill: a document's own EOS is its last target.
+        is_supervised: [B, S] bool. Whether the token is a target. False on prompts, on padding and
+            on the fill: a document's own EOS is its last target.
+        is_maskable: [B, S] bool. Whether noise may hide the token. False on prompts and padding.
     """
 
     clean_ids: torch.Tensor
@@ -53,6 +55,7 @@ class PackedRows:
     block_ids: torch.Tensor
     is_block_start: torch.Tensor
     is_supervised: torch.Tensor
+    is_maskable: torch.Tensor
 
     def to(self, device: torch.device) -> PackedRows:
         """The same rows on `device`."""
@@ -102,6 +105,7 @@ def pack_row(
         "block_ids": first_blocks[document_ids] + position_ids // block_length,
         "is_block_start": position_ids % block_length == 0,
         "is_supervised": is_text,
+        "is_maskable": np.ones(len(document_ids), dtype=bool),
     }
     return {name: array[:row_len] for name, array in arrays.items()}
 
@@ -119,6 +123,7 @@ class RowSampler:
         block_lengths: K is drawn from these for each row with equal chance.
         seed: Of the order and of the block lengths.
         is_shuffled: False reads rows in order (evaluation).
+        num_copies: How many samples in a row show the same row (2 for complementary masks).
     """
 
     stream: TokenStream
@@ -126,6 +131,7 @@ class RowSampler:
     block_lengths: tuple[int, ...]
     seed: int
     is_shuffled: bool = True
+    num_copies: int = 1
 
     @property
     def num_rows(self) -> int:
@@ -134,7 +140,7 @@ class RowSampler:
 
     def row_index(self, sample: int) -> int:
         """Which row the sample with this global index is."""
-        epoch, place = divmod(sample, self.num_rows)
+        epoch, place = divmod(sample // self.num_copies, self.num_rows)
         if not self.is_shuffled:
             return place
         return int(_permutation(self.seed, epoch, self.num_rows)[place])
@@ -143,7 +149,7 @@ class RowSampler:
         """The block length of this sample."""
         if len(self.block_lengths) == 1:
             return self.block_lengths[0]
-        rng = np.random.default_rng((self.seed, _BLOCK_LENGTH, sample))
+        rng = np.random.default_rng((self.seed, _BLOCK_LENGTH, sample // self.num_copies))
         return self.block_lengths[int(rng.integers(len(self.block_lengths)))]
 
     def rows(self, samples: Sequence[int]) -> PackedRows:
