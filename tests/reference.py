@@ -107,7 +107,7 @@ def next_logits(
     allowed[start:] = True
     switch = None
     if adapter is not None:
-        is_on = (torch.arange(num_tokens) >= start).to(model.dtype)[None, :, None]
+        is_on = (torch.arange(num_tokens) >= start)[None, :, None]
         switch = AdapterSwitch(adapter, is_on)
     with torch.no_grad():
         hidden = model.encode(

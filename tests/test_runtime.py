@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import BOS, EOS, MASK
+from trimode.decoding import GenerationParams
 from trimode.errors import ConfigError, RequestError
 from trimode.model import TriModeModel
 from trimode.runtime import MAX_BATCH, GrowingText, TriModeLM, load
@@ -106,6 +107,8 @@ class TestStream:
             vocab_size=len(tokenizer),
             num_valid_tokens=len(tokenizer) - 3,
             mask_token_id=len(tokenizer) - 1,
+            bos_token_id=None,
+            eos_token_id=None,
             initializer_range=0.05,
         )
         text = joined(
@@ -364,6 +367,40 @@ class TestOptions:
         assert cut.token_ids == whole.token_ids[: whole.text.index(stop) + 3]
         assert cut.finish_reason == "stop"
 
+    @pytest.mark.parametrize("between", [[EOS] * 5, [MASK + 1]])
+    def test_stop_strings_across_tokens_without_text(
+        self, lm: TriModeLM, between: list[int]
+    ) -> None:
+        """Prevents: a stop string missed because its bytes lie far apart in tokens."""
+        sequence = lm.sequence(
+            "x",
+            GenerationParams(
+                mode="ar", max_new_tokens=40, block_length=8, seed=0, stop=("aé",), ignore_eos=True
+            ),
+        )
+        first, second = "é".encode()
+        filler = [i for i in between if i in (EOS, BOS)]
+        for token_id in (98, 97, *filler, first, *filler):
+            assert sequence.emit([token_id]) == 1
+            assert not sequence.is_finished
+        sequence.emit([second])
+        assert sequence.finish_reason == "stop"
+
+    def test_prompts_that_are_not_prompts(self, lm: TriModeLM) -> None:
+        """Prevents: the keys of a tokenizer's output decoded as texts, or bytes as token ids."""
+        for prompt in ({"input_ids": [1]}, b"def", {1, 2}, None, 5):
+            with pytest.raises(RequestError, match="prompt is a"):
+                lm.generate(prompt)
+        for name, value in {"stop": 5, "stop_token_ids": 5, "ignore_eos": "no"}.items():
+            with pytest.raises(RequestError, match=f"{name} is"):
+                lm.generate("a", **{name: value})
+
+    def test_blocks_beyond_the_context(self, lm: TriModeLM) -> None:
+        """Prevents: a block of a million masks fed for three tokens."""
+        context = lm.model.config.max_position_embeddings
+        with pytest.raises(RequestError, match=f"block_length is {context + 1}, beyond"):
+            lm.generate("a", max_new_tokens=3, block_length=context + 1)
+
     @pytest.mark.parametrize("mode", MODES)
     def test_stop_strings_end_one_row_of_a_batch(self, ascii_lm: TriModeLM, mode: str) -> None:
         """Prevents: a stop string of one row ending or cutting another."""
@@ -399,6 +436,8 @@ def test_load_refuses_devices_that_are_not_there(tiny_checkpoint: Callable[..., 
     folder = tiny_checkpoint()
     with pytest.raises(ConfigError, match="device is 'gpu'; allowed: cpu, cuda"):
         load(folder, device="gpu")
+    with pytest.raises(ConfigError, match="device is 'meta'; allowed: cpu, cuda"):
+        load(folder, device="meta")
     with pytest.raises(ConfigError, match="device is 'cuda:99'; this machine has"):
         load(folder, device="cuda:99")
     assert load(folder, device="cpu").model.device.type == "cpu"

@@ -275,28 +275,24 @@ class TriModeModel(modeling.TriModeModel):
         seeds = [0] * len(prompts)
         if temperature:
             seeds = torch.randint(2**63 - 1, (len(prompts),), device="cpu").tolist()
-        was_training = self.training
         lm = TriModeLM(self, None, adapter=adapter)
-        try:
-            sequences = [
-                lm.sequence(
-                    prompt,
-                    GenerationParams(
-                        seed=seed,
-                        temperature=temperature,
-                        block_length=block_length,
-                        stop_token_ids=stop_token_ids or (),
-                        ignore_eos=stop_token_ids is not None,
-                        **options,
-                    ),
-                )
-                for prompt, seed in zip(prompts, seeds, strict=True)
-            ]
-            engine = lm.engine(sequences)
-            while not engine.is_idle:
-                engine.step()
-        finally:
-            self.train(was_training)
+        sequences = [
+            lm.sequence(
+                prompt,
+                GenerationParams(
+                    seed=seed,
+                    temperature=temperature,
+                    block_length=block_length,
+                    stop_token_ids=stop_token_ids or (),
+                    ignore_eos=stop_token_ids is not None,
+                    **options,
+                ),
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        engine = lm.engine(sequences)
+        while not engine.is_idle:
+            engine.step()
         aborted = [b for b, seq in enumerate(sequences) if seq.finish_reason == "abort"]
         if aborted:
             raise TriModeError(f"row {aborted[0]} stopped: the network gave non-finite logits")
@@ -366,7 +362,11 @@ def _refuse_peft(model: TriModeModel) -> None:
 def _as_ids(eos_token_id: int | Iterable[int] | None) -> tuple[int, ...] | None:
     if eos_token_id is None:
         return None
-    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(map(int, eos_token_id))
+    ids = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
+    ids = tuple(ids) if isinstance(ids, (list, tuple, set)) else (ids,)
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise RequestError(f"eos_token_id is {eos_token_id!r}; allowed: None, an id, or ids")
+    return ids
 
 
 def _real_tokens(prompt_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
@@ -377,9 +377,11 @@ def _real_tokens(prompt_ids: Tensor, attention_mask: Tensor | None) -> list[list
         raise RequestError(f"prompt_ids is {what}; allowed: a non-empty integer tensor [B, T]")
     if attention_mask is None:
         return prompt_ids.tolist()
-    if attention_mask.shape != prompt_ids.shape:
+    is_mask = isinstance(attention_mask, Tensor) and attention_mask.shape == prompt_ids.shape
+    if not is_mask or not ((attention_mask == 0) | (attention_mask == 1)).all():
+        what = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else "no tensor"
         raise RequestError(
-            f"attention_mask is {tuple(attention_mask.shape)}; allowed: the shape of prompt_ids,"
+            f"attention_mask is {what}; allowed: ones and zeros of the shape of prompt_ids,"
             f" {tuple(prompt_ids.shape)}"
         )
     prompts = []

@@ -171,8 +171,8 @@ class TriModeLM:
                 mode=mode,
                 block_length=_plain(block_length),
                 seed=_plain(one_seed),
-                stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
-                stop_token_ids=tuple(map(_plain, () if stop_token_ids is None else stop_token_ids)),
+                stop=(stop,) if isinstance(stop, str) else _as_tuple("stop", stop),
+                stop_token_ids=_as_tuple("stop_token_ids", stop_token_ids),
                 **{name: _plain(value) for name, value in params.items()},
             )
             on_own_event = _bind(on_event, index)
@@ -189,6 +189,10 @@ class TriModeLM:
         """A sequence for an `Engine`, its prompt encoded and checked against the context."""
         prompt_ids = self.encode(prompt)
         context = self.model.config.max_position_embeddings
+        if params.block_length > context:
+            raise RequestError(
+                f"block_length is {params.block_length}, beyond the context of {context}"
+            )
         if len(prompt_ids) + params.max_new_tokens > context:
             raise RequestError(
                 f"prompt of {len(prompt_ids)} tokens + max_new_tokens={params.max_new_tokens} ="
@@ -239,17 +243,17 @@ class TriModeLM:
             ids = list(self.tokenizer(prompt)["input_ids"])
         else:
             ids = [_plain(token_id) for token_id in prompt]
-            wrong = [i for i in ids if type(i) is not int or not 0 <= i < config.vocab_size]
-            if wrong:
-                raise RequestError(
-                    f"prompt has token id {wrong[0]!r}; allowed: 0 to {config.vocab_size - 1}"
-                )
         if not ids:
             if config.bos_token_id is None:
                 raise RequestError(
                     "the prompt is empty and the model has no BOS token to start from"
                 )
             ids = [config.bos_token_id]
+        wrong = [i for i in ids if type(i) is not int or not 0 <= i < config.vocab_size]
+        if wrong:
+            raise RequestError(
+                f"prompt has token id {wrong[0]!r}; allowed: 0 to {config.vocab_size - 1}"
+            )
         return ids
 
     def decode(self, token_ids: Items[int]) -> str:
@@ -385,10 +389,14 @@ def load(
 
 def _as_device(device: str | torch.device | None) -> torch.device:
     num_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        device = "cuda" if num_cuda else "cpu"
     try:
-        found = torch.device(device or ("cuda" if num_cuda else "cpu"))
+        found = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"device is {device!r}; allowed: cpu, cuda, cuda:0, ...") from None
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {str(device)!r}; allowed: cpu, cuda, cuda:0, ...")
     if found.type == "cuda" and (found.index or 0) >= num_cuda:
         raise ConfigError(f"device is '{found}'; this machine has {num_cuda} usable CUDA devices")
     return found
@@ -404,7 +412,12 @@ def _as_prompts(prompt: Prompt | Items[Prompt]) -> tuple[bool, list[Prompt]]:
     """Whether one prompt was given, and all prompts."""
     if isinstance(prompt, str):
         return True, [prompt]
-    items = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
+    items = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(items, Items) or isinstance(items, bytes):
+        raise RequestError(
+            f"prompt is a {type(prompt).__name__}; allowed: a string, token ids, or a list of these"
+        )
+    items = list(items)
     if not items:
         raise RequestError("prompt is an empty list; give '' for an empty prompt")
     if all(isinstance(item, str) or hasattr(item, "__len__") for item in items):
@@ -425,7 +438,16 @@ def _as_seeds(seed: int | Items[int] | None, num_prompts: int) -> list[int]:
 
 def _plain(value: Any) -> Any:
     """numpy and torch scalars as Python's, whose integers do not overflow; all else as it is."""
-    return value.item() if hasattr(value, "item") else value
+    is_scalar = hasattr(value, "item") and getattr(value, "ndim", 0) == 0
+    return value.item() if is_scalar else value
+
+
+def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    """A sequence, an array or None as a tuple of plain values."""
+    items = () if values is None else values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(items, Items):
+        raise RequestError(f"{name} is {values!r}; allowed: a list")
+    return tuple(map(_plain, items))
 
 
 def _free_len(text: str, stop: Items[str]) -> int:

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimode.checkpoint.adapter import load_adapter
+from trimode.checkpoint.adapter import load_adapter, save_adapter
 from trimode.errors import CheckpointError
 from trimode.model import AdapterSwitch, TriModeModel
-from trimode.model.adapter import TARGETS
+from trimode.model.adapter import TARGETS, new_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -117,6 +117,9 @@ def test_variants_of_lora_are_refused(
         ({"r": 2}, r"A \[4, 128\] and B \[64, 4\]; expected \[2, 128\] .* at r=2$"),
         ({"lora_alpha": "16"}, "lora_alpha '16'"),
         ({"lora_alpha": None}, "lora_alpha None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"target_modules": ["q_proj"]}, r"target_modules is \['q_proj'\], but .*o_proj"),
     ],
 )
 def test_config_defects(
@@ -185,6 +188,48 @@ def test_tensor_defects(peft_folder: Folder, tiny_model: Model) -> None:
         refused(folder, tiny_model(), message)
 
 
+def test_tensors_of_other_parts_of_a_model(peft_folder: Folder, tiny_model: Model) -> None:
+    """A vision tower's layer 0 taken for ours, or a projection of the attention in the MLP."""
+    folder = peft_folder()
+    name = "base_model.model.encoder.layers.0.self_attn.o_proj.lora_A.weight"
+    for other in (
+        name.replace("encoder.layers", "encoder.vision_tower.layers"),
+        name.replace("self_attn", "mlp"),
+    ):
+
+        def move(weights: dict[str, Tensor], other: str = other) -> None:
+            weights[other] = weights[name].clone()
+
+        edit_weights(folder, move)
+        refused(folder, tiny_model(torch.float32), f"unexpected tensor {other}")
+        edit_weights(folder, lambda weights, other=other: weights.pop(other))
+
+
 def test_adapter_of_a_deeper_model(peft_folder: Folder, tiny_model: Model) -> None:
     """An adapter of another size whose extra layers are dropped."""
     refused(peft_folder(), tiny_model(num_hidden_layers=1), "layer 1 o_proj, but the model has 1")
+
+
+@pytest.mark.parametrize("targets", [["o_proj"], list(TARGETS)])
+def test_saved_adapter_is_read_back_and_by_peft(
+    tiny_model: Model, tmp_path: Path, targets: list[str]
+) -> None:
+    """A scale, a name or a half of a pair lost on the way to disk."""
+    model, ids = tiny_model(), torch.arange(30).reshape(2, 15)
+    adapter = new_adapter(model.encoder.layers, rank=4, alpha=10.0, targets=targets, seed=0)
+    unchanged = model(ids, adapter=AdapterSwitch(adapter.double(), None)).logits
+    assert unchanged.equal(model(ids).logits)
+    for _, _, pair in adapter.items():
+        torch.nn.init.normal_(pair.up)
+    folder = tmp_path / "linear_spec_lora"
+    folder.mkdir()
+    (folder / "stale").touch()
+    save_adapter(adapter, folder, dtype=torch.float64, base="somewhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["linear_spec_lora"]
+    assert not (folder / "stale").exists()
+    wanted = model(ids, adapter=AdapterSwitch(adapter, None)).logits
+    read = load_adapter(folder, model=model)
+    assert model(ids, adapter=AdapterSwitch(read, None)).logits.equal(wanted)
+    wrapped = peft.PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+    torch.testing.assert_close(wrapped(ids).logits, wanted, rtol=0, atol=1e-10)
+    assert wrapped.peft_config["default"].base_model_name_or_path == "somewhere"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from trimode.checkpoint import io
 from trimode.checkpoint.io import load_model, load_tokenizer, resolve, save_checkpoint
-from trimode.errors import CheckpointError
+from trimode.errors import CheckpointError, ConfigError
 from trimode.model import NemotronLabsDiffusionConfig, TriModeModel
 from trimode.runtime import load
 
@@ -82,7 +83,7 @@ def test_dtype_asked_for_is_given(tiny_checkpoint: Checkpoint) -> None:
         assert {str(p.dtype) for p in model.parameters()} == {
             f"torch.{dtype}".replace("torch.torch", "torch")
         }
-    with pytest.raises(CheckpointError, match="dtype is 'int8'; allowed: float32"):
+    with pytest.raises(ConfigError, match="dtype is 'int8'; allowed: float32"):
         load_model(folder, device="cpu", dtype="int8")
 
 
@@ -212,6 +213,56 @@ def test_missing_shard(tiny_model: Model, tmp_path: Path) -> None:
     refused(
         folder, f"shard {re.escape(shard.name)} named by model.safetensors.index.json is missing"
     )
+
+
+def test_single_file_beside_an_index(tiny_model: Model, tmp_path: Path) -> None:
+    """The shards checked and the single file loaded, with random numbers for what it lacks."""
+    save_checkpoint(tiny_model(torch.float32), tmp_path / "many", max_shard_size="100KB")
+    save_checkpoint(tiny_model(torch.float32, seed=1), tmp_path / "one")
+    shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / "many")
+    ids = torch.arange(8)[None]
+    expected = open_folder(tmp_path / "one")(ids).logits
+    torch.testing.assert_close(open_folder(tmp_path / "many")(ids).logits, expected)
+    edit_weights(tmp_path / "many", lambda weights: weights.pop("encoder.norm.weight"))
+    refused(tmp_path / "many", "1 missing tensors \\(encoder.norm.weight\\)")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_map": {"a": 5}}, "weight_map has 5; allowed: a file name"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "weight_map has '../x.safetensors'"),
+        ({"metadata": None}, "no weight_map, or no metadata"),
+    ],
+)
+def test_damaged_index(
+    tiny_model: Model, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """A traceback for a damaged index, or a file outside the folder being opened."""
+    save_checkpoint(tiny_model(torch.float32), tmp_path / "many", max_shard_size="100KB")
+    path = tmp_path / "many" / "model.safetensors.index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused(tmp_path / "many", message)
+
+
+def test_integer_weights(tiny_checkpoint: Checkpoint) -> None:
+    """Quantised weights run as if they were the numbers they stand for."""
+    folder = tiny_checkpoint()
+
+    def quantise(weights: dict[str, Tensor]) -> None:
+        weights["diffusion_head.weight"] = weights["diffusion_head.weight"].to(torch.int8)
+
+    edit_weights(folder, quantise)
+    refused(folder, "1 quantised or integer tensors \\(diffusion_head.weight I8\\)")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_folder_in_the_place_of_a_file(tiny_checkpoint: Checkpoint, name: str) -> None:
+    """A traceback from the operating system."""
+    folder = tiny_checkpoint()
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    refused(folder, name)
 
 
 def test_index_without_a_map(tiny_model: Model, tmp_path: Path) -> None:

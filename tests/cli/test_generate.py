@@ -23,6 +23,7 @@ from trimode.checkpoint.io import save_checkpoint
 from trimode.cli import generate
 from trimode.cli.main import main
 from trimode.decoding import GenerationParams
+from trimode.decoding.params import DEFAULT_THRESHOLDS
 from trimode.model import TriModeModel
 from trimode.runtime import Generation, TriModeLM, load
 
@@ -271,9 +272,8 @@ class TestFlags:
         for name in ("mode", "max_new_tokens", "temperature"):
             told = generate.DECODING_FLAGS[name]["help"]
             assert told.endswith(f"(default {parameters[name].default})")
-        shown = GenerationParams(mode="diffusion", max_new_tokens=1, block_length=8, seed=0)
         told = generate.DECODING_FLAGS["threshold"]["help"]
-        assert f"default {shown.reveal_threshold} in diffusion" in told
+        assert f"default {DEFAULT_THRESHOLDS['diffusion']} in diffusion" in told
 
     def test_only_what_is_given_is_passed_on(
         self, monkeypatch: pytest.MonkeyPatch, lm: TriModeLM, capsys: Capture

@@ -172,6 +172,25 @@ def test_modes_switched_at_any_round_write_what_ar_writes(
         assert all(seq.stats.forwards[kind] for kind in ("decode", "draft", "verify"))
 
 
+def test_a_mode_switched_to_is_that_mode(alone: TriModeLM) -> None:
+    """The threshold of the mode that a sequence began in, after it has changed."""
+    options: dict[str, Any] = {"max_new_tokens": 25, "block_length": 4, "seed": 3}
+    params = GenerationParams(mode="ar", ignore_eos=True, **options)
+    seq = alone.sequence(PROMPTS[0], params)
+    engine = alone.engine([seq])
+    seq.mode = "diffusion"
+    _run(engine)
+    [expected] = generate(alone, PROMPTS[0], mode="diffusion", **options)
+    assert seq.new_ids == expected.token_ids
+    assert seq.stats.forwards["denoise"] == expected.stats.forwards["denoise"]
+    params = GenerationParams(mode="diffusion", ignore_eos=True, **options)
+    seq = alone.sequence(PROMPTS[0], params)
+    engine = alone.engine([seq])
+    seq.mode = "linear"
+    _run(engine)
+    assert seq.stats.forwards["draft"] <= seq.stats.forwards["verify"]
+
+
 def test_after_diffusion_the_other_modes_go_on_from_what_it_wrote(adapted: TriModeLM) -> None:
     """Prevents: K/V of a denoising pass being taken for committed K/V of the text."""
     options: dict[str, Any] = {"block_length": 4, "seed": 3, "ignore_eos": True}

@@ -97,7 +97,7 @@ def test_the_threshold_in_force(
 ) -> None:
     """Prevents: `steps` ignored because a default threshold reveals everything first."""
     options = GOOD | {"mode": mode, "threshold": threshold, "steps": steps}
-    assert GenerationParams(**options).reveal_threshold == expected
+    assert GenerationParams(**options).reveal_threshold(mode) == expected
 
 
 def test_mode_names_are_the_modes() -> None:

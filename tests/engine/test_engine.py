@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trimode.decoding import GenerationParams, Sequence, Step
+from trimode.decoding import Event, GenerationParams, Sequence, Step
 from trimode.decoding.modes import MODES
 from trimode.decoding.step import block_step, causal_step
 from trimode.engine import Engine
@@ -165,6 +165,64 @@ def test_the_cells_of_a_row_are_enough(lm: TriModeLM, mode: str, block_length: i
         seq = make(lm, [1, 2], mode=mode, block_length=block_length, max_new_tokens=max_new_tokens)
         run(lm.engine([seq]))
         assert len(seq.new_ids) == max_new_tokens
+
+
+def test_an_adapter_that_is_not_finite_stays_in_its_row(
+    lm: TriModeLM, random_adapter: Callable[..., Any]
+) -> None:
+    """0 * NaN: rows with the adapter off, in the batch of a draft, aborted by it."""
+    broken = random_adapter(lm.model)
+    for _, _, pair in broken.items():
+        pair.up.data.fill_(float("nan"))
+    modes = ["ar", "linear", "diffusion"]
+    found = [make(lm, [1, 2, 3], mode=mode) for mode in modes]
+    engine = Engine(lm.model, num_rows=3, num_cells=64, adapter=broken)
+    for seq in found:
+        engine.submit(seq)
+    run(engine)
+    assert [seq.finish_reason for seq in found] == ["length", "abort", "length"]
+    for seq in (found[0], found[2]):
+        alone = make(lm, [1, 2, 3], mode=seq.mode)
+        run(lm.engine([alone]))
+        assert seq.new_ids == alone.new_ids
+
+
+def test_a_watcher_that_raises_ends_its_own_sequence_only(lm: TriModeLM) -> None:
+    """An engine that no step can get out of any more, or rows that are never freed."""
+
+    def raises(event: Event) -> None:
+        if event.kind == "emit" and event.position > 5:
+            raise ValueError("the watcher's own")
+
+    params = GenerationParams(mode="linear", max_new_tokens=10, block_length=4, seed=0)
+    sequences = [
+        lm.sequence([1, 2, 3], params, on_event=raises if i == 1 else None) for i in range(3)
+    ]
+    engine = lm.engine(sequences)
+    with pytest.raises(ValueError, match="the watcher's own"):
+        run(engine)
+    run(engine)
+    assert [seq.finish_reason for seq in sequences] == ["length", "abort", "length"]
+    assert sequences[0].new_ids == sequences[2].new_ids
+
+
+def test_a_sequence_is_submitted_once(lm: TriModeLM) -> None:
+    """One sequence in two rows, each writing to its tokens."""
+    seq = make(lm, [1, 2])
+    engine = lm.engine([seq])
+    with pytest.raises(AssertionError, match="once"):
+        engine.submit(seq)
+    run(engine)
+    with pytest.raises(AssertionError, match="once"):
+        engine.submit(seq)
+
+
+def test_the_last_verify_feeds_no_more_than_may_be_emitted(lm: TriModeLM) -> None:
+    """Tokens verified that can never be shown."""
+    seq = make(lm, [1, 2, 3], max_new_tokens=3, block_length=8)
+    run(lm.engine([seq]))
+    rounds = seq.stats.forwards["verify"]
+    assert seq.stats.tokens_fed["verify"] == (2 if rounds == 1 else 2 + 1)
 
 
 def test_no_state_between_calls(lm: TriModeLM) -> None:

@@ -149,7 +149,7 @@ def test_adapter_off_for_every_token_leaves_the_bits(
     """A mixed batch colouring the AR view of its own trunk tokens."""
     model = tiny_model()
     ids = torch.arange(20)[None]
-    is_on = torch.zeros(1, 20, 1, dtype=torch.float64)
+    is_on = torch.zeros(1, 20, 1, dtype=torch.bool)
     switch = AdapterSwitch(random_adapter(model), is_on)
     assert model(ids, adapter=switch).logits.equal(model(ids).logits)
 
@@ -161,8 +161,8 @@ def test_adapter_per_token_equals_separate_runs(
     model = tiny_model()
     adapter = random_adapter(model)
     ids = torch.arange(40).reshape(2, 20)
-    is_on = torch.zeros(2, 20, 1, dtype=torch.float64)
-    is_on[1] = 1
+    is_on = torch.zeros(2, 20, 1, dtype=torch.bool)
+    is_on[1] = True
     mixed = model(ids, adapter=AdapterSwitch(adapter, is_on)).logits
     off, on = model(ids[:1]).logits, model(ids[1:], adapter=AdapterSwitch(adapter, None)).logits
     torch.testing.assert_close(mixed, torch.cat((off, on)), rtol=0, atol=1e-11)
@@ -174,7 +174,7 @@ def test_adapter_within_one_sequence(
     """Causal tokens before the first one that is on seeing anything of the adapter."""
     model = tiny_model()
     ids = torch.arange(20)[None]
-    is_on = (torch.arange(20) >= 12).double()[None, :, None]
+    is_on = (torch.arange(20) >= 12)[None, :, None]
     mixed = model(ids, adapter=AdapterSwitch(random_adapter(model), is_on)).logits
     plain = model(ids).logits
     torch.testing.assert_close(mixed[:, :12], plain[:, :12], rtol=0, atol=1e-11)
@@ -245,6 +245,19 @@ def test_forward_refuses_what_it_does_not_do(tiny_model: Model) -> None:
         ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act is 'gelu'; supported: 'silu'"),
         ({"sliding_window": 128}, UnsupportedError, "sliding_window is 128"),
         ({"attention_dropout": 0.1}, UnsupportedError, "attention_dropout is 0.1"),
+        ({"block_size": 1}, ConfigError, "block_size is 1; allowed: an integer of at least 2"),
+        ({"num_valid_tokens": True}, ConfigError, "num_valid_tokens is True"),
+        ({"bos_token_id": -3}, ConfigError, "bos_token_id is -3; allowed: 0 to 258, or null"),
+        ({"eos_token_id": [1, 999]}, ConfigError, "eos_token_id is .*999.*; allowed: 0 to 258"),
+        ({"rms_norm_eps": "x"}, ConfigError, "rms_norm_eps is 'x'"),
+        ({"rope_theta": 5e5}, ConfigError, "rope_theta is 500000.0 beside"),
+        ({"partial_rotary_factor": 0.5}, UnsupportedError, "partial_rotary_factor is 0.5"),
+        ({"num_experts": 8}, UnsupportedError, "num_experts is 8; supported: None"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": "big"}},
+            ConfigError,
+            "rope_parameters.rope_theta is 'big'; allowed: a number",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(

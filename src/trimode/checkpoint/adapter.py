@@ -1,24 +1,32 @@
-"""Reading a drafter adapter from a PEFT LoRA folder (`adapter_config.json`,
-`adapter_model.safetensors`)."""
+"""Drafter adapters on disk: PEFT LoRA folders (`adapter_config.json`, `adapter_model.safetensors`).
+
+PEFT itself is not needed to read or write them.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trimode.checkpoint.io import read_json
 from trimode.errors import CheckpointError
 from trimode.model import DrafterAdapter, TriModeModel
-from trimode.model.adapter import TARGETS, LoraPair
+from trimode.model.adapter import MLP_TARGETS, TARGETS, LoraPair, linear_of
 
-_NAME = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight$")
+_NAME = re.compile(
+    r"(?:base_model\.model\.)?(?:model\.)?encoder\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)"
+    r"\.lora_([AB])(?:\.default)?\.weight"
+)
 
-_PLAIN: dict[str, tuple[Any, Any]] = {
+_PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "use_dora": (False, None),
     "use_rslora": (False, None),
@@ -26,6 +34,12 @@ _PLAIN: dict[str, tuple[Any, Any]] = {
     "alpha_pattern": ({}, None),
     "modules_to_save": (None, []),
     "fan_in_fan_out": (False, None),
+    "init_lora_weights": (True, False, None, "gaussian"),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "lora_bias": (False, None),
+    "megatron_config": (None,),
+    "trainable_token_indices": (None,),
 }
 """LoRA variants that would change the arithmetic, and the values that leave them off."""
 
@@ -43,12 +57,23 @@ def load_adapter(folder: str | Path, *, model: TriModeModel) -> DrafterAdapter:
     rank, scale = _rank_and_scale(config, folder)
     pairs: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
     for name, tensor in _read_tensors(folder / "adapter_model.safetensors").items():
-        match = _NAME.search(name)
-        if match is None or match[2] not in TARGETS:
+        match = _NAME.fullmatch(name)
+        part = "mlp" if match is not None and match[3] in MLP_TARGETS else "self_attn"
+        if match is None or match[3] not in TARGETS or match[2] != part:
             raise CheckpointError(f"{folder}: unexpected tensor {name}")
-        pairs.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor
+        halves = pairs.setdefault((int(match[1]), match[3]), {})
+        if match[4] in halves or not tensor.is_floating_point():
+            raise CheckpointError(f"{folder}: tensor {name} is there twice, or not of floats")
+        halves[match[4]] = tensor
     if not pairs:
         raise CheckpointError(f"{folder}: the adapter holds no tensors")
+    named, found = config.get("target_modules"), {target for _, target in pairs}
+    if isinstance(named, list) and not found <= set(named) | {
+        name.split(".")[-1] for name in named
+    }:
+        raise CheckpointError(
+            f"{folder}: target_modules is {named}, but there are tensors of {sorted(found)}"
+        )
     weight = model.encoder.embed_tokens.weight
     adapter = DrafterAdapter(
         {
@@ -57,6 +82,48 @@ def load_adapter(folder: str | Path, *, model: TriModeModel) -> DrafterAdapter:
         }
     )
     return adapter.to(device=weight.device, dtype=weight.dtype).eval().requires_grad_(False)
+
+
+def save_adapter(
+    adapter: DrafterAdapter, folder: str | Path, *, dtype: torch.dtype, base: str | None = None
+) -> None:
+    """Write `folder` anew; an older one is replaced only once the new one is complete.
+
+    Args:
+        adapter: All its pairs have one rank and one scale. It is not changed.
+        folder: Where to, e.g. `<run>/linear_spec_lora`.
+        dtype: Of the tensors on disk; the published adapters have float32.
+        base: The checkpoint it is for, as PEFT's `base_model_name_or_path`.
+    """
+    folder = Path(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer_index, target, pair in adapter.items():
+        part = "mlp" if target in MLP_TARGETS else "self_attn"
+        stem = f"base_model.model.encoder.layers.{layer_index}.{part}.{target}"
+        for half, matrix in (("A", pair.down), ("B", pair.up)):
+            on_disk = matrix.detach().to("cpu", dtype, copy=True).contiguous()
+            tensors[f"{stem}.lora_{half}.weight"] = on_disk
+    shapes = {(pair.down.shape[0], pair.scale) for _, _, pair in adapter.items()}
+    assert len(shapes) == 1, f"pairs of different rank or scale: {shapes}"
+    rank, scale = shapes.pop()
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": int(rank * scale) if rank * scale % 1 == 0 else rank * scale,
+        "target_modules": sorted({target for _, target, _ in adapter.items()}),
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+        **{name: allowed[0] for name, allowed in _PLAIN.items()},
+    }
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(config, indent=2) + "\n"
+    (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def _rank_and_scale(config: dict[str, Any], folder: Path) -> tuple[int, float]:
@@ -68,9 +135,10 @@ def _rank_and_scale(config: dict[str, Any], folder: Path) -> tuple[int, float]:
         if name in config and config[name] not in allowed:
             raise CheckpointError(f"{folder}: {name} is {config[name]!r}; allowed: {allowed[0]!r}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+    is_number = isinstance(alpha, (int, float)) and math.isfinite(alpha)
+    if not isinstance(rank, int) or rank < 1 or not is_number:
         raise CheckpointError(f"{folder}: r is {rank!r} and lora_alpha {alpha!r}; expected numbers")
-    return rank, alpha / rank
+    return rank, float(alpha or 0) / rank
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -98,8 +166,7 @@ def _matrices(
         )
     if set(halves) != {"A", "B"}:
         raise CheckpointError(f"{folder}: {name} has lora_{''.join(halves)} only; expected A and B")
-    layer = model.encoder.layers[layer_index]
-    linear = getattr(layer.self_attn, target, None) or getattr(layer.mlp, target)
+    linear = linear_of(model.encoder.layers[layer_index], target)
     down, up = halves["A"], halves["B"]
     found = [list(down.shape), list(up.shape)]
     expected = [[rank, linear.in_features], [linear.out_features, rank]]

@@ -10,19 +10,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from trimode.errors import CheckpointError, TriModeError
+from trimode.errors import CheckpointError, ConfigError, TriModeError
 from trimode.model import TriModeModel
 from trimode.model.configuration import TriModeConfig
 from trimode.model.modeling import MODEL_CLASSES
@@ -31,6 +33,7 @@ DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "pocket"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -60,7 +63,9 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object")
@@ -88,12 +93,39 @@ def check_weights(folder: Path, config: TriModeConfig) -> None:
     Raises:
         CheckpointError: with the counts and first names of missing, extra and misshapen tensors.
     """
-    found = _read_headers(folder)
-    with torch.device("meta"):
-        model = MODEL_CLASSES[config.model_type](config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = read_headers(folder)
+    packed = sorted(f"{name} {t.dtype}" for name, t in stored.items() if t.dtype not in _FLOATS)
+    if packed:
+        raise CheckpointError(
+            f"{folder}: {_describe('quantised or integer', packed)}; allowed: {', '.join(_FLOATS)}"
+        )
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    expected = expected_shapes(config)
     if config.tie_word_embeddings and "diffusion_head.weight" not in found:
         del expected["diffusion_head.weight"]
+    compare_shapes(folder, found=found, expected=expected)
+
+
+def read_with(auto: Any, folder: Path, what: str) -> Any:
+    """Another family's configuration or tokenizer, by an `Auto...` class; no remote code is run."""
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the readers of many families raise anything on a damaged file
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: the {what} cannot be read: {reason}") from error
+
+
+def expected_shapes(config: TriModeConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the network that a configuration describes."""
+    with torch.device("meta"):
+        model = MODEL_CLASSES[config.model_type](config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def compare_shapes(
+    folder: Path, *, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> None:
+    """Refuse a folder whose tensors are not the expected ones; see `check_weights`."""
     problems = [
         _describe("missing", sorted(expected.keys() - found.keys())),
         _describe("extra", sorted(found.keys() - expected.keys())),
@@ -114,11 +146,16 @@ def load_model(
     folder: Path, *, device: torch.device | str, dtype: str | torch.dtype
 ) -> TriModeModel:
     """Check a folder and load its network, in evaluation mode."""
-    dtype = _as_dtype(dtype)
+    dtype = as_dtype(dtype)
     config = read_model_config(folder)
     check_weights(folder, config)
-    with _quiet():
-        model = MODEL_CLASSES[config.model_type].from_pretrained(folder, config=config, dtype=dtype)
+    with quiet():
+        model, report = MODEL_CLASSES[config.model_type].from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True
+        )
+    wrong = {kind: names for kind, names in report.items() if names}
+    if wrong:  # the headers were right, so the files have changed, or were read another way
+        raise CheckpointError(f"{folder}: the weights did not load as checked: {wrong}")
     return model.to(device).eval()
 
 
@@ -142,7 +179,7 @@ def save_checkpoint(
     """Write weights, configuration and tokenizer; the folder appears complete or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with _quiet():
+    with quiet():
         model.save_pretrained(partial, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
@@ -151,29 +188,112 @@ def save_checkpoint(
     os.replace(partial, folder)
 
 
-def _read_headers(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the folder's safetensors files."""
-    if (folder / INDEX_NAME).exists():
-        names = read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(names, dict):
-            raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map")
-        files = [folder / name for name in sorted(set(names.values()))]
-    elif (folder / WEIGHTS_NAME).exists():
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor on disk: its file, its shape, and its element type in safetensors' words."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """What is known of every tensor in the folder's safetensors files without reading weights."""
+    if (folder / WEIGHTS_NAME).exists():  # transformers reads it even where there is an index
         files = [folder / WEIGHTS_NAME]
+    elif (folder / INDEX_NAME).exists():
+        files = _indexed_files(folder)
     else:
         pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
         found = f"only {pickles[0]}, and pickles are not opened" if pickles else "none"
         raise CheckpointError(f"{folder}: expected {WEIGHTS_NAME} or {INDEX_NAME}, found {found}")
-    shapes: dict[str, tuple[int, ...]] = {}
+    headers: dict[str, StoredTensor] = {}
     for file in files:
         if not file.exists():
             raise CheckpointError(f"{folder}: shard {file.name} named by {INDEX_NAME} is missing")
         try:
             with safe_open(file, framework="pt") as tensors:
-                shapes |= {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+                for name in tensors.keys():  # noqa: SIM118
+                    tensor = tensors.get_slice(name)
+                    shape = tuple(tensor.get_shape())
+                    headers[name] = StoredTensor(file, shape, tensor.get_dtype())
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
-    return shapes
+    return headers
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    """The shards that the index names, which must lie in the folder itself."""
+    index = read_json(folder / INDEX_NAME)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names or not isinstance(index.get("metadata"), dict):
+        raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map, or no metadata")
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(
+                f"{folder / INDEX_NAME}: weight_map has {name!r}; allowed: a file name"
+            )
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+@contextmanager
+def fresh_folder(target: Path) -> Iterator[Path]:
+    """Gives a sibling to write into, which becomes `target` at the end; on an error nothing stays.
+
+    Raises:
+        CheckpointError: `target` exists and is not an empty folder, or has no parent folder.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not an empty folder")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target.parent}: no such folder")
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise CheckpointError(
+            f"{partial} exists: another command writes it, or one was killed; remove it then"
+        ) from None
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_tensors(
+    folder: Path,
+    sizes: dict[str, int],
+    *,
+    load: Callable[[str], torch.Tensor],
+    max_shard_size: str,
+) -> None:
+    """Write weights shard by shard, so that one shard at most is in memory.
+
+    Args:
+        folder: Exists already.
+        sizes: Bytes by tensor name, in the order of writing.
+        load: Gives a tensor by its name; called once for each.
+        max_shard_size: As in `save_checkpoint`.
+
+    Raises:
+        ConfigError: `max_shard_size` is not a size.
+    """
+    try:
+        split = split_state_dict_into_shards_factory(
+            sizes,
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ConfigError(f"max_shard_size is {max_shard_size!r}; e.g. 5GB or 500MB") from error
+    for file_name, names in split.filename_to_tensors.items():
+        shard = {name: load(name) for name in names}
+        save_file(shard, folder / file_name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _describe(what: str, names: Iterable[str]) -> str:
@@ -184,15 +304,16 @@ def _describe(what: str, names: Iterable[str]) -> str:
     return f"{len(names)} {what} tensors ({', '.join(names[:5])}{more})"
 
 
-def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating-point element type by its name in torch."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise CheckpointError(f"dtype is {dtype!r}; allowed: float32, bfloat16, float16, float64")
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ConfigError(f"dtype is {dtype!r}; allowed: float32, bfloat16, float16, float64")
     return found
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars from transformers within; they would land in the caller's output."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

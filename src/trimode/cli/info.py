@@ -139,7 +139,7 @@ def _modes(config: TriModeConfig) -> dict[str, dict[str, Any]]:
         params = GenerationParams(mode=mode, max_new_tokens=1, block_length=size, seed=0)
         knobs[mode] = {
             "block_length": None if mode == "ar" else size,
-            "threshold": params.reveal_threshold if mode == "diffusion" else params.threshold,
+            "threshold": params.reveal_threshold(mode) if mode == "diffusion" else params.threshold,
             "temperature": params.temperature,
         }
     return knobs

@@ -17,7 +17,8 @@ def block_diffusion(seq: Sequence) -> Generator[Step, Readout, None]:
     the last block.
     """
     canvas = [seq.last] + [seq.mask_token_id] * (seq.params.block_length - 1)
-    yield from denoise(seq, canvas, kind="denoise", is_drafter_on=False)
+    threshold = seq.params.reveal_threshold("diffusion")
+    yield from denoise(seq, canvas, kind="denoise", is_drafter_on=False, threshold=threshold)
     seq.emit(canvas[1:])
     if seq.is_finished:
         return

@@ -106,7 +106,9 @@ def filter_logits(
     )
     probabilities = ranked.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    # A mass of 2 is never reached, so None keeps everything whatever the rounding of the sum.
-    mass = torch.tensor([2.0 if p is None else p for p in top_p], device=device, dtype=logits.dtype)
+    # A mass of 2 is never reached, so None and 1 keep everything whatever the rounding of the sum.
+    mass = torch.tensor(
+        [2.0 if p is None or p >= 1 else p for p in top_p], device=device, dtype=logits.dtype
+    )
     ranked = ranked.masked_fill(before >= mass[:, None], -torch.inf)
     return torch.full_like(logits, -torch.inf).scatter(-1, order, ranked)

@@ -11,6 +11,9 @@ from trimode.errors import RequestError
 
 MODE_NAMES = ("ar", "diffusion", "linear")
 
+DEFAULT_THRESHOLDS = {"diffusion": 0.9, "linear": 0.0}
+"""Where neither `threshold` nor `steps` is given; 0 reveals all in one pass."""
+
 MAX_SEED = 2**64 - 1
 
 
@@ -74,6 +77,7 @@ class GenerationParams:
             lambda v: _is_number(v) and (v == 0 or 1e-5 <= v <= 1e5),
             "0 (greedy), or 1e-5 to 1e5",
         )
+        check("ignore_eos", lambda v: isinstance(v, bool), "True or False")
         check("top_k", lambda v: v is None or (_is_int(v) and v >= 1), "None or an integer >= 1")
         check("top_p", lambda v: v is None or (_is_number(v) and 0 < v <= 1), "None, or in (0, 1]")
         check(
@@ -98,12 +102,12 @@ class GenerationParams:
             f"None, or 1 to block_length={self.block_length}",
         )
 
-    @property
-    def reveal_threshold(self) -> float | None:
-        """The threshold in force: None where only `steps` decides."""
+    def reveal_threshold(self, mode: str) -> float | None:
+        """The threshold in force in `mode`, which may change mid-text; None where only `steps`
+        decides."""
         if self.threshold is not None or self.steps is not None:
             return self.threshold
-        return 0.9 if self.mode == "diffusion" else 0.0
+        return DEFAULT_THRESHOLDS[mode]
 
 
 def _is_int(value: Any) -> bool:

@@ -36,13 +36,20 @@ def select(confidences: Numbers[float], *, threshold: float | None, floor: int) 
 
 
 def denoise(
-    seq: Sequence, canvas: list[int], *, kind: str, is_drafter_on: bool
+    seq: Sequence, canvas: list[int], *, kind: str, is_drafter_on: bool, threshold: float | None
 ) -> Generator[Step, Readout, None]:
     """Fill all of `canvas` but its first token, which is clean, in place.
 
     Every pass feeds the whole block bidirectionally over the committed prefix (K/V not kept) and
     reveals what the parameters ask for; revealed tokens stay. Stops early once a stop token stands
     with nothing masked before it, leaving masks behind it that are never shown.
+
+    Args:
+        seq: Whose parameters decide.
+        canvas: [K] token ids, the first clean, the others masks.
+        kind: Of the forwards, for the counts.
+        is_drafter_on: Whether the drafter adapter is on.
+        threshold: In force for `select`.
 
     Source: arXiv 2607.05722 via facts 3.2.
     """
@@ -57,7 +64,7 @@ def denoise(
         )
         floor = floors[num_passes] if num_passes < len(floors) else 1
         num_passes += 1
-        for i in select(readout.confidences, threshold=params.reveal_threshold, floor=floor):
+        for i in select(readout.confidences, threshold=threshold, floor=floor):
             canvas[masked[i]] = readout.token_ids[i]
             is_masked[masked[i]] = False
         seq.event(kind, position=seq.length, token_ids=canvas, is_masked=is_masked)

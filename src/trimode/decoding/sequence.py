@@ -141,14 +141,17 @@ class Sequence:
         """Whether the newest token completed a stop string; notes where the text before it ends."""
         if self._detokenize is None:
             raise AssertionError("stop strings need a detokenizer")
-        # The newest match lies within so many bytes, and nearly every token is at least one; those
-        # that show nothing (special tokens) make the window grow.
-        window = 1 + max(len(stop.encode()) for stop in self.params.stop)
-        num_tokens = window
-        tail = self._detokenize(self.new_ids[-num_tokens:])
-        while len(tail.encode()) < window and num_tokens < len(self.new_ids):
+        # A match that the newest token completes starts within so many characters before it. Nearly
+        # every token shows some; those that do not (special tokens, parts of a character) make the
+        # window grow.
+        window = max(map(len, self.params.stop))
+        num_tokens = 2 * window
+        while num_tokens < len(self.new_ids):
+            before = self._detokenize(self.new_ids[-num_tokens:-1])
+            if len(before.replace("\ufffd", "")) >= window:
+                break
             num_tokens *= 2
-            tail = self._detokenize(self.new_ids[-num_tokens:])
+        tail = self._detokenize(self.new_ids[-num_tokens:])
         if not any(stop in tail for stop in self.params.stop):
             return False
         text = self._detokenize(self.new_ids)

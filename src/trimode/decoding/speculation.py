@@ -23,7 +23,8 @@ def linear(seq: Sequence) -> Generator[Step, Readout, None]:
     block = [seq.last]
     if seq.num_remaining > 1:
         block += [seq.mask_token_id] * (seq.params.block_length - 1)
-        yield from denoise(seq, block, kind="draft", is_drafter_on=True)
+        threshold = seq.params.reveal_threshold("linear")
+        yield from denoise(seq, block, kind="draft", is_drafter_on=True, threshold=threshold)
         del block[seq.num_remaining :]
     readout = yield causal_step("verify", block, start=seq.length, wanted=range(len(block)))
     draft, chosen = block[1:], readout.token_ids

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from trimode.decoding import Sequence, Step, life
+from trimode.decoding import Readout, Sequence, Step, life
 from trimode.decoding.modes import Steps
 from trimode.engine.runner import Feed, Runner
 from trimode.errors import CapacityError
@@ -48,6 +48,10 @@ class Engine:
         num_cells: int,
         adapter: DrafterAdapter | None = None,
     ) -> None:
+        if num_rows < 1 or num_cells < 1:
+            raise CapacityError(
+                f"num_rows is {num_rows} and num_cells {num_cells}; allowed: at least 1"
+            )
         weight = model.encoder.embed_tokens.weight
         cache = KVCache(
             model.config,
@@ -68,6 +72,8 @@ class Engine:
 
     def submit(self, seq: Sequence) -> None:
         """Queue a sequence; it starts in the first step that has a row for it."""
+        if seq.length or seq.is_finished or seq in self._sequences():
+            raise AssertionError("a sequence is submitted once")
         needed = cells_needed(seq)
         if needed > self._num_cells:
             raise CapacityError(
@@ -82,32 +88,29 @@ class Engine:
 
         Returns:
             The sequences that finished in it.
+
+        Raises:
+            Exception: What a sequence's own `on_event` raised. That sequence is aborted, all others
+                have advanced.
         """
         self._admit()
         if not self._running:
             return []
-        feeds = [Feed(running.seq, running.row, running.step) for running in self._running]
+        before = list(self._running)
+        feeds = [Feed(running.seq, running.row, running.step) for running in before]
         readouts = self._runner.run(feeds)
-        finished = []
-        for running, readout in zip(list(self._running), readouts, strict=True):
-            seq, step = running.seq, running.step
-            seq.stats.count(step.kind, len(step.token_ids))
-            if readout is None:
-                logger.error(
-                    "sequence aborted: the network gave non-finite logits in a %s forward",
-                    step.kind,
-                )
-                seq.finish_reason = "abort"
-            else:
-                seq.num_committable = step.num_committable
-                try:
-                    running.step = running.steps.send(readout)
-                except StopIteration:
-                    assert seq.is_finished
-            if seq.is_finished:
+        failures = []
+        for running, readout in zip(before, readouts, strict=True):
+            try:
+                _resume(running, readout)
+            except Exception as error:
+                running.seq.finish_reason = "abort"
+                failures.append(error)
+            if running.seq.is_finished:
                 self._release(running)
-                finished.append(seq)
-        return finished
+        if failures:
+            raise failures[0]
+        return [running.seq for running in before if running.seq.is_finished]
 
     def abort(self, seq: Sequence) -> None:
         """Stop a sequence between steps, waiting or running; its row is free at once."""
@@ -115,6 +118,9 @@ class Engine:
         self._waiting = deque(entry for entry in self._waiting if entry[0] is not seq)
         for running in [running for running in self._running if running.seq is seq]:
             self._release(running)
+
+    def _sequences(self) -> list[Sequence]:
+        return [seq for seq, _ in self._waiting] + [running.seq for running in self._running]
 
     def _admit(self) -> None:
         while self._waiting and self._free_rows:
@@ -129,6 +135,23 @@ class Engine:
         self._running.remove(running)
         self._free_rows.append(running.row)
         self._free_rows.sort()
+
+
+def _resume(running: _Running, readout: Readout | None) -> None:
+    """Hand a sequence its answers; it acts on them and says what it needs next."""
+    seq, step = running.seq, running.step
+    seq.stats.count(step.kind, len(step.token_ids))
+    if readout is None:
+        logger.error(
+            "sequence aborted: the network gave non-finite logits in a %s forward", step.kind
+        )
+        seq.finish_reason = "abort"
+        return
+    seq.num_committable = step.num_committable
+    try:
+        running.step = running.steps.send(readout)
+    except StopIteration:
+        assert seq.is_finished
 
 
 def cells_needed(seq: Sequence) -> int:

@@ -107,7 +107,4 @@ class Runner:
             return None
         if all(is_on):
             return AdapterSwitch(self._adapter, None)
-        dtype = self._cache.keys.dtype
-        return AdapterSwitch(
-            self._adapter, torch.tensor(is_on, device=self._device, dtype=dtype)[:, None]
-        )
+        return AdapterSwitch(self._adapter, torch.tensor(is_on, device=self._device)[:, None])

@@ -6,12 +6,17 @@ coloured by them. Files are `trimode.checkpoint`'s business.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers an adapter may sit on; the published drafter uses `o_proj` only (facts 2.5)."""
+
+MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+"""Those of `TARGETS` that are in the MLP; the others are in the attention."""
 
 
 class LoraPair(nn.Module):
@@ -41,10 +46,45 @@ class DrafterAdapter(nn.Module):
         super().__init__()
         self.pairs = nn.ModuleDict({f"{layer}_{target}": p for (layer, target), p in pairs.items()})
 
+    def items(self) -> Iterator[tuple[int, str, LoraPair]]:
+        """Layer index, target name and pair, one after the other."""
+        for name, pair in self.pairs.items():
+            layer_index, _, target = name.partition("_")
+            yield int(layer_index), target, pair  # type: ignore[misc]
+
     def find(self, layer_index: int, target: str) -> LoraPair | None:
         """The pair on `target` of layer `layer_index`, or None."""
         name = f"{layer_index}_{target}"
         return self.pairs[name] if name in self.pairs else None  # type: ignore[return-value]
+
+
+def linear_of(layer: nn.Module, target: str) -> nn.Linear:
+    """The linear layer of a transformer layer that a target name means."""
+    linear: nn.Linear = getattr(layer.mlp if target in MLP_TARGETS else layer.self_attn, target)
+    return linear
+
+
+def new_adapter(
+    layers: nn.ModuleList, *, rank: int, alpha: float, targets: Sequence[str], seed: int
+) -> DrafterAdapter:
+    """An adapter that changes nothing yet: A uniform within 1 / sqrt(in), B zero, in float32.
+
+    Args:
+        layers: The transformer layers of the network it is for.
+        rank: r.
+        alpha: The scale is alpha / r.
+        targets: From `TARGETS`; every layer gets a pair on each.
+        seed: Of A.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for index, layer in enumerate(layers):
+        for target in targets:
+            linear = linear_of(layer, target)
+            down = torch.rand(rank, linear.in_features, generator=generator) * 2 - 1
+            up = torch.zeros(linear.out_features, rank)
+            pairs[index, target] = LoraPair(down * linear.in_features**-0.5, up, alpha / rank)
+    return DrafterAdapter(pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +93,7 @@ class AdapterSwitch:
 
     Attributes:
         adapter: The weights.
-        is_on: [..., 1] in the model's dtype, one where the adapter is on; None for all tokens.
+        is_on: [..., 1] bool, True where the adapter is on; None for all tokens.
     """
 
     adapter: DrafterAdapter
@@ -65,4 +105,6 @@ class AdapterSwitch:
         if pair is None:
             return output
         update = pair(x)
-        return output + (update if self.is_on is None else update * self.is_on)
+        if self.is_on is not None:  # a choice, not a product: what is off may hold a NaN
+            update = torch.where(self.is_on, update, 0)
+        return output + update

@@ -9,6 +9,21 @@ from transformers import PreTrainedConfig
 
 from trimode.errors import ConfigError, UnsupportedError
 
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those that depend on the position alone; the others change with the length of the text."""
+
+UNREAD: dict[str, Any] = {
+    "rope_scaling": None,
+    "partial_rotary_factor": 1.0,
+    "num_experts": None,
+    "num_local_experts": None,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "logit_scale": None,
+    "quantization_config": None,
+}
+"""Keys of other families that would change the arithmetic, and the value that leaves them off."""
+
 
 class TriModeConfig(PreTrainedConfig):
     """Configuration of a tri-mode decoder: Llama-style, with what Qwen2/3, Mistral and Ministral 3
@@ -88,7 +103,10 @@ class TriModeConfig(PreTrainedConfig):
         self.attention_dropout = attention_dropout
         self.mask_token_id = mask_token_id
         self.block_size = block_size
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
         self._check()
+        _refuse_unread(kwargs, self.rope_parameters)
         try:
             super().__init__(
                 bos_token_id=bos_token_id,
@@ -120,22 +138,41 @@ class TriModeConfig(PreTrainedConfig):
             "block_size",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                refuse(name, "an integer of at least 1")
+            least = 2 if name == "block_size" else 1
+            if not _is_int(value) or value < least:
+                refuse(name, f"an integer of at least {least}")
         if self.num_attention_heads % self.num_key_value_heads:
             refuse("num_key_value_heads", f"a divisor of {self.num_attention_heads}")
         if self.head_dim % 2:
             refuse("head_dim", "an even number")
-        if self.num_valid_tokens is not None and not 1 <= self.num_valid_tokens <= self.vocab_size:
-            refuse("num_valid_tokens", f"1 to vocab_size={self.vocab_size}, or null")
-        if not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size:
+        num_valid = self.num_valid_tokens
+        if num_valid is not None and not (_is_int(num_valid) and 2 <= num_valid <= self.vocab_size):
+            refuse("num_valid_tokens", f"2 to vocab_size={self.vocab_size}, or null")
+        if not self._is_token(self.mask_token_id):
             refuse("mask_token_id", f"0 to {self.vocab_size - 1}")
+        if self.bos_token_id is not None and not self._is_token(self.bos_token_id):
+            refuse("bos_token_id", f"0 to {self.vocab_size - 1}, or null")
+        if not all(map(self._is_token, self.eos_token_ids)):
+            refuse("eos_token_id", f"0 to {self.vocab_size - 1}, a list of them, or null")
+        if not _is_number(self.rms_norm_eps) or self.rms_norm_eps <= 0:
+            refuse("rms_norm_eps", "a positive number")
+        if self.rope_parameters.get("rope_type") not in ROPE_TYPES:
+            raise UnsupportedError(
+                f"rope_parameters.rope_type is {self.rope_parameters.get('rope_type')!r};"
+                f" supported: {', '.join(ROPE_TYPES)}"
+            )
+        for name, value in self.rope_parameters.items():
+            if name not in ("rope_type", "type") and not (value is None or _is_number(value)):
+                raise ConfigError(f"rope_parameters.{name} is {value!r}; allowed: a number")
         if self.hidden_act != "silu":
             raise UnsupportedError(f"hidden_act is {self.hidden_act!r}; supported: 'silu'")
         if self.sliding_window is not None:
             raise UnsupportedError(f"sliding_window is {self.sliding_window!r}; supported: null")
         if self.attention_dropout:
             raise UnsupportedError(f"attention_dropout is {self.attention_dropout}; supported: 0.0")
+
+    def _is_token(self, token_id: Any) -> bool:
+        return _is_int(token_id) and 0 <= token_id < self.vocab_size
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -163,6 +200,27 @@ class TriModeConfig(PreTrainedConfig):
             or self.tie_word_embeddings
             or self.num_valid_tokens not in (None, self.vocab_size)
         )
+
+
+def _refuse_unread(kwargs: dict[str, Any], rope_parameters: dict[str, Any]) -> None:
+    """Refuse values of other families that would change the network and that nothing here reads."""
+    theta = kwargs.get("rope_theta")
+    if theta is not None and theta != rope_parameters.get("rope_theta"):
+        raise ConfigError(
+            f"rope_theta is {theta!r} beside rope_parameters.rope_theta"
+            f" {rope_parameters.get('rope_theta')!r}; give it in rope_parameters only"
+        )
+    for name, off in UNREAD.items():
+        if kwargs.get(name, off) not in (None, off):
+            raise UnsupportedError(f"{name} is {kwargs[name]!r}; supported: {off!r}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class NemotronLabsDiffusionConfig(TriModeConfig):

@@ -31,7 +31,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Beside a float32 residual stream, a weight gathered in bfloat16 is widened.
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype))
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 class Rotary:
@@ -55,13 +57,8 @@ class Rotary:
                 theta, dim = self._config.rope_parameters["rope_theta"], self._config.head_dim
                 inverse = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
                 factor = 1.0
-            elif rope_type in ROPE_INIT_FUNCTIONS and rope_type not in ("dynamic", "longrope"):
-                inverse, factor = ROPE_INIT_FUNCTIONS[rope_type](self._config, None)
             else:
-                raise ConfigError(
-                    f"rope_parameters.rope_type is {rope_type!r}; allowed: default, linear, "
-                    f"llama3, yarn"
-                )
+                inverse, factor = ROPE_INIT_FUNCTIONS[rope_type](self._config, None)
             self._constants[device] = (inverse.to(device), float(factor))
         return self._constants[device]
 
@@ -109,7 +106,7 @@ class Attention(nn.Module):
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         bias = config.attention_bias
         self.layer_index = layer_index
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim
+        self.head_dim = dim
         self.q_proj = nn.Linear(hidden, num_heads * dim, bias=bias)
         self.k_proj = nn.Linear(hidden, num_kv_heads * dim, bias=bias)
         self.v_proj = nn.Linear(hidden, num_kv_heads * dim, bias=bias)
@@ -127,13 +124,14 @@ class Attention(nn.Module):
             query = adapter.add(self.layer_index, "q_proj", x, query)
             key = adapter.add(self.layer_index, "k_proj", x, key)
             value = adapter.add(self.layer_index, "v_proj", x, value)
-        query = query.unflatten(-1, (self.num_heads, self.head_dim))
-        key = key.unflatten(-1, (self.num_kv_heads, self.head_dim))
-        value = value.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        # Heads are counted from the projections: a tensor-parallel rank has only some of them.
+        query = query.unflatten(-1, (-1, self.head_dim))
+        key = key.unflatten(-1, (-1, self.head_dim))
+        value = value.unflatten(-1, (-1, self.head_dim))
         if self.use_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         rotated = angles.rotate(torch.cat((query, key), dim=-2))
-        query, key = rotated.split((self.num_heads, self.num_kv_heads), dim=-2)
+        query, key = rotated.split((query.shape[-2], key.shape[-2]), dim=-2)
         if angles.query_scale is not None:
             query = query * angles.query_scale
         attended = attend(self.layer_index, query, key, value).flatten(-2)
