@@ -1,0 +1,126 @@
+"""What other families' checkpoints call things, and which of them we can be. Data only.
+
+Source: the configuration classes and state dicts of transformers 5; facts 1.4 and 1.5.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One `model_type` of transformers that our network can be.
+
+    Attributes:
+        architecture: The class that wrote such a checkpoint, head included.
+        read: Configuration fields that exist in this family only, under the same name in ours.
+        fixed: Fields of ours that this family does not write down, with its values.
+    """
+
+    architecture: str
+    read: tuple[str, ...] = ()
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", read=("attention_bias", "mlp_bias")),
+    "mistral": Family("MistralForCausalLM"),
+    "ministral3": Family("Ministral3ForCausalLM"),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", fixed={"attention_bias": True, "attention_output_bias": False}
+    ),
+    "qwen3": Family("Qwen3ForCausalLM", read=("attention_bias",), fixed={"use_qk_norm": True}),
+}
+
+VISION_FAMILIES: dict[str, Family] = {"mistral3": Family("Mistral3ForConditionalGeneration")}
+"""Vision-language models whose text part is one of `FAMILIES`."""
+
+AUTO_TEXT, AUTO_VISION = "AutoModelForCausalLM", "AutoModelForImageTextToText"
+"""transformers' readers of the two."""
+
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "attention_dropout",
+    "bos_token_id",
+    "pad_token_id",
+)
+"""Configuration fields that every family has, under the same name in ours."""
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a checkpoint keeps its text network; names within `encoder` are the same as ours."""
+
+    encoder: str
+    head: str
+
+
+TEXT_LAYOUTS = (Layout("model.", "lm_head.weight"),)
+VISION_LAYOUTS = (
+    Layout("language_model.model.", "language_model.lm_head.weight"),
+    Layout("model.language_model.", "lm_head.weight"),
+)
+
+ROTARY_CONSTANTS = re.compile(r"\.rotary_emb\.inv_freq$")
+"""Buffers of old Llama checkpoints; everyone computes them."""
+
+VISION_TENSORS = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""safetensors' names of the element types that a weight may have."""
+
+EMBEDDING, HEAD = "encoder.embed_tokens.weight", "diffusion_head.weight"
+"""The two tensors of ours that have a row per token."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json")
+SPECIAL_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Configuration fields by which a mixture of experts is known."""
+
+NEW_MASK_TOKEN = "<|mask|>"
+
+RESERVED_TOKENS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"<\|mask\|>|<mask>|\[MASK\]|<MASK>|\|<MASK>\|",
+        r"<SPECIAL_100>",  # the published mask token
+        r"<SPECIAL_\d+>",
+        r"<\|reserved_special_token_\d+\|>",
+        r"<\|?reserved_?\d+\|?>|<\|?unused_?\d+\|?>|\[unused_?\d+\]",
+    )
+)
+"""Vocabulary slots that wait for a use, the best first."""
+
+PROOF_BOUNDS: dict[torch.dtype, float] = {
+    torch.float64: 1e-4,  # transformers computes norms and angles in float32 even then
+    torch.float32: 1e-4,
+    torch.float16: 3e-2,
+    torch.bfloat16: 2.5e-1,
+}
+"""By how much logits may differ, as a share of the largest: rounding of deep networks stays well
+below, a wrong tensor, angle or epsilon well above. In 16 bits this tells a wrong tensor only."""
+
+PROBE_TEXT = "def f(x):\n\treturn 'é'  # 12 + 34 = 46, Straße 東京 🙂\n\n  <b> </b> [x] <|x|>"
+"""What a saved tokenizer must read as the source's does."""

@@ -1,0 +1,113 @@
+"""`trimode convert`: an autoregressive checkpoint to a tri-mode one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from typing import Any
+
+NAME = "convert"
+HELP = "turn an autoregressive checkpoint into a tri-mode one"
+
+_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = (
+        "Llama, Mistral, Ministral 3 (also the text part of its vision layout), Qwen2 and Qwen3."
+        " The result is kept only if its logits are those of the source; the proof holds one"
+        " network of the source's size in memory, in --proof-dtype. A converted network has yet to"
+        " learn to denoise: until it is trained, its diffusion view guesses badly."
+    )
+    parser.add_argument("source", metavar="SRC", help="a folder or hub id, safetensors only")
+    parser.add_argument("destination", metavar="DST", help="a folder, new or empty")
+    parser.add_argument(
+        "--block-length",
+        type=int,
+        default=32,
+        metavar="K",
+        help="default diffusion block length (default %(default)s)",
+    )
+    parser.add_argument(
+        "--mask-token",
+        metavar="TOKEN",
+        help="a token of the vocabulary or its id (default: a reserved slot, else a new token)",
+    )
+    parser.add_argument("--dtype", metavar="D", help="write this type (default: the source's)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="per file (default %(default)s)"
+    )
+    parser.add_argument(
+        "--proof-dtype",
+        default="float32",
+        metavar="D",
+        help="compare in this type; bfloat16 halves the memory and proves less"
+        " (default %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the record as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert; 0 if the result was proved and kept."""
+    from trimode.checkpoint.convert import convert
+
+    record = convert(
+        args.source,
+        args.destination,
+        block_length=args.block_length,
+        mask_token=args.mask_token,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        proof_dtype=args.proof_dtype,
+        on_plan=lambda plan: print(_plan(plan, args.proof_dtype), file=sys.stderr),
+    )
+    print(json.dumps(record) if args.json else _summary(record, args.destination))
+    return 0
+
+
+def _plan(record: dict[str, Any], proof_dtype: str) -> str:
+    """What is about to be done: a line per kind of tensor, whatever the number of layers."""
+    kinds: dict[tuple[str, str, str], int] = {}
+    for tensor in record["tensors"]:
+        source, name = (_LAYER.sub("*", tensor[key]) for key in ("source", "name"))
+        kind = (source, name, f"{tensor['shape']} {tensor['dtype']}")
+        kinds[kind] = kinds.get(kind, 0) + 1
+    lines = [f"{s} -> {n} {what}{f' x{k}' if k > 1 else ''}" for (s, n, what), k in kinds.items()]
+    for start, count in _by_start(record["ignored"]).items():
+        lines.append(f"{start}* left behind, {count} tensors")
+    if not record["has_tokenizer"]:
+        lines.append("the source has no tokenizer; the result has none either")
+    lines.append(f"copying, then proving with a network of {record['parameters']:,} {proof_dtype}")
+    return "\n".join(lines)
+
+
+def _by_start(names: list[str]) -> dict[str, int]:
+    """How many names begin alike, up to the first number."""
+    counts: dict[str, int] = {}
+    for name in names:
+        start = re.split(r"\d", name)[0] if "layers." in name else name.rpartition(".")[0]
+        counts[start] = counts.get(start, 0) + 1
+    return counts
+
+
+def _summary(record: dict[str, Any], destination: str) -> str:
+    """The lines a person wants to see first."""
+    mask, proof = record["mask_token"], record["proof"]
+    rows = f"{record['vocab_size']:,} rows, {record['num_new_rows']} of them new"
+    if record["num_valid_tokens"] is not None:
+        rows += f"; tokens are the first {record['num_valid_tokens']:,}"
+    table = {
+        "wrote": destination,
+        "model": f"{record['source_model_type']} as {record['model_type']},"
+        f" {record['parameters']:,} parameters, block length {record['block_size']}",
+        "vocabulary": rows,
+        "mask token": f"{mask['token'] or 'unnamed'}, id {mask['token_id']} ({mask['how']})",
+        "tensors": f"{len(record['tensors'])} copied, {len(record['ignored'])} left behind",
+        "proof": f"logits differ by {proof['max_difference']:.2g} at most, allowed"
+        f" {proof['allowed_difference']:.2g}, largest {proof['largest_logit']:.3g}"
+        f" ({proof['dtype']}, {len(proof['probes'])} inputs)",
+    }
+    return "\n".join(f"{name:<12}{value}" for name, value in table.items())
