@@ -11,8 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import subprocess
+import sys
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -88,6 +91,10 @@ def summarise(name: str, runs: list[dict[str, Any]], base: float) -> dict[str, A
     row: dict[str, Any] = {"name": name, "tokens_per_second": tokens / seconds}
     row["speed_over_transformers"] = row["tokens_per_second"] / base if base else 1.0
     if name != "transformers":
+        kinds: Counter[str] = Counter()
+        for run in runs:
+            kinds.update(run["forwards"])
+        row["forwards"] = {kind: count for kind, count in kinds.items() if count}
         total = sum(sum(run["forwards"].values()) for run in runs)
         prefill = sum(run["forwards"]["prefill"] for run in runs)
         lengths = [length for run in runs for length in run["acceptance_lengths"]]
@@ -100,16 +107,94 @@ def summarise(name: str, runs: list[dict[str, Any]], base: float) -> dict[str, A
     return row
 
 
+def speed_limits(lm: trimode.TriModeLM) -> dict[str, float]:
+    """What bounds a forward of one token here: its weights read once, and its products alone.
+
+    Returns:
+        weight_bytes: Bytes of all weights but the embedding, of which a forward reads one row.
+        bytes_per_second: Measured: sums of 256 MiB of float32, read once each, the best of ten.
+        products_s: Measured: all products with the weights for one token, nothing else, the median.
+    """
+    linears = [m for m in lm.model.modules() if isinstance(m, torch.nn.Linear)]
+    weight_bytes = sum(m.weight.numel() * m.weight.element_size() for m in linears)
+    big = torch.ones(1 << 26)
+    inputs = {m.in_features: torch.randn(1, m.in_features) for m in linears}
+
+    def seconds(action: Any, times: int) -> list[float]:
+        found = []
+        for _ in range(times):
+            started_s = time.perf_counter()
+            action()
+            found.append(time.perf_counter() - started_s)
+        return found
+
+    def products() -> None:
+        for m in linears:
+            torch.nn.functional.linear(inputs[m.in_features], m.weight)
+
+    with torch.inference_mode():
+        return {
+            "weight_bytes": weight_bytes,
+            "bytes_per_second": big.numel() * 4 / min(seconds(big.sum, 10)),
+            "products_s": statistics.median(seconds(products, 200)),
+        }
+
+
+def verdicts(
+    rows: list[dict[str, Any]], limits: dict[str, float], *, block_length: int
+) -> list[str]:
+    """The targets, by how much each is met or missed, and what bounds it."""
+    by_name = {row["name"]: row for row in rows}
+    theirs_s, ours_s = (1 / by_name[n]["tokens_per_second"] for n in ("transformers", "ar"))
+    products_s = limits["products_s"]
+    ar, linear = by_name["ar"]["speed_over_transformers"], by_name["linear"]["tpf_total"]
+    lines = [
+        f"* AR at batch 1, target 1.5x transformers: {ar:.2f}x, {_verdict(ar, 1.5)}. The products"
+        f" with the weights alone take {1e3 * products_s:.2f} ms a token here, of transformers'"
+        f" {1e3 * theirs_s:.2f} ms and our {1e3 * ours_s:.2f} ms, so all else costs"
+        f" {1e3 * (theirs_s - products_s):.2f} and {1e3 * (ours_s - products_s):.2f} ms, and no"
+        f" implementation of the same products can exceed {theirs_s / products_s:.2f}x.",
+        f"* linear, target TPF (total) 1.2 for a model trained on CPU: {linear:.2f},"
+        f" {_verdict(linear, 1.2)}.",
+    ]
+    for mode in MODES[1:]:
+        if by_name[mode]["tokens_per_second"] < by_name["ar"]["tokens_per_second"]:
+            share = by_name[mode]["tokens_per_second"] / by_name["ar"]["tokens_per_second"]
+            cost = by_name[mode]["tpf_total"] / by_name["ar"]["tpf_total"] / share
+            lines.append(
+                f"* `{mode}` is slower than `ar` on this hardware: {share:.2f} of its tokens/s. Its"
+                f" forwards, of up to {block_length} tokens, cost {cost:.1f} times one of `ar`."
+            )
+    return lines
+
+
+def _verdict(got: float, target: float) -> str:
+    return "met" if got >= target else f"missed by {100 * (1 - got / target):.0f} %"
+
+
+def cpu_name() -> str:
+    """The processor as the kernel names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     """Hardware, versions, commit and settings."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/bench_decode.py",
+        "command": "python " + " ".join(sys.argv),
         "arguments": {k: str(v) for k, v in vars(arguments).items()},
-        "machine": platform.processor() or platform.machine(),
+        "machine": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -121,22 +206,37 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]], about: str) -> str:
+def table(
+    rows: list[dict[str, Any]], about: str, limits: dict[str, float], *, block_length: int
+) -> str:
     """The Markdown summary."""
     lines = [
         about,
         "",
-        "| | tokens/s | over transformers | TPF decode | TPF total | acceptance length | fed/new |",
-        "|---|---|---|---|---|---|---|",
+        "| | tokens/s | over transformers | of the roofline | TPF decode | TPF total |"
+        " acceptance length | fed/new | forwards |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [row["name"], f"{row['tokens_per_second']:.0f}"]
         cells.append(f"{row['speed_over_transformers']:.2f}x")
+        cells.append(f"{100 * row['roofline_share']:.0f} %")
         for key in ("tpf_decode", "tpf_total", "acceptance_length", "tokens_fed_per_new_token"):
             cells.append(f"{row[key]:.2f}" if row.get(key) is not None else "-")
+        kinds = row.get("forwards", {})
+        cells.append(", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "-")
         lines.append("| " + " | ".join(cells) + " |")
-    lines.append("")
-    lines.append("Acceptance length counts accepted drafts plus the bonus token of each round.")
+    lines += [
+        "",
+        "Acceptance length: accepted drafts plus the bonus token of each round, the last round cut"
+        " where the text ends. Roofline: the weights read once a forward at the measured"
+        f" {limits['bytes_per_second'] / 1e9:.1f} GB/s; {limits['weight_bytes'] / 1e6:.1f} MB of"
+        " weights partly stay in the cache, so a share is not bounded by 100 %.",
+        "",
+        "Targets:",
+        "",
+        *verdicts(rows, limits, block_length=block_length),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -158,6 +258,11 @@ def main() -> None:
     for name in ("transformers", *MODES):
         base = rows[0]["tokens_per_second"] if rows else 0.0
         rows.append(summarise(name, [run[name] for run in runs], base))
+    limits = speed_limits(lm)
+    for row in rows:
+        per_token_s = limits["weight_bytes"] / limits["bytes_per_second"]
+        forwards = 1 / row.get("tpf_total", 1.0)
+        row["roofline_share"] = row["tokens_per_second"] * forwards * per_token_s
     equal = {
         "ar_equals_transformers": sum(
             r["ar"]["token_ids"] == r["transformers"]["token_ids"] for r in runs
@@ -168,7 +273,8 @@ def main() -> None:
     env = environment(arguments)
     lens = [len(prompt) for prompt in prompts]
     about = (
-        f"Greedy, batch 1, float32, {env['threads']} threads, {len(prompts)} held-out prompts of"
+        f"Greedy, batch 1, float32, {env['machine']}, {env['threads']} threads,"
+        f" {len(prompts)} held-out prompts of"
         f" {min(lens)} to {max(lens)} tokens, {arguments.new_tokens} new tokens each, block length"
         f" {lm.model.config.block_size}, threshold 0.9 (diffusion). {env['date']}, torch"
         f" {env['torch']}, transformers {env['transformers']}, commit {env['commit']}.\n\n"
@@ -176,10 +282,17 @@ def main() -> None:
         f" linear and AR {equal['linear_equals_ar']}/{len(runs)}."
     )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"environment": env, "equal": equal, "summary": rows, "runs": runs}
+    record = {
+        "environment": env,
+        "limits": limits,
+        "equal": equal,
+        "summary": rows,
+        "runs": runs,
+    }
     arguments.output.with_suffix(".json").write_text(json.dumps(record) + "\n")
-    arguments.output.with_suffix(".md").write_text(table(rows, about))
-    print(table(rows, about))
+    text = table(rows, about, limits, block_length=lm.model.config.block_size)
+    arguments.output.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""Write the default model's card from what its run, its data and its benchmark recorded.
+
+    python benchmarks/model_card.py --run runs/pocket_cpu --data data/pocket \\
+        --benchmark benchmarks/results/pocket_cpu_202611.json
+
+Nothing in the card is typed by hand but its prose; the samples are the first prompts, not picked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import trimode
+from trimode.checkpoint.io import DEFAULT_MODEL
+
+NUM_SAMPLES = 2
+SAMPLE_TOKENS = 64
+
+TEMPLATE = Path(__file__).with_suffix(".template.md")
+
+
+def stages(records: list[dict[str, Any]], config: dict[str, Any]) -> str:
+    """`4,001,792 AR, then 10,002,432 joint (...)` from the run's log."""
+    parts, before = [], 0
+    for stage in config["stages"]:
+        steps = [r for r in records if r["kind"] == "step" and r["stage"] == stage["name"]]
+        tokens = steps[-1]["tokens"] - before
+        before = steps[-1]["tokens"]
+        alpha, draft_share = stage["diffusion_weight"], stage["draft_share"]
+        how = f" (alpha {alpha}, K {stage['block_lengths']}, draft_share {draft_share})"
+        parts.append(f"{tokens:,} {stage['name']}{how if alpha else ''}")
+    return ", then ".join(parts)
+
+
+def package_row(package: dict[str, Any]) -> str:
+    """One line of the table of packages."""
+    names = ("name", "version", "licence", "num_documents", "split")
+    return "| " + " | ".join(str(package[name]) for name in names) + " |"
+
+
+def samples(lm: trimode.TriModeLM) -> str:
+    """What the modes write after the first prompts."""
+    lines = (DEFAULT_MODEL / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    parts = []
+    for line in lines[:NUM_SAMPLES]:
+        prompt = json.loads(line)["prompt"]
+        end = "\n".join(prompt.splitlines()[-6:])
+        parts.append(f"Prompt:\n\n````python\n{end}\n````")
+        for mode in ("ar", "diffusion"):
+            found = lm.generate(prompt, mode=mode, max_new_tokens=SAMPLE_TOKENS, seed=0)
+            assert isinstance(found, trimode.Generation)
+            parts.append(f"`{mode}`:\n\n````python\n{found.text}\n````")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("data/pocket"))
+    parser.add_argument("--benchmark", type=Path, required=True)
+    parser.add_argument("--hardware", default="2 CPU cores with AVX512-BF16, bf16 autocast")
+    arguments = parser.parse_args()
+    log = (arguments.run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in log]
+    config = json.loads((arguments.run / "config.json").read_text(encoding="utf-8"))["config"]
+    manifest = json.loads((arguments.data / "manifest.json").read_text(encoding="utf-8"))
+    benchmark = arguments.benchmark.with_suffix(".md").read_text(encoding="utf-8")
+    report = [record for record in records if record["kind"] == "held_out"][-1]["report"]
+    lm = trimode.load()
+    shape, num_parameters = lm.model.config, sum(p.numel() for p in lm.model.parameters())
+    packages = sorted(manifest["packages"], key=lambda p: (p["split"] != "train", p["name"]))
+    card = TEMPLATE.read_text(encoding="utf-8").format(
+        parameters=num_parameters / 1e6,
+        num_parameters=num_parameters,
+        config=f"configs/{arguments.run.name}.yaml",
+        export=config["export"]["dtype"],
+        shape=f"{shape.num_hidden_layers} layers, hidden {shape.hidden_size}, MLP"
+        f" {shape.intermediate_size}, {shape.num_attention_heads} heads"
+        f" ({shape.num_key_value_heads} K/V) of {shape.head_dim}, vocabulary {shape.vocab_size},"
+        f" untied, block length {shape.block_size}",
+        stages=stages(records, config),
+        available=manifest["train"]["num_tokens"],
+        hardware=arguments.hardware,
+        hours=[r for r in records if r["kind"] == "step"][-1]["seconds"] / 3600,
+        ar_loss=report["ar_loss"],
+        diffusion_loss=report["diffusion_loss"],
+        last_offset=report["block_length"] - 1,
+        agreement=", ".join(f"{value:.2f}" for value in report["agreement_by_offset"]),
+        num_documents=manifest["train"]["num_documents"],
+        megabytes=manifest["train"]["num_bytes"] / 1e6,
+        num_held_out=manifest["held_out"]["num_documents"],
+        packages="\n".join(map(package_row, packages)),
+        benchmark=benchmark.strip(),
+        num_samples=NUM_SAMPLES,
+        sample_tokens=SAMPLE_TOKENS,
+        samples=samples(lm),
+        window=max(stage["sequence_length"] for stage in config["stages"]),
+    )
+    (DEFAULT_MODEL / "README.md").write_text(card, encoding="utf-8")
+    print(card)
+
+
+if __name__ == "__main__":
+    main()
