@@ -1,5 +1,6 @@
 """The joint objective against truth tables and a slow twin that packs nothing."""
 
+import copy
 from dataclasses import fields, replace
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from fake_stream import EOS, MASK, FakeStream
 
+from tests.reference import next_logits
 from trimode.model import DenseAttention, TriModeConfig, TriModeModel
-from trimode.training.corruption import Corruption, corrupt
+from trimode.training.corruption import Corruption, corrupt, draft_pattern
 from trimode.training.draft_accuracy import draft_accuracy
 from trimode.training.dual_stream import ChunkedAttention, causal_mask, dual_stream_mask
 from trimode.training.objective import (
@@ -232,17 +234,38 @@ def test_answer_does_not_leak(model: TriModeModel) -> None:
     torch.testing.assert_close(hidden[0], hidden[1])
 
 
-def test_draft_accuracy_counts_whole_blocks_of_text(model: TriModeModel) -> None:
-    """Fill or cut blocks counted, which would make drafts look better than they are."""
-    from trimode.training.corruption import draft_pattern
-
-    rows = RowSampler(FakeStream([6, 6]), 12, (4,), seed=0).rows([0])
+def test_draft_accuracy_equals_decoding_block_by_block(model: TriModeModel) -> None:
+    """Drafts at the wrong offsets, a verifier shifted by one, an unbanned mask, every hit counted
+    instead of the run before the first miss, blocks with fill or cut blocks."""
+    model = copy.deepcopy(model)
+    model.diffusion_head.weight.data[5:] = 0  # few tokens to choose from: choices often agree
+    rows = RowSampler(FakeStream([26, 6, 22], seed=2), 52, (4,), seed=0).rows([0])
     batch = TrainingBatch(rows, draft_pattern(rows, mask_token_id=MASK))
-    with torch.no_grad():
-        report = draft_accuracy(model, batch, block_length=4)
-    assert report.num_blocks == 2  # 0..3 and 8..11; 4..7 has fill
-    assert len(report.by_offset()) == 3
-    assert 1 <= report.acceptance_length <= 4
+    found = draft_accuracy(model, batch, block_length=4)
+    ids, documents = rows.clean_ids[0].tolist(), rows.document_ids[0].tolist()
+    correct, agreed, accepted, text_accepted, num_blocks = [0] * 3, [0] * 3, 0, 0, 0
+    for start in rows.is_block_start[0].nonzero()[:, 0].tolist():
+        stop = start + 4
+        if stop > 52 or not rows.is_supervised[0, start:stop].all():
+            continue
+        if documents[start] != documents[stop - 1]:
+            continue
+        num_blocks += 1
+        prefix = ids[documents.index(documents[start]) : start]
+        block = [ids[start], MASK, MASK, MASK]
+        drafts = next_logits(model, prefix, block)[-3:].argmax(-1).tolist()
+        verified = next_logits(model, [*prefix, *ids[start : stop - 1]])[-3:].argmax(-1).tolist()
+        hits = [d == t for d, t in zip(drafts, ids[start + 1 : stop], strict=True)]
+        agreements = [d == v for d, v in zip(drafts, verified, strict=True)]
+        correct = [c + h for c, h in zip(correct, hits, strict=True)]
+        agreed = [c + a for c, a in zip(agreed, agreements, strict=True)]
+        text_accepted += [*hits, False].index(False)
+        accepted += [*agreements, False].index(False)
+    assert found.num_blocks == num_blocks == 6 + 1 + 4
+    assert found.correct.tolist() == correct
+    assert found.verifier_correct.tolist() == agreed
+    assert (found.accepted, found.verifier_accepted) == (text_accepted, accepted)
+    assert sum(agreed) > accepted > 0  # so that a run cut short tells them apart
 
 
 def test_row_averages_by_hand(model: TriModeModel) -> None:

@@ -13,7 +13,8 @@ from made_documents import make_config
 
 from trimode.errors import ConfigError
 from trimode.training.prepare import prepare
-from trimode.training.shards import TokenShards, token_dtype, write_split
+from trimode.training.shard_writer import write_split
+from trimode.training.shards import TokenShards, token_dtype
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_documents_are_not_cut(folder: Path) -> None:
         ),
         (lambda f: (f / "manifest.json").unlink(), r"manifest\.json is missing; .* prepare"),
         (lambda f: cut(f / "manifest.json"), r"manifest\.json cannot be read as JSON"),
-        (lambda f: edit(f, "format_version", 9), "format_version is 9, expected 1"),
+        (lambda f: edit(f, "format_version", 9), "format_version is 9, expected 1 or 2"),
         (lambda f: edit(f, "dtype", "uint32"), "dtype is 'uint32', expected 'uint16'"),
         (lambda f: edit(f, "extra", 1), "not the fields of a manifest"),
     ],

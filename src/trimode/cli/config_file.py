@@ -103,10 +103,11 @@ def _apply_override(tree: dict[str, Any], word: str) -> None:
 
 def _descend(node: Any, part: str, where: str, word: str) -> Any:
     if isinstance(node, list):
-        return node[_index(node, part, word)]
-    child = node.setdefault(part, {})
-    if child is None:
-        child = node[part] = {}
+        child = node[_index(node, part, word)]
+    else:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
     if not isinstance(child, (dict, list)):
         raise ConfigError(f"override {word!r}: {where} is {child!r}, which has no parts")
     return child
@@ -120,7 +121,7 @@ def _assign(node: Any, part: str, value: Any, word: str) -> None:
 
 
 def _index(node: list[Any], part: str, word: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not (part.isascii() and part.isdigit()) or int(part) >= len(node):
         raise ConfigError(
             f"override {word!r}: {part!r} must be an index from 0 to {len(node) - 1} of that list"
         )

@@ -1,4 +1,4 @@
-"""`trimode prepare`: documents to token shards."""
+"""`trimode prepare`: documents or conversations to token shards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trimode.training.manifest import Manifest
 
 NAME = "prepare"
-HELP = "turn documents into a tokenizer and token shards"
+HELP = "turn documents or conversations into token shards"
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from trimode.cli.config_file import read_config
-    from trimode.training.prepare import PrepareConfig, prepare
+    from trimode.training.prepare import prepare
+    from trimode.training.prepare_config import PrepareConfig
 
     config = read_config(PrepareConfig, args.config, args.overrides)
     with _progress(Console(stderr=True)) as progress:
@@ -118,6 +119,16 @@ def _summary(manifest: Manifest) -> str:
     )
     skipped = ", ".join(f"{reason} {count}" for reason, count in manifest.skipped.items())
     lines.append(f"skipped: {skipped or 'nothing'}")
+    for corrupt in manifest.corrupt:
+        lines.append(
+            f"corrupt: {corrupt.num_corrupt} of {corrupt.num_records} records of {corrupt.source}"
+        )
+    if manifest.chat is not None:
+        counts = manifest.chat.num_supervised
+        learned = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        markers = ", ".join(f"{name} is {how}" for name, how in manifest.chat.markers.items())
+        lines.append(f"learned tokens: {learned}")
+        lines.append(f"chat template: {manifest.chat.template_source}; {markers or 'no markers'}")
     if manifest.skipped_packages:
         lines.append(f"no permissive licence: {'; '.join(manifest.skipped_packages)}")
     return "\n".join(lines) + "\n"

@@ -1,15 +1,18 @@
-"""The batches of a run: which samples a step trains on, packed and noised."""
+"""The batches of a run: which samples a step trains on, and what is made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from trimode.training.config import StagePart, TrainConfig
+from trimode.training.conversation_packing import make_sampler
 from trimode.training.corruption import corrupt
 from trimode.training.objective import TargetCounts, TrainingBatch, count_targets
-from trimode.training.packing import RowSampler
 from trimode.training.shards import TokenShards
 
 
@@ -20,14 +23,30 @@ class StepBatch:
     Args:
         stage: The stage the step belongs to.
         samples: Global indices of its samples.
-        micro_batches: What each forward sees.
-        counts: What the loss sums of the step are divided by.
+        micro_batches: What each forward sees, of the objective's own type.
+        counts: What the loss sums of the step are divided by, of the objective's own type.
+        diffusion_weight: alpha at this step.
     """
 
     stage: StagePart
     samples: range
-    micro_batches: Sequence[TrainingBatch]
-    counts: TargetCounts
+    micro_batches: Sequence[Any]
+    counts: Any
+    diffusion_weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """What one micro-batch adds to its step: all is divided by the step's global counts already.
+
+    Args:
+        loss: Scalar with a graph.
+        reported: Named scalars without a graph, for the log. Summed over the micro-batches, each
+            is its mean over the step.
+    """
+
+    loss: Tensor
+    reported: dict[str, Tensor]
 
 
 def place(config: TrainConfig, step: int) -> tuple[StagePart, int]:
@@ -41,11 +60,45 @@ def place(config: TrainConfig, step: int) -> tuple[StagePart, int]:
     raise AssertionError("step beyond the run")
 
 
-def make_batch(config: TrainConfig, data: TokenShards, step: int) -> StepBatch:
-    """The batch of one step: a function of the config, the data and the step, of nothing else."""
+def step_samples(config: TrainConfig, step: int) -> tuple[StagePart, range]:
+    """The stage of a step and the global indices of its samples."""
     stage, first_sample = place(config, step)
-    sampler = RowSampler(data, stage.sequence_length, stage.block_lengths, config.seed)
-    samples = range(first_sample, first_sample + stage.batch_sequences)
+    return stage, range(first_sample, first_sample + stage.batch_sequences)
+
+
+def stage_progress(config: TrainConfig, step: int) -> float:
+    """Share of its stage, in [0, 1), that lies before a step."""
+    for stage in config.stages:
+        if step < stage.num_steps:
+            return step / stage.num_steps
+        step -= stage.num_steps
+    raise AssertionError("step beyond the run")
+
+
+def ramped_weight(weight: float, progress: float, *, ramp: float) -> float:
+    """`weight`, rising in a straight line from 0 over the first `ramp` share of a stage."""
+    return weight if progress >= ramp else weight * progress / ramp
+
+
+def block_lengths_at(stage: StagePart, progress: float) -> tuple[int, ...]:
+    """The block lengths in use at a point of a stage."""
+    if stage.block_schedule == "mixed":
+        return stage.block_lengths
+    return (stage.block_lengths[int(progress * len(stage.block_lengths))],)
+
+
+def make_batch(config: TrainConfig, data: TokenShards, step: int) -> StepBatch:
+    """The batch of one step of the joint objective: a function of the config, the data and the
+    step, of nothing else."""
+    stage, samples = step_samples(config, step)
+    progress = stage_progress(config, step)
+    sampler = make_sampler(
+        data,
+        stage.sequence_length,
+        block_lengths_at(stage, progress),
+        config.seed,
+        num_copies=2 if stage.is_complementary else 1,
+    )
     micro_batches = []
     for start in range(0, len(samples), stage.micro_batch_sequences):
         some = samples[start : start + stage.micro_batch_sequences]
@@ -57,19 +110,25 @@ def make_batch(config: TrainConfig, data: TokenShards, step: int) -> StepBatch:
                 seed=config.seed,
                 mask_token_id=data.mask_token_id,
                 draft_share=stage.draft_share,
+                ratio_per=stage.ratio_per,
+                late_half_life=stage.late_half_life,
+                is_complementary=stage.is_complementary,
             )
-        micro_batches.append(TrainingBatch(rows, noise))
+        micro_batches.append(
+            TrainingBatch(rows, noise, is_row_averaged=stage.loss_average == "sequence")
+        )
     counts = sum((count_targets(b) for b in micro_batches), start=TargetCounts(0, 0))
-    return StepBatch(stage, samples, micro_batches, counts)
+    weight = ramped_weight(stage.diffusion_weight, progress, ramp=stage.diffusion_ramp)
+    return StepBatch(stage, samples, micro_batches, counts, weight)
 
 
 def batches(
-    config: TrainConfig, data: TokenShards, *, first_step: int, worker: ThreadPoolExecutor
+    make: Callable[[int], StepBatch], *, steps: range, worker: ThreadPoolExecutor
 ) -> Generator[StepBatch]:
-    """The batches from `first_step` to the end, each made while the one before is trained on."""
+    """`make(step)` for every step, each made while the one before is trained on."""
     ahead: Future[StepBatch] | None = None
-    for step in range(first_step, config.total_steps):
-        batch = ahead.result() if ahead else make_batch(config, data, step)
-        if step + 1 < config.total_steps:
-            ahead = worker.submit(make_batch, config, data, step + 1)
+    for step in steps:
+        batch = ahead.result() if ahead else make(step)
+        if step + 1 < steps.stop:
+            ahead = worker.submit(make, step + 1)
         yield batch

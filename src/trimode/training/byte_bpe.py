@@ -84,13 +84,14 @@ def load_tokenizer(folder: str | Path, *, mask_token: str | None) -> PreTrainedT
     """Loads an existing tokenizer folder and checks that it names the tokens that shards need.
 
     Args:
-        folder: A folder with `tokenizer.json`.
+        folder: A folder with `tokenizer.json`, or one of prepared data.
         mask_token: Token to use as the mask where the tokenizer declares none (or another one).
 
     Raises:
-        ConfigError: Not a tokenizer folder, or no beginning, end or mask token.
+        ConfigError: Not a tokenizer folder, or no end or mask token.
     """
-    if not (Path(folder) / "tokenizer.json").is_file():
+    folder = tokenizer_folder(folder)
+    if not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"tokenizer: {folder} has no tokenizer.json; give a tokenizer's folder")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -100,13 +101,19 @@ def load_tokenizer(folder: str | Path, *, mask_token: str | None) -> PreTrainedT
         if mask_token not in tokenizer.get_vocab():
             raise ConfigError(f"mask_token: {mask_token!r} is not a token of {folder}")
         tokenizer.mask_token = mask_token
-    for name in ("bos_token", "eos_token", "mask_token"):
+    for name in ("eos_token", "mask_token"):
         if getattr(tokenizer, name) is None:
             raise ConfigError(
-                f"tokenizer: {folder} declares no {name}; shards need bos, eos and mask "
+                f"tokenizer: {folder} declares no {name}; shards need eos and mask "
                 f"(the mask may be named by `mask_token`)"
             )
     return tokenizer
+
+
+def tokenizer_folder(folder: str | Path) -> Path:
+    """The tokenizer's own folder in one of prepared data, else the folder itself."""
+    inner = Path(folder) / "tokenizer"
+    return inner if (inner / "tokenizer.json").is_file() else Path(folder)
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
@@ -118,7 +125,7 @@ def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 def encode_documents(
     tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]
 ) -> Iterator[np.ndarray]:
-    """Yields each text as `[bos] + tokens + [eos]`.
+    """Yields each text as `[bos] + tokens + [eos]`, without the first if there is no such token.
 
     The text of a special token inside a document is text like any other and gets ordinary tokens.
 
@@ -126,13 +133,14 @@ def encode_documents(
         An iterator over [T] int64.
     """
     backend = tokenizer.backend_tokenizer
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     before = backend.encode_special_tokens
     backend.encode_special_tokens = True
     try:
         remaining = iter(texts)
         while batch := list(islice(remaining, _ENCODE_BATCH)):
             for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
-                ids = [tokenizer.bos_token_id, *encoding.ids, tokenizer.eos_token_id]
+                ids = [*first, *encoding.ids, tokenizer.eos_token_id]
                 yield np.array(ids, dtype=np.int64)
     finally:
         backend.encode_special_tokens = before

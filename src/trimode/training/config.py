@@ -5,16 +5,25 @@ Reading it from YAML is the business of `trimode.cli.config_file`; the defaults 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+import math
+import re
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from trimode.errors import ConfigError
+from trimode.training.drafter_config import DrafterPart, check_drafter_run
 
 
 def _check(is_good: bool, message: str) -> None:
     if not is_good:
         raise ConfigError(message)
+
+
+def _check_finite(part: Any) -> None:
+    for part_field in fields(part):
+        value = getattr(part, part_field.name)
+        if isinstance(value, float):
+            _check(math.isfinite(value), f"{part_field.name} is {value}, but must be finite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +41,7 @@ class ModelPart:
     num_key_value_heads: int = 2
     head_dim: int = 64
     max_position_embeddings: int = 2048
-    rope_parameters: dict[str, float | str] = field(
+    rope_parameters: dict[str, int | float | str] = field(
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
     )
     tie_word_embeddings: bool = False
@@ -41,6 +50,17 @@ class ModelPart:
     block_size: int = 8
 
     def __post_init__(self) -> None:
+        _check_finite(self)
+        if self.init is not None:
+            for part_field in fields(self):
+                is_shape = part_field.name != "init"
+                default = getattr(ModelPart(), part_field.name) if is_shape else self.init
+                value = getattr(self, part_field.name)
+                _check(
+                    value == default,
+                    f"{part_field.name} is {value!r} beside init {self.init!r}, whose own shape "
+                    "is used: remove it",
+                )
         for name in (
             "hidden_size",
             "intermediate_size",
@@ -60,6 +80,11 @@ class ModelPart:
             f"({kv_heads})",
         )
         _check(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}, but must be even")
+        _check(self.block_size >= 2, f"block_size is {self.block_size}, but must be at least 2")
+        _check(
+            self.initializer_range > 0,
+            f"initializer_range is {self.initializer_range}, but must be positive",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +99,15 @@ class StagePart:
         batch_tokens: Tokens of text per optimiser step.
         micro_batch_sequences: Rows per forward; the rest of the batch is accumulated.
         block_lengths: K, drawn for each row with equal chance.
+        block_schedule: `mixed`: as said; `curriculum`: the stage is cut into equal parts, one for
+            each of `block_lengths` in their order.
         draft_share: Share of blocks that show the pattern of decoding: one clean token, K - 1
             masks.
+        ratio_per: Whether each `sequence` has a mask ratio of its own, or each `block`.
+        late_half_life: Late-heavy masking (`corruption.late_heavy`), in tokens; null is off.
+        is_complementary: Every row twice, masked in complementary places.
+        diffusion_ramp: Share of the stage over which `diffusion_weight` rises from 0; 0 is off.
+        loss_average: `global` over all targets of a step, or per `sequence` first.
     """
 
     name: str
@@ -85,9 +117,16 @@ class StagePart:
     batch_tokens: int = 16384
     micro_batch_sequences: int = 8
     block_lengths: tuple[int, ...] = (8,)
+    block_schedule: Literal["mixed", "curriculum"] = "mixed"
     draft_share: float = 0.0
+    ratio_per: Literal["sequence", "block"] = "sequence"
+    late_half_life: float | None = None
+    is_complementary: bool = False
+    diffusion_ramp: float = 0.0
+    loss_average: Literal["global", "sequence"] = "global"
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         for name in ("tokens", "sequence_length", "batch_tokens", "micro_batch_sequences"):
             value = getattr(self, name)
             _check(value > 0, f"{name} is {value}, but must be positive")
@@ -95,9 +134,12 @@ class StagePart:
             self.diffusion_weight >= 0,
             f"diffusion_weight is {self.diffusion_weight}, but must not be negative",
         )
+        for name in ("draft_share", "diffusion_ramp"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"{name} is {value}, but must lie between 0 and 1")
         _check(
-            0 <= self.draft_share <= 1,
-            f"draft_share is {self.draft_share}, but must lie between 0 and 1",
+            self.late_half_life is None or self.late_half_life > 0,
+            f"late_half_life is {self.late_half_life}, but must be positive or null",
         )
         _check(bool(self.block_lengths), "block_lengths is empty, but must name at least one")
         for block_length in self.block_lengths:
@@ -111,6 +153,10 @@ class StagePart:
             rest == 0,
             f"batch_tokens is {self.batch_tokens}, but must be a multiple of sequence_length "
             f"({self.sequence_length})",
+        )
+        _check(
+            not self.is_complementary or rows % 2 == 0,
+            f"is_complementary is true, but a batch has {rows} sequences, which must be even",
         )
         _check(
             rows % self.micro_batch_sequences == 0,
@@ -143,6 +189,10 @@ class OptimizerPart:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_finite(self)
+        for name in ("weight_decay", "adam_eps"):
+            value = getattr(self, name)
+            _check(value >= 0, f"{name} is {value}, but must not be negative")
         _check(
             self.learning_rate > 0,
             f"learning_rate is {self.learning_rate}, but must be positive",
@@ -173,6 +223,7 @@ class SchedulePart:
     min_ratio: float = 0.05
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         for name in ("warmup_share", "decay_share", "min_ratio"):
             value = getattr(self, name)
             _check(0 <= value <= 1, f"{name} is {value}, but must lie between 0 and 1")
@@ -184,7 +235,7 @@ class SchedulePart:
 class EvaluationPart:
     """Losses and draft accuracy on the held-out split."""
 
-    split: str = "held_out"
+    split: Literal["train", "held_out"] = "held_out"
     tokens: int = 65536
     every_steps: int = 250
 
@@ -203,6 +254,12 @@ class ExportPart:
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     max_shard_size: str = "5GB"
 
+    def __post_init__(self) -> None:
+        _check(
+            re.fullmatch(r"[1-9]\d*(?:\.\d+)?[KMG]i?B", self.max_shard_size) is not None,
+            f"max_shard_size is {self.max_shard_size!r}, but must be like 5GB or 500MB",
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
@@ -212,6 +269,7 @@ class TrainConfig:
         data: Folder written by `trimode prepare`.
         output_dir: Where checkpoints, `log.jsonl`, the resolved config and `final/` go.
         stages: Trained one after the other.
+        drafter: Train a drafter on the frozen `model.init` and nothing else; null trains the model.
         precision: `auto` is bf16 where it is fast (CUDA, CPUs with bf16 units), else fp32.
         compile: Compile the encoder with torch.compile.
         device: `auto` is CUDA if there is one.
@@ -223,6 +281,7 @@ class TrainConfig:
     output_dir: str
     stages: tuple[StagePart, ...]
     model: ModelPart = field(default_factory=ModelPart)
+    drafter: DrafterPart | None = None
     optimizer: OptimizerPart = field(default_factory=OptimizerPart)
     schedule: SchedulePart = field(default_factory=SchedulePart)
     evaluation: EvaluationPart = field(default_factory=EvaluationPart)
@@ -241,11 +300,22 @@ class TrainConfig:
         _check(
             len(set(names)) == len(names), f"stages are named {names}, but names must be different"
         )
-        _check(self.seed >= 0, f"seed is {self.seed}, but must not be negative")
+        _check_finite(self)
+        _check(0 <= self.seed < 2**63, f"seed is {self.seed}, but must lie in 0 .. 2^63 - 1")
+        _check(
+            self.max_seconds is None or self.max_seconds >= 0,
+            f"max_seconds is {self.max_seconds}, but must not be negative",
+        )
+        _check(
+            self.checkpoint_every_s >= 0,
+            f"checkpoint_every_s is {self.checkpoint_every_s}, but must not be negative",
+        )
         _check(
             self.log_every_steps > 0,
             f"log_every_steps is {self.log_every_steps}, but must be positive",
         )
+        if self.drafter is not None:
+            check_drafter_run(self)
         if self.model.init is None:
             longest = max(stage.sequence_length for stage in self.stages)
             context = self.model.max_position_embeddings
@@ -253,6 +323,12 @@ class TrainConfig:
                 longest <= context,
                 f"sequence_length is {longest}, but must be at most model.max_position_embeddings "
                 f"({context})",
+            )
+            last, block_size = self.stages[-1].sequence_length, self.model.block_size
+            _check(
+                block_size <= last,
+                f"model.block_size is {block_size}, but must be at most the last stage's "
+                f"sequence_length ({last})",
             )
 
     @property
@@ -264,42 +340,3 @@ class TrainConfig:
     def total_steps(self) -> int:
         """Optimiser steps of all stages."""
         return sum(stage.num_steps for stage in self.stages)
-
-
-def check_against_data(config: TrainConfig, data: Any) -> None:
-    """Refuse a run whose data cannot serve it.
-
-    Args:
-        config: The run.
-        data: The training split (a `TokenShards`).
-
-    Raises:
-        ConfigError: A special id outside the vocabulary, or fewer tokens than one row.
-    """
-    for name in ("mask_token_id", "eos_token_id", "bos_token_id"):
-        value = getattr(data, name)
-        if not 0 <= value < data.vocab_size:
-            raise ConfigError(
-                f"{name} of the data {config.data!r} is {value}, but must lie inside its "
-                f"vocabulary of {data.vocab_size} tokens"
-            )
-    longest = max(stage.sequence_length for stage in config.stages)
-    if data.num_tokens < longest:
-        raise ConfigError(
-            f"the data {config.data!r} has {data.num_tokens} tokens, but one row of "
-            f"sequence_length needs {longest}"
-        )
-
-
-def data_folder(config: TrainConfig) -> Path:
-    """The data folder, checked to exist.
-
-    Raises:
-        ConfigError: No such folder.
-    """
-    folder = Path(config.data)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"data folder {config.data!r} does not exist: write it with trimode prepare"
-        )
-    return folder

@@ -6,96 +6,99 @@ Texts wait in a spool file on disk; what is handled here are entries, one small 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from trimode.training import near_duplicates
-from trimode.training.sources import INSTALLED_KINDS, Package, Selection, Skipped, find_documents
-
-logger = logging.getLogger(__name__)
+from trimode.training.corrupt_records import RecordTally
+from trimode.training.documents import (
+    CORRUPT,
+    INSTALLED_KINDS,
+    Document,
+    Omitted,
+    Package,
+    Skipped,
+    name_bytes,
+)
+from trimode.training.sources import Source
+from trimode.training.spool import Entry, Position, Spool
 
 Progress = Callable[[str, int, int | None], None]
 """Called as `progress(step, done, total)`; the total is None where it is not known yet."""
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Entry:
-    """A document in the spool.
-
-    Attributes:
-        name: As in `sources.Document`.
-        package: What the document belongs to.
-        is_held_out: Whether it must never be trained on.
-        offset: First byte in the spool.
-        num_bytes: Length in the spool.
-        sha256: Of the text.
-        signature: From `near_duplicates.signature`, or None if not asked for.
-    """
-
-    name: str
-    package: Package
-    is_held_out: bool
-    offset: int
-    num_bytes: int
-    sha256: str
-    signature: np.ndarray | None
-
-
-class Spool:
-    """The texts of all documents in one temporary file, read again as often as needed."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b")
-
-    def add(self, raw: bytes) -> int:
-        """Appends a text and returns its offset."""
-        offset = self._file.tell()
-        self._file.write(raw)
-        return offset
-
-    def texts(self, entries: Sequence[Entry], report: Callable[[int], None]) -> Iterator[str]:
-        """Yields the texts of entries and reports how many were read so far."""
-        for number, entry in enumerate(entries, start=1):
-            self._file.seek(entry.offset)
-            yield self._file.read(entry.num_bytes).decode()
-            report(number)
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+KEEP_EVERY = 4096
+"""Items of a source after which the position is put on disk."""
 
 
 def read_entries(
     spool: Spool,
-    selection: Selection,
+    sources: Sequence[Source],
     *,
-    skipped: Skipped,
     with_signatures: bool,
     report: Progress,
-) -> list[Entry]:
-    """Reads all sources into the spool."""
-    entries: list[Entry] = []
-    for document in find_documents(selection, skipped=skipped):
-        raw = document.text.encode()
-        signature = near_duplicates.signature(document.text) if with_signatures else None
-        entries.append(
-            Entry(
-                name=document.name,
-                package=document.package,
-                is_held_out=document.is_held_out,
-                offset=spool.add(raw),
-                num_bytes=len(raw),
-                sha256=hashlib.sha256(raw).hexdigest(),
-                signature=signature,
-            )
-        )
-        report("reading", len(entries), None)
-    return entries
+) -> None:
+    """Reads all sources into the spool, from where an earlier run got to.
+
+    Args:
+        spool: Where the documents go; what is left out is counted there.
+        sources: In order.
+        with_signatures: Whether near duplicates will be looked for.
+        report: Called with the number of documents so far.
+
+    Raises:
+        ConfigError: A source cannot be read, or too many of its records are corrupt.
+    """
+    first = spool.position
+    for number in range(first.source, len(sources)):
+        source = sources[number]
+        start, state = (first.num_items, first.state) if number == first.source else (0, None)
+        tally = None
+        if source.has_records:
+            tally = spool.skipped.tallies.setdefault(source.name, RecordTally(source.name))
+        for num_items, item in enumerate(source.items(start, state), start=start + 1):
+            if isinstance(item, Omitted):
+                _count(item, spool.skipped, tally)
+            else:
+                if tally is not None:
+                    tally.add_good()
+                _add(item, spool, with_signature=with_signatures)
+                report("reading", len(spool.entries), None)
+            if num_items % KEEP_EVERY == 0:
+                spool.keep(Position(number, num_items, source.state()))
+        if tally is not None:
+            tally.check()
+        spool.keep(Position(number + 1))
+
+
+def _count(item: Omitted, skipped: Skipped, tally: RecordTally | None) -> None:
+    if item.reason == CORRUPT:
+        assert tally is not None, "only records are corrupt"
+        tally.add_corrupt(item.note)
+    elif tally is not None and item.reason:
+        tally.add_good()
+    if item.reason == "licence":
+        skipped.packages.append(item.note)
+    if item.reason:
+        skipped.count(item.reason)
+
+
+def _add(document: Document, spool: Spool, *, with_signature: bool) -> None:
+    raw = document.text.encode()
+    signature = None
+    if with_signature:
+        signature = near_duplicates.signature(document.text).astype(np.uint64)
+    entry = Entry(
+        name=document.name,
+        package=document.package,
+        is_held_out=document.is_held_out,
+        offset=spool.end,
+        num_bytes=len(raw),
+        sha256=hashlib.sha256(raw).hexdigest(),
+        signature=signature,
+    )
+    spool.add(entry, raw)
 
 
 def without_copies(entries: list[Entry], *, skipped: Skipped) -> list[Entry]:
@@ -177,6 +180,6 @@ def shuffled(entries: list[Entry], *, seed: int) -> list[Entry]:
     """Returns entries in an order that depends on nothing but the seed, their names and texts."""
 
     def key(entry: Entry) -> tuple[str, str]:
-        return hashlib.sha256(f"{seed}:{entry.name}".encode()).hexdigest(), entry.sha256
+        return hashlib.sha256(name_bytes(f"{seed}:{entry.name}")).hexdigest(), entry.sha256
 
     return sorted(entries, key=key)

@@ -52,6 +52,7 @@ def corrupt(
     ratio_per: Literal["sequence", "block"] = "sequence",
     late_half_life: float | None = None,
     is_complementary: bool = False,
+    ratios: Sequence[float] | None = None,
 ) -> Corruption:
     """Mask each row at its own ratio.
 
@@ -74,6 +75,7 @@ def corrupt(
         ratio_per: What has a t of its own.
         late_half_life: Offsets after which the exponent of step 2 has halved; None: step 2 is off.
         is_complementary: Whether step 4 is on; the rows of samples 2i and 2i + 1 must be equal.
+        ratios: t of each row, in place of a drawn one (evaluation).
     """
     copies = 2 if is_complementary else 1
     row_len = rows.clean_ids.shape[1]
@@ -81,7 +83,8 @@ def corrupt(
     if ratio_per == "block":
         ratio = torch.stack([draw.block_ratios for draw in draws]).gather(1, rows.block_ids)
     else:
-        ratio = torch.tensor([draw.ratio for draw in draws])[:, None].expand(-1, row_len)
+        of_rows = [draw.ratio for draw in draws] if ratios is None else list(ratios)
+        ratio = torch.tensor(of_rows)[:, None].expand(-1, row_len)
     chance = mask_chance(ratio, is_complementary=is_complementary)
     if late_half_life is not None:
         chance = late_heavy(chance, block_offsets(rows), half_life=late_half_life)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimode.model import TriModeModel
+from trimode.model import DrafterAdapter, TriModeModel
 from trimode.training.objective import TrainingBatch, encode_dual_stream
 
 
@@ -55,12 +55,16 @@ class DraftAccuracy:
 
 @torch.no_grad()
 def draft_accuracy(
-    model: TriModeModel, batch: TrainingBatch, *, block_length: int
+    model: TriModeModel,
+    batch: TrainingBatch,
+    *,
+    block_length: int,
+    adapter: DrafterAdapter | None = None,
 ) -> DraftAccuracy:
     """Measure one batch whose noise is `corruption.draft_pattern` and whose blocks are all K
     long."""
     rows = batch.rows
-    noisy_hidden, clean_hidden = encode_dual_stream(model, batch)
+    noisy_hidden, clean_hidden = encode_dual_stream(model, batch, adapter=adapter)
     blocks = _whole_blocks(batch, block_length)  # [M, K] places in the flattened rows
     targets = rows.clean_ids.flatten()[blocks][:, 1:]
     drafts = _choices(model, noisy_hidden, blocks[:, 1:])

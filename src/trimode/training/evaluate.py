@@ -1,19 +1,23 @@
-"""Held-out losses and draft accuracy of a model in training. Text is not generated here."""
+"""Held-out losses and draft accuracy of what is in training. Text is not generated here."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from trimode.model import TriModeModel
+from trimode.model import DrafterAdapter, TriModeModel
 from trimode.training.config import TrainConfig
+from trimode.training.conversation_packing import make_sampler
 from trimode.training.corruption import corrupt, draft_pattern
 from trimode.training.draft_accuracy import DraftAccuracy, draft_accuracy, merge
+from trimode.training.draft_round import DraftBatch, draftable, play_round
 from trimode.training.objective import TargetCounts, TrainingBatch, count_targets, loss_sums
-from trimode.training.packing import RowSampler, TokenStream
+from trimode.training.packing import PackedRows, TokenStream
 from trimode.training.precision import Precision
 
+_STRIDE = 10_007  # a prime, so that neighbours get ratios that lie far apart
 _NOISE_SEED = 20_000  # fixed, so that all evaluations of all runs see the same noise
 
 
@@ -52,6 +56,45 @@ class HeldOutReport:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class DraftQuality:
+    """How far drafts get on the held-out split, chosen greedily.
+
+    Args:
+        tokens: Tokens looked at.
+        round_acceptance_length: Accepted drafts plus the bonus token of a round begun at every
+            block's first token: what greedy decoding sees there. Each draft is judged by the AR
+            view after the drafts before it.
+        acceptance_length: As in `HeldOutReport`: judged by the AR view after the text instead.
+        agreement_by_offset: As in `HeldOutReport`.
+    """
+
+    tokens: int
+    round_acceptance_length: float
+    acceptance_length: float
+    agreement_by_offset: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterReport:
+    """A drafter on the held-out split, beside the bare diffusion view that it starts from."""
+
+    block_length: int
+    without_adapter: DraftQuality
+    with_adapter: DraftQuality
+
+    def line(self) -> str:
+        """One line for a log."""
+        before, after = self.without_adapter, self.with_adapter
+        offsets = " ".join(f"{value:.2f}" for value in after.agreement_by_offset)
+        return (
+            f"acceptance length {after.round_acceptance_length:.3f} at K = {self.block_length} "
+            f"({before.round_acceptance_length:.3f} without the adapter), on the text's context "
+            f"{after.acceptance_length:.3f} ({before.acceptance_length:.3f}), agreement by offset "
+            f"{offsets}"
+        )
+
+
 @torch.no_grad()
 def evaluate_heldout(
     model: TriModeModel,
@@ -65,24 +108,18 @@ def evaluate_heldout(
 
     Rows have the shape of the last stage, with the model's own block length.
     """
-    stage, block_length = config.stages[-1], model.config.block_size
-    row_len, micro = stage.sequence_length, stage.micro_batch_sequences
-    sampler = RowSampler(data, row_len, (block_length,), _NOISE_SEED, is_shuffled=False)
-    num_rows = max(1, min(config.evaluation.tokens // row_len, sampler.num_rows))
+    block_length, tokens = model.config.block_size, 0
     counts = TargetCounts(0, 0)
     ar_sum = diffusion_sum = 0.0
     drafts: list[DraftAccuracy] = []
     mask_token_id = model.config.mask_token_id
     model.eval()
-    for start in range(0, num_rows, micro):
-        # Spread over the whole split, whose documents come package by package.
-        samples = [
-            i * sampler.num_rows // num_rows for i in range(start, min(start + micro, num_rows))
-        ]
-        rows = sampler.rows(samples)
-        noisy = TrainingBatch(
-            rows, corrupt(rows, samples, seed=_NOISE_SEED, mask_token_id=mask_token_id)
+    for samples, ratios, rows in _heldout_rows(data, config=config, block_length=block_length):
+        tokens += rows.clean_ids.numel()
+        noise = corrupt(
+            rows, samples, seed=_NOISE_SEED, mask_token_id=mask_token_id, ratios=ratios
         )
+        noisy = TrainingBatch(rows, noise)
         drafted = TrainingBatch(rows, draft_pattern(rows, mask_token_id=mask_token_id))
         counts += count_targets(noisy)
         with precision.autocast():
@@ -93,7 +130,7 @@ def evaluate_heldout(
     model.train()
     accuracy = merge(drafts)
     return HeldOutReport(
-        tokens=num_rows * row_len,
+        tokens=tokens,
         ar_loss=ar_sum / max(counts.num_ar_targets, 1),
         diffusion_loss=diffusion_sum / max(counts.num_maskable, 1),
         block_length=block_length,
@@ -102,3 +139,67 @@ def evaluate_heldout(
         acceptance_length=accuracy.acceptance_length,
         text_acceptance_length=accuracy.text_acceptance_length,
     )
+
+
+@torch.no_grad()
+def measure_drafter(
+    model: TriModeModel,
+    data: TokenStream,
+    *,
+    config: TrainConfig,
+    device: torch.device,
+    precision: Precision,
+    adapter: DrafterAdapter | None,
+) -> DraftQuality:
+    """The drafts of every block of the rows that `evaluate_heldout` looks at.
+
+    Args:
+        model: The base.
+        data: The split.
+        config: Shape and number of rows.
+        device: Where the model is.
+        precision: Of the forwards.
+        adapter: The drafter; None is the bare diffusion view.
+    """
+    block_length, eos_token_id = model.config.block_size, data.eos_token_id
+    tokens = num_blocks = num_accepted = 0
+    drafts: list[DraftAccuracy] = []
+    for _, _, rows in _heldout_rows(data, config=config, block_length=block_length):
+        tokens += rows.clean_ids.numel()
+        lens = torch.full((len(rows.clean_ids),), block_length)
+        is_drafted = draftable(rows, lens, eos_token_id=eos_token_id)
+        greedy = torch.zeros_like(is_drafted)
+        batch = DraftBatch(rows, is_drafted, greedy, greedy.int()).to(device)
+        noise = draft_pattern(rows, mask_token_id=model.config.mask_token_id)
+        drafted = TrainingBatch(rows, noise).to(device)
+        with precision.autocast():
+            played = play_round(model, batch, adapter=adapter, eos_token_id=eos_token_id)
+            accuracy = draft_accuracy(model, drafted, block_length=block_length, adapter=adapter)
+        drafts.append(accuracy)
+        num_blocks += batch.num_blocks
+        num_accepted += int(played.is_accepted.sum())
+    on_text = merge(drafts)
+    return DraftQuality(
+        tokens=tokens,
+        round_acceptance_length=1 + num_accepted / max(num_blocks, 1),
+        acceptance_length=on_text.acceptance_length,
+        agreement_by_offset=on_text.by_offset_verifier(),
+    )
+
+
+def _heldout_rows(
+    data: TokenStream, *, config: TrainConfig, block_length: int
+) -> Iterator[tuple[list[int], list[float], PackedRows]]:
+    """Rows of the last stage's shape with their indices and mask ratios, a micro-batch at a time.
+
+    They are spread over the whole split, whose documents come package by package, and their ratios
+    evenly over 0 to 1, since drawn ones move the diffusion loss by as much as a run's progress.
+    """
+    row_len, micro = config.stages[-1].sequence_length, config.stages[-1].micro_batch_sequences
+    sampler = make_sampler(data, row_len, (block_length,), _NOISE_SEED, is_shuffled=False)
+    num_rows = max(1, min(config.evaluation.tokens // row_len, sampler.num_rows))
+    for start in range(0, num_rows, micro):
+        stop = min(start + micro, num_rows)
+        samples = [i * sampler.num_rows // num_rows for i in range(start, stop)]
+        shuffled = [(i * _STRIDE % num_rows + 0.5) / num_rows for i in range(start, stop)]
+        yield samples, shuffled, sampler.rows(samples)

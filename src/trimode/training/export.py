@@ -13,7 +13,7 @@ from trimode.training.config import ExportPart
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export_model(
@@ -33,7 +33,7 @@ def export_model(
         shutil.copytree(tokenizer_dir, temporary)
     exported = type(model)(model.config)
     exported.load_state_dict(model.state_dict())
-    exported.to(_DTYPES[part.dtype]).save_pretrained(temporary, max_shard_size=part.max_shard_size)
+    exported.to(DTYPES[part.dtype]).save_pretrained(temporary, max_shard_size=part.max_shard_size)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     logger.info("exported %s", folder)

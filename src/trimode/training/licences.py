@@ -54,6 +54,9 @@ _COMMON_NAMES = {
 }
 _FILLER = re.compile(r"\b(?:the|licen[cs]ed?|software|version|v(?=\d))\b|[,\"'()]", re.IGNORECASE)
 _CLASSIFIERS_THAT_NAME_NONE = frozenset({"OSI Approved", "DFSG approved"})
+_ABBREVIATION = re.compile(r"\((?:AFL|HPND|ISCL|UPL|Unlicense)\)$")
+_DEMANDING = re.compile(r"GPL|General Public|Mozilla|Commercial|Proprietary", re.IGNORECASE)
+_OPERATORS = ("AND", "OR", "WITH")
 _EXPRESSION_TOKEN = re.compile(r"\(|\)|[^\s()]+")
 
 
@@ -67,7 +70,7 @@ def is_permissive(expression: str) -> bool:
     tokens = _EXPRESSION_TOKEN.findall(expression)
     try:
         verdict, rest = _any_of(tokens)
-    except IndexError:
+    except (IndexError, RecursionError):
         return False
     return verdict and not rest
 
@@ -90,10 +93,14 @@ def _all_of(tokens: list[str]) -> tuple[bool, list[str]]:
 
 def _one(tokens: list[str]) -> tuple[bool, list[str]]:
     first, rest = tokens[0], tokens[1:]
+    if first == ")" or first.upper() in _OPERATORS:
+        raise IndexError("an operator where a name should be")
     if first == "(":
         verdict, rest = _any_of(rest)
         return verdict and rest[0] == ")", rest[1:]
     if rest and rest[0].upper() == "WITH":
+        if rest[1].upper() in (*_OPERATORS, "(", ")"):
+            raise IndexError("an operator where an exception should be")
         rest = rest[2:]
     return first.lower() in PERMISSIVE, rest
 
@@ -103,7 +110,8 @@ def declared_licence(metadata: PackageMetadata | Message) -> str:
 
     `License-Expression` decides where present. Otherwise a one-line `License` field and the licence
     classifiers are joined by AND, so that a package whose statements differ is held to all of them.
-    Whole licence texts in `License` say too much to be read. Without any statement: `unknown`.
+    Whole licence texts in `License` say too much to be read, but one that speaks of a licence that
+    asks for more than attribution counts as a statement. Without any statement: `unknown`.
     """
     expression = metadata["License-Expression"]
     if expression:
@@ -117,6 +125,8 @@ def declared_licence(metadata: PackageMetadata | Message) -> str:
     field = str(metadata["License"] or "").strip()
     if field and "\n" not in field and len(field) <= 80:
         statements.insert(0, field)
+    elif _DEMANDING.search(field):
+        statements.insert(0, "text of a licence that is not permissive")
     names = list(dict.fromkeys(_spdx_name(statement) for statement in statements))
     if len(names) > 1:
         names = _without_vaguer_twins(names, statements)
@@ -124,7 +134,7 @@ def declared_licence(metadata: PackageMetadata | Message) -> str:
 
 
 def _spdx_name(statement: str) -> str:
-    plain = " ".join(_FILLER.sub(" ", re.sub(r"\(\w+\)$", "", statement)).lower().split())
+    plain = " ".join(_FILLER.sub(" ", _ABBREVIATION.sub("", statement)).lower().split())
     return _COMMON_NAMES.get(plain, statement)
 
 

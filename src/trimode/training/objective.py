@@ -131,7 +131,7 @@ def encode_dual_stream(
     switch = None
     if adapter is not None:
         is_noisy = torch.arange(2 * row_len, device=rows.clean_ids.device) < row_len
-        switch = AdapterSwitch(adapter, is_noisy[:, None].to(model.dtype))
+        switch = AdapterSwitch(adapter, is_noisy[:, None])
     hidden = model.encode(
         torch.cat((noise.noisy_ids, rows.clean_ids), dim=1),
         torch.cat((rows.position_ids, rows.position_ids), dim=1),

@@ -8,13 +8,15 @@ Source: Jordan et al. 2024 (Muon); Liu et al. 2025, arXiv 2502.16982 (update siz
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trimode.training.config import OptimizerPart, SchedulePart
+from trimode.training.distribute import gather_whole, keep_part
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ADAM_RMS = 0.2  # typical root mean square of an AdamW update; Muon's is scaled to it
@@ -45,6 +47,11 @@ def orthogonalize(matrices: Tensor, *, num_steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; the update's size matches AdamW's, so one rate serves
     both.
+
+    Of matrices shared out over ranks, every rank gathers each update's direction and
+    orthogonalises it whole, one matrix at a time, then keeps its own part: exact, at the price of
+    one gathering of all hidden matrices per step and of no rank saving another that work. The
+    momentum stays shared out.
 
     Args:
         params: 2-D matrices.
@@ -86,11 +93,21 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
             directions.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
-        updates = orthogonalize(torch.stack(directions).to(self._work_dtype))
+        updates = self._orthogonal(directions)
         scale = _ADAM_RMS * max(parameters[0].shape) ** 0.5
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+
+    def _orthogonal(self, directions: list[Tensor]) -> Iterable[Tensor]:
+        """The orthogonalised directions, whole or shared out as they came."""
+        if not isinstance(directions[0], DTensor):
+            return orthogonalize(torch.stack(directions).to(self._work_dtype)).unbind()
+        return (self._orthogonal_part(d) for d in directions if isinstance(d, DTensor))
+
+    def _orthogonal_part(self, direction: DTensor) -> Tensor:
+        whole = gather_whole(direction).to(self._work_dtype)
+        return keep_part(orthogonalize(whole[None])[0], like=direction)
 
 
 class OptimizerSet:
@@ -108,6 +125,13 @@ class OptimizerSet:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+    def parameter_states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Every parameter with its optimiser's state for it: the dictionary itself, not a copy."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield parameter, optimizer.state[parameter]
+
     def state_dict(self) -> dict[str, Any]:
         """All states, for a checkpoint."""
         return {str(i): optimizer.state_dict() for i, optimizer in enumerate(self._optimizers)}
@@ -122,7 +146,7 @@ def make_optimizer(model: nn.Module, part: OptimizerPart, *, has_fast_bf16: bool
     """Optimisers for every trainable parameter of `model`, each parameter in exactly one.
 
     Args:
-        model: The network.
+        model: The network, after it was shared out over ranks, if it is.
         part: What to use.
         has_fast_bf16: Orthogonalise in bf16.
     """
@@ -157,7 +181,7 @@ def make_optimizer(model: nn.Module, part: OptimizerPart, *, has_fast_bf16: bool
         adam_groups.append(
             {"params": hidden, "lr": part.learning_rate, "weight_decay": part.weight_decay}
         )
-    adam_groups = [group for group in adam_groups if group["params"]]
+    adam_groups = [same for group in adam_groups for same in _by_mesh(group)]
     optimizers.append(
         torch.optim.AdamW(adam_groups, betas=part.adam_betas, eps=part.adam_eps, fused=True)
     )
@@ -175,6 +199,15 @@ def wsd_ratio(progress: float, schedule: SchedulePart) -> float:
     if left >= schedule.decay_share:
         return 1.0
     return schedule.min_ratio + (1 - schedule.min_ratio) * max(left, 0.0) / schedule.decay_share
+
+
+def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """One group per mesh that its parameters lie on: a fused update takes no two at once."""
+    parts: dict[Any, list[Tensor]] = defaultdict(list)
+    for parameter in group["params"]:
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        parts[mesh].append(parameter)
+    return [{**group, "params": parameters} for parameters in parts.values()]
 
 
 def _outer_matrices(model: nn.Module) -> set[int]:

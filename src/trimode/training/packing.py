@@ -2,8 +2,8 @@
 
 Row `r` of a split is the tokens `[r * S, (r + 1) * S)` of its stream. Positions and blocks restart
 at each document, and at the row's start for a document cut there. The last block of a document that
-ends inside the row is filled up with EOS (see `pack_row`). Noise is not made here: see
-`corruption`.
+ends inside the row is filled up with EOS (see `pack_row`). Rows of whole conversations are made in
+`conversation_packing`. Noise is not made here: see `corruption`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from trimode.errors import ConfigError
+
 _ORDER, _BLOCK_LENGTH = 1, 2  # separate random streams of one seed
 
 
 class TokenStream(Protocol):
     """The part of a token shard folder that packing reads."""
 
+    def __hash__(self) -> int: ...
+
     @property
     def num_tokens(self) -> int: ...
+
+    @property
+    def kind(self) -> str: ...
 
     @property
     def eos_token_id(self) -> int: ...
@@ -32,6 +39,8 @@ class TokenStream(Protocol):
     def document_ends(self) -> np.ndarray: ...
 
     def tokens(self, start: int, stop: int) -> np.ndarray: ...
+
+    def supervised(self, start: int, stop: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +148,16 @@ class RowSampler:
         return self.stream.num_tokens // self.sequence_length
 
     def row_index(self, sample: int) -> int:
-        """Which row the sample with this global index is."""
+        """Which row the sample with this global index is.
+
+        Raises:
+            ConfigError: There is not one whole row.
+        """
+        if self.num_rows == 0:
+            raise ConfigError(
+                f"the split has {self.stream.num_tokens} tokens, but one row of sequence_length "
+                f"needs {self.sequence_length}"
+            )
         epoch, place = divmod(sample // self.num_copies, self.num_rows)
         if not self.is_shuffled:
             return place
@@ -147,18 +165,11 @@ class RowSampler:
 
     def block_length(self, sample: int) -> int:
         """The block length of this sample."""
-        if len(self.block_lengths) == 1:
-            return self.block_lengths[0]
-        rng = np.random.default_rng((self.seed, _BLOCK_LENGTH, sample // self.num_copies))
-        return self.block_lengths[int(rng.integers(len(self.block_lengths)))]
+        return draw_block_length(self.block_lengths, self.seed, sample // self.num_copies)
 
     def rows(self, samples: Sequence[int]) -> PackedRows:
         """The rows of some global sample indices, on the CPU."""
-        packed = [self._row(sample) for sample in samples]
-        stacked: dict[str, Any] = {
-            name: torch.from_numpy(np.stack([row[name] for row in packed])) for name in packed[0]
-        }
-        return PackedRows(**stacked)
+        return stack_rows([self._row(sample) for sample in samples])
 
     def _row(self, sample: int) -> dict[str, np.ndarray]:
         start = self.row_index(sample) * self.sequence_length
@@ -173,6 +184,27 @@ class RowSampler:
         )
 
 
+def draw_block_length(block_lengths: tuple[int, ...], seed: int, number: int) -> int:
+    """The block length of the `number`-th row, each with equal chance."""
+    if len(block_lengths) == 1:
+        return block_lengths[0]
+    rng = np.random.default_rng((seed, _BLOCK_LENGTH, number))
+    return block_lengths[int(rng.integers(len(block_lengths)))]
+
+
+def stack_rows(packed: Sequence[dict[str, np.ndarray]]) -> PackedRows:
+    """Rows from one [S] array for each field of each row."""
+    stacked: dict[str, Any] = {
+        name: torch.from_numpy(np.stack([row[name] for row in packed])) for name in packed[0]
+    }
+    return PackedRows(**stacked)
+
+
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    return np.random.default_rng((seed, _ORDER, epoch)).permutation(num_rows)
+    return shuffled_order(seed, epoch, num_rows)
+
+
+def shuffled_order(seed: int, epoch: int, number: int) -> np.ndarray:
+    """[number] int64. A permutation for this seed and epoch."""
+    return np.random.default_rng((seed, _ORDER, epoch)).permutation(number)

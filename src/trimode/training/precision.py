@@ -47,6 +47,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device is {name!r}, but must be auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}, but must be auto, cpu or cuda")
     if device.type == "cuda" and not has_cuda:
         raise ConfigError(f"device is {name!r}, but this machine has no CUDA device: use cpu")
     return device

@@ -1,17 +1,16 @@
-"""Token shards on disk: the format, its writer and its reader.
+"""Token shards on disk: the format and its reader.
 
 A folder holds `tokenizer/`, shards `train-00000.bin`, ... and `held_out-00000.bin`, ... of whole
 documents as little-endian unsigned integers, beside each `X.bin` an `X.ends.npy` with the exclusive
-ends of the documents in that shard, and `manifest.json`, written last. What the documents are and
-where they come from is the business of `prepare`.
+ends of the documents in that shard, for conversations an `X.supervised.npy` with a 1 for every
+token that is learned, and `manifest.json`, written last. What the documents are and where they come
+from is the business of `prepare`; writing is that of `shard_writer`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -19,89 +18,22 @@ from trimode.errors import ConfigError
 from trimode.training.manifest import (
     MANIFEST_NAME,
     SPLITS,
+    Kind,
     Manifest,
     ShardRecord,
-    Split,
     SplitRecord,
+    token_dtype,
 )
 
 
-def token_dtype(vocab_size: int) -> str:
-    """Returns the narrowest of `uint16` and `uint32` that holds every id."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+def ends_path(path: Path) -> Path:
+    """Where the documents' ends of a shard are."""
+    return path.with_suffix(".ends.npy")
 
 
-def write_split(
-    folder: Path,
-    split: Split,
-    documents: Iterable[np.ndarray],
-    *,
-    dtype: str,
-    shard_tokens: int,
-    num_bytes: int,
-) -> SplitRecord:
-    """Writes the shards of one split; a shard is closed where the next document would overfill it.
-
-    Args:
-        folder: Existing folder to write into.
-        split: Which split.
-        documents: [T] integers each, end token included, in the order to be kept.
-        dtype: From `token_dtype`.
-        shard_tokens: Most tokens of a shard, unless one document alone has more.
-        num_bytes: Size of the documents' text, for the record.
-    """
-    shards: list[ShardRecord] = []
-    writer: _ShardWriter | None = None
-    try:
-        for document in documents:
-            if writer is not None and writer.num_tokens + len(document) > shard_tokens:
-                shards.append(writer.close())
-                writer = None
-            if writer is None:
-                writer = _ShardWriter(folder, f"{split}-{len(shards):05d}", dtype)
-            writer.add(document)
-        if writer is not None:
-            shards.append(writer.close())
-    finally:
-        if writer is not None:
-            writer.bin.close()
-    return SplitRecord(
-        num_tokens=sum(shard.num_tokens for shard in shards),
-        num_documents=sum(shard.num_documents for shard in shards),
-        num_bytes=num_bytes,
-        shards=tuple(shards),
-    )
-
-
-class _ShardWriter:
-    """One open shard."""
-
-    def __init__(self, folder: Path, stem: str, dtype: str) -> None:
-        self.path = folder / f"{stem}.bin"
-        self.bin: IO[bytes] = self.path.open("wb")
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.digest = hashlib.sha256()
-        self.num_tokens = 0
-        self.ends: list[int] = []
-
-    def add(self, document: np.ndarray) -> None:
-        raw = document.astype(self.dtype).tobytes()
-        self.bin.write(raw)
-        self.digest.update(raw)
-        self.num_tokens += len(document)
-        self.ends.append(self.num_tokens)
-
-    def close(self) -> ShardRecord:
-        self.bin.close()
-        ends_path = _ends_path(self.path)
-        np.save(ends_path, np.array(self.ends, dtype="<i8"))
-        return ShardRecord(
-            file=self.path.name,
-            num_tokens=self.num_tokens,
-            num_documents=len(self.ends),
-            sha256=self.digest.hexdigest(),
-            ends_sha256=hashlib.sha256(ends_path.read_bytes()).hexdigest(),
-        )
+def supervised_path(path: Path) -> Path:
+    """Where it is said which tokens of a shard are supervised."""
+    return path.with_suffix(".supervised.npy")
 
 
 class TokenShards:
@@ -114,13 +46,21 @@ class TokenShards:
     """
 
     def __init__(
-        self, folder: Path, split: str, manifest: Manifest, maps: list[np.ndarray], ends: np.ndarray
+        self,
+        folder: Path,
+        split: str,
+        manifest: Manifest,
+        *,
+        maps: list[np.ndarray],
+        supervised: list[np.ndarray],
+        ends: np.ndarray,
     ) -> None:
         """Use `open`."""
         self.folder = folder
         self.split = split
         self.manifest = manifest
         self._maps = maps
+        self._supervised = supervised
         self._starts = np.cumsum([0, *(len(tokens) for tokens in maps)])
         self._ends = ends
 
@@ -146,16 +86,20 @@ class TokenShards:
                 f"{token_dtype(manifest.vocab_size)!r} for {manifest.vocab_size} ids"
             )
         maps: list[np.ndarray] = []
+        supervised: list[np.ndarray] = []
         ends: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
         start = 0
         record: SplitRecord = getattr(manifest, split)
         for shard in record.shards:
-            maps.append(_open_tokens(folder / shard.file, shard, manifest.dtype, verify=verify))
-            ends.append(_open_ends(_ends_path(folder / shard.file), shard, verify=verify) + start)
+            file = folder / shard.file
+            maps.append(_open_tokens(file, shard, manifest.dtype, verify=verify))
+            ends.append(_open_ends(ends_path(file), shard, verify=verify) + start)
+            if manifest.kind == "chat":
+                supervised.append(_open_supervised(supervised_path(file), shard, verify=verify))
             start += shard.num_tokens
         document_ends = np.concatenate(ends)
         document_ends.flags.writeable = False
-        return cls(folder, split, manifest, maps, document_ends)
+        return cls(folder, split, manifest, maps=maps, supervised=supervised, ends=document_ends)
 
     @property
     def num_tokens(self) -> int:
@@ -173,8 +117,13 @@ class TokenShards:
         return self.manifest.vocab_size
 
     @property
-    def bos_token_id(self) -> int:
-        """First token of every document."""
+    def kind(self) -> Kind:
+        """`text`, or `chat` for conversations."""
+        return self.manifest.kind
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """First token of every text, if the tokenizer has one."""
         return self.manifest.bos_token_id
 
     @property
@@ -198,22 +147,35 @@ class TokenShards:
         Returns:
             [stop - start] int64, a fresh array.
         """
+        return self._read(self._maps, start, stop, dtype=np.int64)
+
+    def supervised(self, start: int, stop: int) -> np.ndarray:
+        """Returns which of the tokens `start` to `stop` (exclusive) are to be learned.
+
+        Returns:
+            [stop - start] bool, a fresh array. All True for text.
+        """
+        if self.kind == "text":
+            self._check(start, stop)
+            return np.ones(stop - start, dtype=bool)
+        return self._read(self._supervised, start, stop, dtype=bool)
+
+    def _check(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}:{stop} of a split with {self.num_tokens} tokens")
-        out = np.empty(stop - start, dtype=np.int64)
+
+    def _read(self, maps: list[np.ndarray], start: int, stop: int, *, dtype: type) -> np.ndarray:
+        self._check(start, stop)
+        out: np.ndarray = np.empty(stop - start, dtype=dtype)
         shard = max(0, int(np.searchsorted(self._starts, start, side="right")) - 1)
         filled = 0
         while filled < len(out):
             offset = start + filled - int(self._starts[shard])
-            piece = self._maps[shard][offset : offset + len(out) - filled]
+            piece = maps[shard][offset : offset + len(out) - filled]
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
             shard += 1
         return out
-
-
-def _ends_path(path: Path) -> Path:
-    return path.with_suffix(".ends.npy")
 
 
 def _open_tokens(path: Path, shard: ShardRecord, dtype: str, *, verify: bool) -> np.ndarray:
@@ -245,6 +207,24 @@ def _open_ends(path: Path, shard: ShardRecord, *, verify: bool) -> np.ndarray:
     if verify:
         _verify(path, shard.ends_sha256)
     return ends.astype(np.int64)
+
+
+def _open_supervised(path: Path, shard: ShardRecord, *, verify: bool) -> np.ndarray:
+    try:
+        supervised = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(
+            f"{path} is missing or damaged ({error}), expected what is supervised of "
+            f"{shard.num_tokens} tokens; prepare the data again"
+        ) from error
+    if supervised.shape != (shard.num_tokens,) or supervised.dtype != np.uint8:
+        raise ConfigError(
+            f"{path} has {supervised.dtype} of shape {supervised.shape}, expected uint8 of shape "
+            f"({shard.num_tokens},); prepare the data again"
+        )
+    if verify:
+        _verify(path, shard.supervised_sha256 or "")
+    return supervised
 
 
 def _verify(path: Path, expected: str) -> None:

@@ -1,241 +1,152 @@
-"""Where documents come from: folders, JSONL files, installed packages and the standard library.
+"""Where documents come from, in a fixed order: files, installed packages, records.
 
-A source yields documents that passed the filters and counts what it skipped, by reason. Which half
-of the corpus a document belongs to is decided here as well, by package, from a list of names that
-is the same on every machine. Duplicates are looked for later, when all documents are known.
+A source gives one item for every place it looks at, a document or why there is none, and can start
+at any of them. Duplicates are looked for later, when all documents are known.
 """
 
 from __future__ import annotations
 
 import codecs
-import hashlib
-import json
-import os
-import re
-import sysconfig
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
 
 from trimode.errors import ConfigError
 from trimode.training import document_filter
-from trimode.training.licences import declared_licence, is_permissive
-
-ALL_INSTALLED = "installed"
-STDLIB_LICENCE = "PSF-2.0"
-
-# Never trained on, whichever of them a machine has. A name stands for the standard library's module
-# and for an installed package alike; relatives are listed together (httpx and httpx2).
-HELD_OUT_PACKAGES = frozenset(
-    """
-    argparse calendar configparser csv difflib email fractions graphlib heapq http ipaddress json
-    sched shlex statistics string tarfile textwrap
-    click filelock flask h11 httpcore httpcore2 httpx httpx2 iniconfig itsdangerous jinja2 packaging
-    requests rich starlette tqdm werkzeug
-    """.split()
+from trimode.training.corrupt_records import CorruptRecordError
+from trimode.training.documents import CORRUPT, Item, Omitted, Package, judged
+from trimode.training.package_sources import package_targets, stdlib_targets
+from trimode.training.prepare_config import DatasetPart, PrepareConfig
+from trimode.training.records import (
+    DatasetRecords,
+    Record,
+    expanded,
+    jsonl_records,
+    parquet_records,
 )
+from trimode.training.source_files import Target, file_target, folder_targets
 
-INSTALLED_KINDS = frozenset({"package", "stdlib"})
-"""Kinds that are split by name and capped; folders and files are the user's own choice."""
-
-_OWN_NAME = "trimode"
 _OWN_FOLDER = Path(__file__).resolve().parents[1]
-_NOT_STDLIB = frozenset(
-    """
-    site-packages dist-packages lib-dynload __pycache__ test tests idlelib lib2to3 pydoc_data
-    turtledemo
-    """.split()
-)
+
+TextOf = Callable[[dict[str, Any]], str]
+"""Gives a record's text, or raises `CorruptRecordError`."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Package:
-    """What a document belongs to: the unit that is split, capped and listed in the manifest.
+class Source(Protocol):
+    """One place that documents come from.
 
     Attributes:
-        kind: `package`, `stdlib`, `folder` or `jsonl`.
-        name: Normalised distribution name, top-level module, folder name or file name.
-        version: Version of the package or of Python; empty for folders and files.
-        licence: SPDX expression as declared; `unstated` for folders and files.
-    """
-
-    kind: str
-    name: str
-    version: str = ""
-    licence: str = "unstated"
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One document that passed the filters.
-
-    Attributes:
-        name: `<package>/<path>`, the same wherever the source lies on disk.
-        package: What it belongs to.
-        is_held_out: Whether it must never be trained on.
-        text: The decoded text.
+        name: Kind and path, for messages.
+        has_records: Whether corrupt ones are counted.
     """
 
     name: str
-    package: Package
-    is_held_out: bool
-    text: str
+    has_records: bool
+
+    def items(self, start: int, state: dict[str, Any] | None) -> Iterator[Item]:
+        """Items from `start` (counted from 0) on; `state` is from `state()`, taken there."""
+
+    def state(self) -> dict[str, Any] | None:
+        """What a number of items does not say about where reading is, as plain JSON."""
+
+    def files(self) -> Iterator[Path]:
+        """The local files behind it: if one of them changes, earlier work is worth nothing."""
+
+
+def open_sources(config: PrepareConfig, *, text_of: TextOf) -> list[Source]:
+    """All sources of a configuration, in the order of reading.
+
+    Args:
+        config: What is wanted.
+        text_of: Of a record.
+
+    Raises:
+        ConfigError: A source does not exist.
+    """
+    sources: list[Source] = []
+    if config.packages:
+        sources.append(TextFiles("packages", config, lambda: package_targets(config.packages)))
+    if config.stdlib:
+        sources.append(TextFiles("stdlib", config, stdlib_targets))
+    for folder in config.folders:
+        if not Path(folder).is_dir():
+            raise ConfigError(
+                f"folders: {folder} is not a folder; give the path of an existing folder"
+            )
+        sources.append(TextFiles(f"folder {folder}", config, _folder(folder, config)))
+    for file in config.files:
+        if not Path(file).is_file():
+            raise ConfigError(f"files: {file} is not a file; give the path of an existing file")
+        sources.append(TextFiles(f"file {file}", config, _file(file)))
+    for kind in ("jsonl", "parquet"):
+        for pattern in getattr(config, kind):
+            for found in _record_files(kind, pattern):
+                sources.append(RecordFile(kind, found, config, text_of))
+    sources += [RecordSet(part, config, text_of) for part in config.datasets]
+    return sources
+
+
+def _folder(folder: str, config: PrepareConfig) -> Callable[[], Iterator[Target | Omitted]]:
+    return lambda: folder_targets(Path(folder), extensions=config.extensions)
+
+
+def _file(file: str) -> Callable[[], Iterator[Target | Omitted]]:
+    return lambda: iter([file_target(Path(file))])
+
+
+def _record_files(kind: str, pattern: str) -> list[Path]:
+    found = expanded(pattern)
+    if not found:
+        raise ConfigError(f"{kind}: no file is named like {pattern}")
+    for file in found:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise ConfigError(f"{kind}: {file} cannot be read ({error.strerror})") from error
+    return found
 
 
 @dataclass(slots=True)
-class Skipped:
-    """What was left out so far; sources and later steps add to it.
-
-    Attributes:
-        reasons: Number of documents by reason; `licence` counts packages.
-        packages: `name: licence` of the packages left out for their licence.
-    """
-
-    reasons: Counter[str] = field(default_factory=Counter)
-    packages: list[str] = field(default_factory=list)
-
-    def count(self, reason: str, number: int = 1) -> None:
-        """Adds documents to a reason."""
-        self.reasons[reason] += number
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which documents are wanted. Field meanings are those of `PrepareConfig`."""
-
-    folders: Sequence[str]
-    jsonl: Sequence[str]
-    jsonl_field: str
-    packages: Sequence[str]
-    stdlib: bool
-    extensions: Sequence[str]
-    include_tests: bool
-    min_document_bytes: int
-    max_document_bytes: int
-    held_out_share: float
-
-
-def find_documents(selection: Selection, *, skipped: Skipped) -> Iterator[Document]:
-    """Yields the documents of all sources, source by source.
+class TextFiles:
+    """Files that are one document each.
 
     Args:
-        selection: What to look for.
-        skipped: What is left out is added here.
-
-    Raises:
-        ConfigError: A source does not exist, or a JSONL line cannot be read.
+        name: For messages.
+        config: Limits of a document.
+        targets: The files, in order, and what is left out without opening it.
     """
-    for distribution in _distributions(selection.packages):
-        yield from _package_documents(distribution, selection, skipped)
-    if selection.stdlib:
-        yield from _stdlib_documents(selection, skipped)
-    for folder in selection.folders:
-        yield from _folder_documents(Path(folder), selection, skipped)
-    for file in selection.jsonl:
-        yield from _jsonl_documents(Path(file), selection, skipped)
 
+    name: str
+    config: PrepareConfig
+    targets: Callable[[], Iterator[Target | Omitted]]
+    has_records: bool = False
 
-def normalised(name: str) -> str:
-    """Returns a distribution name as package indexes compare it: `Typing_Extensions` and
-    `typing-extensions` are one."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+    def items(self, start: int, state: dict[str, Any] | None) -> Iterator[Item]:
+        """See `Source`."""
+        for target in islice(self.targets(), start, None):
+            yield target if isinstance(target, Omitted) else self._item(target)
 
+    def state(self) -> None:
+        """See `Source`."""
 
-def _distributions(names: Sequence[str]) -> list[metadata.Distribution]:
-    if not names:
-        return []
-    installed: dict[str, metadata.Distribution] = {}
-    for found in metadata.distributions():  # the first on the path is the one that is imported
-        installed.setdefault(normalised(found.metadata["Name"] or ""), found)
-    installed.pop(_OWN_NAME, None)
-    installed.pop("", None)
-    wanted = {normalised(name) for name in names}
-    if ALL_INSTALLED in wanted:
-        wanted |= set(installed)
-        wanted.remove(ALL_INSTALLED)
-    if missing := sorted(wanted - set(installed)):
-        raise ConfigError(
-            f"packages: {', '.join(missing)} not installed; name installed packages other than "
-            f"{_OWN_NAME}, or `{ALL_INSTALLED}` for all of them"
-        )
-    return [installed[name] for name in sorted(wanted)]
+    def files(self) -> Iterator[Path]:
+        """See `Source`."""
+        return (target.file for target in self.targets() if isinstance(target, Target))
 
-
-def _package_documents(
-    distribution: metadata.Distribution, selection: Selection, skipped: Skipped
-) -> Iterator[Document]:
-    package = Package(
-        "package",
-        normalised(distribution.metadata["Name"]),
-        distribution.version,
-        declared_licence(distribution.metadata),
-    )
-    if not is_permissive(package.licence):
-        skipped.count("licence")
-        skipped.packages.append(f"{package.name}: {package.licence}")
-        return
-    for file in sorted(distribution.files or [], key=str):
-        path = PurePosixPath(file)
-        if path.suffix == ".py" and ".." not in path.parts:
-            located = Path(str(distribution.locate_file(file)))
-            yield from _read(located, path, package, selection, skipped)
-
-
-def _stdlib_documents(selection: Selection, skipped: Skipped) -> Iterator[Document]:
-    paths = sysconfig.get_paths()
-    root, version = Path(paths["stdlib"]), sysconfig.get_python_version()
-    for top in sorted(root.iterdir()):
-        if top.name in _NOT_STDLIB or top.name.startswith(("config-", "_sysconfigdata")):
-            continue
-        package = Package("stdlib", top.stem, version, STDLIB_LICENCE)
-        for file in [top] if top.is_file() else _walk(top):
-            if file.suffix == ".py":
-                path = PurePosixPath(file.relative_to(root).as_posix())
-                yield from _read(file, path, package, selection, skipped)
-
-
-def _folder_documents(folder: Path, selection: Selection, skipped: Skipped) -> Iterator[Document]:
-    if not folder.is_dir():
-        raise ConfigError(f"folders: {folder} is not a folder; give the path of an existing folder")
-    package = Package("folder", folder.resolve().name)
-    for file in _walk(folder):
-        if file.suffix not in selection.extensions:
-            skipped.count("extension")
-            continue
-        path = PurePosixPath(file.relative_to(folder).as_posix())
-        yield from _read(file, path, package, selection, skipped)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yields the files below a folder in sorted order; hidden folders and caches are left out."""
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and n != "__pycache__")
-        yield from (Path(root, name) for name in sorted(files))
-
-
-def _read(
-    file: Path,
-    path: PurePosixPath,
-    package: Package,
-    selection: Selection,
-    skipped: Skipped,
-) -> Iterator[Document]:
-    """Yields the document in a file, or nothing and counts why."""
-    if file.resolve().is_relative_to(_OWN_FOLDER):
-        skipped.count("own source")
-        return
-    text = ""
-    reason = document_filter.folder_reason(path, include_tests=selection.include_tests)
-    if reason is None:
-        text, reason = _file_text(file, max_bytes=selection.max_document_bytes)
-    if reason is None and path.suffix not in document_filter.PROSE_EXTENSIONS:
-        reason = document_filter.generated_reason(text)
-    if reason is not None:
-        skipped.count(reason)
-        return
-    yield from _sized(f"{package.name}/{path}", text, package, selection, skipped)
+    def _item(self, target: Target) -> Item:
+        if target.file.resolve().is_relative_to(_OWN_FOLDER):
+            return Omitted("own source")
+        text, config = "", self.config
+        reason = document_filter.folder_reason(target.path, include_tests=config.include_tests)
+        if reason is None:
+            text, reason = _file_text(target.file, max_bytes=config.max_document_bytes)
+        if reason is None and target.path.suffix not in document_filter.PROSE_EXTENSIONS:
+            reason = document_filter.generated_reason(text)
+        if reason is not None:
+            return Omitted(reason)
+        return _judged(f"{target.package.name}/{target.path}", text, target.package, config)
 
 
 def _file_text(file: Path, *, max_bytes: int) -> tuple[str, str | None]:
@@ -249,51 +160,114 @@ def _file_text(file: Path, *, max_bytes: int) -> tuple[str, str | None]:
         return "", "unreadable"
 
 
-def _sized(
-    name: str, text: str, package: Package, selection: Selection, skipped: Skipped
-) -> Iterator[Document]:
+class RecordFile:
+    """A JSONL or Parquet file; every record is a document.
+
+    Args:
+        kind: `jsonl` or `parquet`.
+        file: The file.
+        config: Limits of a document, and the columns that are needed.
+        text_of: Of a record.
+    """
+
+    has_records = True
+
+    def __init__(self, kind: str, file: Path, config: PrepareConfig, text_of: TextOf) -> None:
+        self.name = f"{kind} {file}"
+        self._kind, self._file, self._config, self._text_of = kind, file, config, text_of
+
+    def items(self, start: int, state: dict[str, Any] | None) -> Iterator[Item]:
+        """See `Source`."""
+        package, unit = Package(self._kind, self._file.name), "line"
+        if self._kind == "jsonl":
+            records = jsonl_records(self._file, start=start)
+        else:
+            columns, unit = [_needed_field(self._config)], "row"
+            records = parquet_records(self._file, columns=columns, start=start)
+        for record in records:
+            place = f"{self._file}, {unit} {record.number}"
+            yield _record_item(record, place, package, self._config, self._text_of)
+
+    def state(self) -> None:
+        """See `Source`."""
+
+    def files(self) -> Iterator[Path]:
+        """See `Source`."""
+        yield self._file
+
+
+class RecordSet:
+    """What the library `datasets` reads; every record is a document.
+
+    Args:
+        part: What to read.
+        config: Limits of a document.
+        text_of: Of a record.
+    """
+
+    has_records = True
+
+    def __init__(self, part: DatasetPart, config: PrepareConfig, text_of: TextOf) -> None:
+        words = [part.path, part.name, *part.data_files, part.split]
+        self._package = Package("dataset", " ".join(word for word in words if word))
+        self.name = f"dataset {self._package.name}"
+        self._records = DatasetRecords(part)
+        self._config, self._text_of = config, text_of
+
+    def items(self, start: int, state: dict[str, Any] | None) -> Iterator[Item]:
+        """See `Source`."""
+        for record in self._records.read(start=start, state=state):
+            place = f"{self._package.name}, record {record.number}"
+            yield _record_item(record, place, self._package, self._config, self._text_of)
+
+    def state(self) -> dict[str, Any] | None:
+        """See `Source`."""
+        return self._records.state()
+
+    def files(self) -> Iterator[Path]:
+        """See `Source`."""
+        return self._records.files()
+
+
+def _record_item(
+    record: Record, place: str, package: Package, config: PrepareConfig, text_of: TextOf
+) -> Item:
+    if record.fields is None:
+        return Omitted(CORRUPT, f"{place}: {record.problem}") if record.problem else Omitted("")
     try:
-        num_bytes = len(text.encode())
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        skipped.count("undecodable")
-        return
-    reason = document_filter.length_reason(
-        num_bytes, min_bytes=selection.min_document_bytes, max_bytes=selection.max_document_bytes
+        text = text_of(record.fields)
+        return _judged(f"{package.name}:{record.number}", text, package, config)
+    except CorruptRecordError as error:
+        return Omitted(CORRUPT, f"{place}: {error}")
+    except UnicodeEncodeError:
+        return Omitted(CORRUPT, f"{place}: half of a surrogate pair, which is not text")
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
+
+
+def plain_text_of(field: str) -> TextOf:
+    """Gives the text in one field of a record."""
+
+    def text_of(fields: dict[str, Any]) -> str:
+        text = fields.get(field)
+        if not isinstance(text, str):
+            found = ", ".join(sorted(map(str, fields))[:8]) or "none"
+            raise CorruptRecordError(f"no text in field `{field}`; fields there: {found}")
+        return text
+
+    return text_of
+
+
+def _needed_field(config: PrepareConfig) -> str:
+    return config.messages_field if config.kind == "chat" else config.text_field
+
+
+def _judged(name: str, text: str, package: Package, config: PrepareConfig) -> Item:
+    return judged(
+        name,
+        text,
+        package,
+        min_bytes=config.filters.min_document_bytes,
+        max_bytes=config.max_document_bytes,
+        share=config.held_out_share,
     )
-    if reason is not None:
-        skipped.count(reason)
-        return
-    yield Document(name, package, _is_held_out(name, package, selection.held_out_share), text)
-
-
-def _is_held_out(name: str, package: Package, share: float) -> bool:
-    if package.kind in INSTALLED_KINDS:
-        return package.name in HELD_OUT_PACKAGES
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < share * 2.0**64
-
-
-def _jsonl_documents(file: Path, selection: Selection, skipped: Skipped) -> Iterator[Document]:
-    package = Package("jsonl", file.name)
-    try:
-        lines = file.open("rb")
-    except OSError as error:
-        raise ConfigError(f"jsonl: {file} cannot be read ({error.strerror})") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                text = _jsonl_text(line, f"{file}, line {number}", selection.jsonl_field)
-                yield from _sized(f"{package.name}:{number}", text, package, selection, skipped)
-
-
-def _jsonl_text(line: bytes, place: str, field: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"jsonl: {place}: not a line of JSON in UTF-8 ({error})") from error
-    if not isinstance(record, dict):
-        raise ConfigError(f"jsonl: {place}: {type(record).__name__}, expected an object")
-    text = record.get(field)
-    if not isinstance(text, str):
-        found = ", ".join(sorted(record)[:8]) or "none"
-        raise ConfigError(f"jsonl: {place}: no text in field `{field}`; fields there: {found}")
-    return text
