@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,19 @@ def transformers_twin(lm: trimode.TriModeLM) -> Ministral3ForCausalLM:
     return twin.eval()
 
 
-def measure(lm: trimode.TriModeLM, twin: Any, prompt_ids: list[int], new_tokens: int) -> dict:
-    """One prompt through every contestant."""
+@dataclass(frozen=True)
+class Contestant:
+    """A way of decoding that is measured."""
+
+    name: str
+    lm: trimode.TriModeLM
+    mode: str
+
+
+def measure(
+    contestants: list[Contestant], twin: Any, prompt_ids: list[int], new_tokens: int
+) -> dict[str, Any]:
+    """One prompt through every contestant; seconds are those of the whole call."""
     runs: dict[str, Any] = {}
     started_s = time.perf_counter()
     input_ids = torch.tensor([prompt_ids])
@@ -65,23 +77,62 @@ def measure(lm: trimode.TriModeLM, twin: Any, prompt_ids: list[int], new_tokens:
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=new_tokens,
         do_sample=False,
-        suppress_tokens=[lm.model.config.mask_token_id],
+        suppress_tokens=[contestants[0].lm.model.config.mask_token_id],
     )
     seconds = time.perf_counter() - started_s
     runs["transformers"] = {"seconds": seconds, "token_ids": ids[0, len(prompt_ids) :].tolist()}
-    for mode in MODES:
-        result = lm.generate(
-            prompt_ids, mode=mode, max_new_tokens=new_tokens, seed=0, ignore_eos=True
+    for one in contestants:
+        started_s = time.perf_counter()
+        result = one.lm.generate(
+            prompt_ids, mode=one.mode, max_new_tokens=new_tokens, seed=0, ignore_eos=True
         )
+        seconds = time.perf_counter() - started_s
+        assert isinstance(result, trimode.Generation)
         stats = result.stats
-        runs[mode] = {
-            "seconds": stats.seconds,
+        runs[one.name] = {
+            "seconds": seconds,
             "token_ids": result.token_ids,
             "forwards": stats.forwards,
             "tokens_fed": stats.tokens_fed,
             "acceptance_lengths": stats.acceptance_lengths,
         }
     return runs
+
+
+def margin(lm: trimode.TriModeLM, prompt_ids: list[int], one: list[int], two: list[int]) -> float:
+    """Where two texts part: how far apart the AR view's two best choices are, in logits."""
+    num_equal = next(i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b)
+    ids = torch.tensor([prompt_ids + one[:num_equal]])
+    with torch.inference_mode():
+        logits = lm.model(ids).logits[0, -1]
+    logits[lm.model.config.mask_token_id] = -torch.inf
+    best, second = logits.topk(2).values.tolist()
+    return best - second
+
+
+def agreement(
+    lm: trimode.TriModeLM, prompts: list[list[int]], runs: list[dict[str, Any]], pair: list[str]
+) -> dict[str, Any]:
+    """How many texts of two contestants are equal, and the margin where each other one parts."""
+    texts = [[run[name]["token_ids"] for name in pair] for run in runs]
+    margins = [
+        margin(lm, prompt, one, two)
+        for prompt, (one, two) in zip(prompts, texts, strict=True)
+        if one != two
+    ]
+    return {"pair": pair, "equal": len(runs) - len(margins), "margins": margins}
+
+
+def agreement_line(found: dict[str, Any], num_prompts: int) -> str:
+    """One sentence about `agreement`."""
+    one, two = found["pair"]
+    line = f"Token-equal texts of {one} and {two}: {found['equal']}/{num_prompts}."
+    if found["margins"]:
+        line += (
+            " Where the others part, the AR view's two best choices are at most"
+            f" {max(found['margins']):.1e} apart."
+        )
+    return line
 
 
 def summarise(name: str, runs: list[dict[str, Any]], base: float) -> dict[str, Any]:
@@ -157,7 +208,7 @@ def verdicts(
         f"* linear, target TPF (total) 1.2 for a model trained on CPU: {linear:.2f},"
         f" {_verdict(linear, 1.2)}.",
     ]
-    for mode in MODES[1:]:
+    for mode in [name for name in by_name if name not in ("transformers", "ar")]:
         if by_name[mode]["tokens_per_second"] < by_name["ar"]["tokens_per_second"]:
             share = by_name[mode]["tokens_per_second"] / by_name["ar"]["tokens_per_second"]
             cost = by_name[mode]["tpf_total"] / by_name["ar"]["tpf_total"] / share
@@ -246,16 +297,22 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=DEFAULT_MODEL / "heldout_prompts.jsonl")
     parser.add_argument("--num-prompts", type=int, default=50)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--drafter", type=Path, default=None, help="measure linear with it too")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     lm = trimode.load(arguments.model)
     twin = transformers_twin(lm)
     lines = arguments.prompts.read_text(encoding="utf-8").splitlines()[: arguments.num_prompts]
     prompts = [lm.encode(json.loads(line)["prompt"]) for line in lines]
-    measure(lm, twin, prompts[0], 16)  # warm up
-    runs = [measure(lm, twin, prompt, arguments.new_tokens) for prompt in prompts]
+    contestants = [Contestant(mode, lm, mode) for mode in MODES]
+    if arguments.drafter is not None:
+        with_drafter = trimode.load(arguments.model, drafter=arguments.drafter)
+        contestants.append(Contestant("linear, drafter", with_drafter, "linear"))
+    for prompt in prompts[:2]:  # warm up
+        measure(contestants, twin, prompt, 16)
+    runs = [measure(contestants, twin, prompt, arguments.new_tokens) for prompt in prompts]
     rows: list[dict[str, Any]] = []
-    for name in ("transformers", *MODES):
+    for name in ("transformers", *(one.name for one in contestants)):
         base = rows[0]["tokens_per_second"] if rows else 0.0
         rows.append(summarise(name, [run[name] for run in runs], base))
     limits = speed_limits(lm)
@@ -263,13 +320,9 @@ def main() -> None:
         per_token_s = limits["weight_bytes"] / limits["bytes_per_second"]
         forwards = 1 / row.get("tpf_total", 1.0)
         row["roofline_share"] = row["tokens_per_second"] * forwards * per_token_s
-    equal = {
-        "ar_equals_transformers": sum(
-            r["ar"]["token_ids"] == r["transformers"]["token_ids"] for r in runs
-        ),
-        "linear_equals_ar": sum(r["linear"]["token_ids"] == r["ar"]["token_ids"] for r in runs),
-        "prompts": len(runs),
-    }
+    pairs = [["ar", "transformers"]]
+    pairs += [[one.name, "ar"] for one in contestants if one.mode == "linear"]
+    equal = [agreement(lm, prompts, runs, pair) for pair in pairs]
     env = environment(arguments)
     lens = [len(prompt) for prompt in prompts]
     about = (
@@ -278,8 +331,7 @@ def main() -> None:
         f" {min(lens)} to {max(lens)} tokens, {arguments.new_tokens} new tokens each, block length"
         f" {lm.model.config.block_size}, threshold 0.9 (diffusion). {env['date']}, torch"
         f" {env['torch']}, transformers {env['transformers']}, commit {env['commit']}.\n\n"
-        f"Token-equal texts: AR and transformers {equal['ar_equals_transformers']}/{len(runs)},"
-        f" linear and AR {equal['linear_equals_ar']}/{len(runs)}."
+        + " ".join(agreement_line(found, len(runs)) for found in equal)
     )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     record = {
