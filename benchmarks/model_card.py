@@ -22,16 +22,16 @@ SAMPLE_TOKENS = 64
 TEMPLATE = Path(__file__).with_suffix(".template.md")
 
 
-def stages(records: list[dict[str, Any]], config: dict[str, Any]) -> str:
-    """`4,001,792 AR, then 10,002,432 joint (...)` from the run's log."""
-    parts, before = [], 0
+def stages(config: dict[str, Any]) -> str:
+    """`4,001,792 ar, then 10,002,432 joint (...)`: every stage rounded up to whole steps."""
+    parts = []
     for stage in config["stages"]:
-        steps = [r for r in records if r["kind"] == "step" and r["stage"] == stage["name"]]
-        tokens = steps[-1]["tokens"] - before
-        before = steps[-1]["tokens"]
-        alpha, draft_share = stage["diffusion_weight"], stage["draft_share"]
-        how = f" (alpha {alpha}, K {stage['block_lengths']}, draft_share {draft_share})"
-        parts.append(f"{tokens:,} {stage['name']}{how if alpha else ''}")
+        tokens = -(-stage["tokens"] // stage["batch_tokens"]) * stage["batch_tokens"]
+        how = (
+            f" (alpha {stage['diffusion_weight']}, K {stage['block_lengths'][0]},"
+            f" draft_share {stage['draft_share']})"
+        )
+        parts.append(f"{tokens:,} {stage['name']}{how if stage['diffusion_weight'] else ''}")
     return ", then ".join(parts)
 
 
@@ -81,7 +81,7 @@ def main() -> None:
         f" {shape.intermediate_size}, {shape.num_attention_heads} heads"
         f" ({shape.num_key_value_heads} K/V) of {shape.head_dim}, vocabulary {shape.vocab_size},"
         f" untied, block length {shape.block_size}",
-        stages=stages(records, config),
+        stages=stages(config),
         available=manifest["train"]["num_tokens"],
         hardware=arguments.hardware,
         hours=[r for r in records if r["kind"] == "step"][-1]["seconds"] / 3600,
