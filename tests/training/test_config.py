@@ -13,6 +13,7 @@ from fake_stream import write_data
 from test_resume import MODEL, STAGE
 
 from trimode.errors import ConfigError
+from trimode.training.checkpoints import CheckpointInfo, RunState
 from trimode.training.config import (
     EvaluationPart,
     ExportPart,
@@ -22,7 +23,8 @@ from trimode.training.config import (
     TrainConfig,
 )
 from trimode.training.config_checks import check_against_data, data_folder, open_heldout
-from trimode.training.resume import CheckpointInfo, RunState, check_resumable
+from trimode.training.parallel_config import ParallelPart
+from trimode.training.resume import check_resumable
 from trimode.training.shards import TokenShards
 from trimode.training.trainer import _make_model, train
 
@@ -34,6 +36,7 @@ PARTS = {
     "schedule": SchedulePart(),
     "evaluation": EvaluationPart(),
     "export": ExportPart(),
+    "parallel": ParallelPart(),
     "run": CONFIG,
 }
 
@@ -91,6 +94,7 @@ PARTS = {
         ("evaluation", {"tokens": 0}, "tokens is 0"),
         ("evaluation", {"every_steps": -1}, "every_steps is -1"),
         ("export", {"max_shard_size": "lots"}, "max_shard_size is 'lots', but must be like 5GB"),
+        ("parallel", {"tensor_parallel": 0}, "tensor_parallel is 0, but must be positive"),
         ("run", {"stages": ()}, "stages is empty"),
         ("run", {"stages": (STAGE, STAGE)}, "names must be different"),
         ("run", {"seed": -1}, "seed is -1"),
@@ -203,6 +207,7 @@ def test_a_config_resumes_itself(tmp_path: Path) -> None:
         replace(CONFIG, output_dir="elsewhere"),
         replace(CONFIG, evaluation=EvaluationPart(tokens=5)),
         replace(CONFIG, export=ExportPart(dtype="fp16")),
+        replace(CONFIG, parallel=ParallelPart(tensor_parallel=2)),
     )
     for config in free:
         check_resumable(checkpoint, config)

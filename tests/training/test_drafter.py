@@ -306,6 +306,10 @@ Change = Callable[[TrainConfig], TrainConfig]
             "stages.0.draft_share is 0.5, but means nothing to a drafter run",
         ),
         (
+            lambda c: replace(c, activation_checkpointing=True),
+            "activation_checkpointing is true, but means nothing to a drafter run",
+        ),
+        (
             lambda c: replace(c, model=replace(c.model, hidden_size=8)),
             "hidden_size is 8 beside init",
         ),

@@ -14,7 +14,8 @@ from fake_stream import write_data
 
 from trimode.errors import CheckpointError, ConfigError, TriModeError
 from trimode.model import TriModeModel
-from trimode.training import joint, resume
+from trimode.training import joint, whole_folder
+from trimode.training.checkpoints import latest_checkpoint
 from trimode.training.config import (
     EvaluationPart,
     ExportPart,
@@ -24,7 +25,7 @@ from trimode.training.config import (
     TrainConfig,
 )
 from trimode.training.objective import LossSums
-from trimode.training.resume import latest_checkpoint, locked
+from trimode.training.resume import locked
 from trimode.training.trainer import TrainResult, train
 
 MODEL = ModelPart(
@@ -190,7 +191,7 @@ def test_saving_a_step_again_keeps_a_whole_checkpoint_at_every_moment(
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(resume, "_flush", killed)
+    monkeypatch.setattr(whole_folder, "flush", killed)
     with pytest.raises(KeyboardInterrupt):
         train(replace(config, max_seconds=0.0))
     monkeypatch.undo()
@@ -254,7 +255,7 @@ def test_non_finite_loss_names_step_and_samples(
     """A run that trains on for hours with NaN weights, or saves them over the good ones."""
     train(config, log=_StopAfter(2))
 
-    def broken(model: TriModeModel, batch: object) -> LossSums:
+    def broken(model: TriModeModel, batch: object, **switches: bool) -> LossSums:
         total = next(model.parameters()).sum() * float("nan")
         return LossSums(ar=total, diffusion=total)
 

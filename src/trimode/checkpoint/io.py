@@ -173,16 +173,25 @@ def save_checkpoint(
     model: TriModeModel,
     folder: Path,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | Path | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write weights, configuration and tokenizer; the folder appears complete or not at all."""
+    """Write weights, configuration and tokenizer; the folder appears complete or not at all.
+
+    Args:
+        model: In the dtype that is to be written.
+        folder: An older one is replaced.
+        tokenizer: Of the model, or a folder whose files are copied; None for none.
+        max_shard_size: Of one file of weights, such as 5GB.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(tokenizer, Path):
+        shutil.copytree(tokenizer, partial)
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(partial)
     with quiet():
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)

@@ -26,7 +26,7 @@ from trimode.errors import (
     UnsupportedError,
 )
 
-COMMANDS = ("generate", "prepare", "train", "convert", "info")
+COMMANDS = ("generate", "prepare", "train", "report", "convert", "info")
 """Each is a module of this package. Their imports are light, so help is quick."""
 
 OK, FAILURE, BAD_INPUT = 0, 1, 2
@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, command = _parse(words)
         is_debug = args.debug
         _set_up_streams()
+        # Threads that spin at barriers cost a busy machine most of its speed; torch reads it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         with _logs_on_stderr(args.verbose + args.debug):
             code = command.run(args)
         sys.stdout.flush()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -229,6 +230,7 @@ class TriModeModel(PreTrainedModel):
         *,
         attend: Attend,
         adapter: AdapterSwitch | None = None,
+        is_checkpointed: bool = False,
     ) -> Tensor:
         """The one forward pass, up to the head.
 
@@ -237,6 +239,8 @@ class TriModeModel(PreTrainedModel):
             position_ids: Same shape, int64. Absolute positions.
             attend: The attention pattern, and the K/V rows if there are any.
             adapter: The drafter adapter and the tokens it is on for; None if for none.
+            is_checkpointed: Keep only each layer's input for the backward and run the layer again
+                there: less memory, a third more work. `attend` must not write anything.
 
         Returns:
             [..., H]. `diffusion_head` of any of it gives logits over the vocabulary.
@@ -244,7 +248,16 @@ class TriModeModel(PreTrainedModel):
         x = self.encoder.embed_tokens(input_ids)
         angles = self.rotary(position_ids, x.dtype)
         for layer in self.encoder.layers:
-            x = layer(x, angles, attend=attend, adapter=adapter)
+            if is_checkpointed and torch.is_grad_enabled():
+                x = checkpoint(
+                    *(layer, x, angles),
+                    attend=attend,
+                    adapter=adapter,
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # there is no dropout
+                )
+            else:
+                x = layer(x, angles, attend=attend, adapter=adapter)
         return self.encoder.norm(x)
 
     def forward(

@@ -13,6 +13,7 @@ from trimode.training.config import StagePart, TrainConfig
 from trimode.training.conversation_packing import make_sampler
 from trimode.training.corruption import corrupt
 from trimode.training.objective import TargetCounts, TrainingBatch, count_targets
+from trimode.training.parallel import Parallel
 from trimode.training.shards import TokenShards
 
 
@@ -22,9 +23,10 @@ class StepBatch:
 
     Args:
         stage: The stage the step belongs to.
-        samples: Global indices of its samples.
-        micro_batches: What each forward sees, of the objective's own type.
-        counts: What the loss sums of the step are divided by, of the objective's own type.
+        samples: Global indices of its samples, on all ranks together.
+        micro_batches: What each forward of this rank sees, of the objective's own type.
+        counts: What the loss sums of the step are divided by, of the objective's own type: of this
+            rank's micro-batches at first, of all ranks' in the step.
         diffusion_weight: alpha at this step.
     """
 
@@ -41,8 +43,8 @@ class LossTerms:
 
     Args:
         loss: Scalar with a graph.
-        reported: Named scalars without a graph, for the log. Summed over the micro-batches, each
-            is its mean over the step.
+        reported: Named scalars without a graph, for the log. Summed over the micro-batches of all
+            ranks, each is its mean over the step.
     """
 
     loss: Tensor
@@ -87,9 +89,13 @@ def block_lengths_at(stage: StagePart, progress: float) -> tuple[int, ...]:
     return (stage.block_lengths[int(progress * len(stage.block_lengths))],)
 
 
-def make_batch(config: TrainConfig, data: TokenShards, step: int) -> StepBatch:
-    """The batch of one step of the joint objective: a function of the config, the data and the
-    step, of nothing else."""
+def make_batch(
+    config: TrainConfig, data: TokenShards, step: int, *, parallel: Parallel | None = None
+) -> StepBatch:
+    """This rank's share of a step of the joint objective; None is the only rank.
+
+    All ranks' together are a function of the config, the data and the step, of nothing else.
+    """
     stage, samples = step_samples(config, step)
     progress = stage_progress(config, step)
     sampler = make_sampler(
@@ -99,9 +105,10 @@ def make_batch(config: TrainConfig, data: TokenShards, step: int) -> StepBatch:
         config.seed,
         num_copies=2 if stage.is_complementary else 1,
     )
+    local = samples if parallel is None else parallel.local_samples(samples)
     micro_batches = []
-    for start in range(0, len(samples), stage.micro_batch_sequences):
-        some = samples[start : start + stage.micro_batch_sequences]
+    for start in range(0, len(local), stage.micro_batch_sequences):
+        some = local[start : start + stage.micro_batch_sequences]
         rows, noise = sampler.rows(some), None
         if stage.diffusion_weight > 0:
             noise = corrupt(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from trimode.errors import ConfigError
 from trimode.training.drafter_config import DrafterPart, check_drafter_run
+from trimode.training.parallel_config import ParallelPart
 
 
 def _check(is_good: bool, message: str) -> None:
@@ -270,11 +271,13 @@ class TrainConfig:
         output_dir: Where checkpoints, `log.jsonl`, the resolved config and `final/` go.
         stages: Trained one after the other.
         drafter: Train a drafter on the frozen `model.init` and nothing else; null trains the model.
+        parallel: How ranks started by `torchrun` share the work; means nothing to a single one.
         precision: `auto` is bf16 where it is fast (CUDA, CPUs with bf16 units), else fp32.
         compile: Compile the encoder with torch.compile.
+        activation_checkpointing: Keep each layer's input alone and run it again in the backward.
         device: `auto` is CUDA if there is one.
         max_seconds: Stop cleanly, with a checkpoint, after this long; null is no limit.
-        checkpoint_every_s: Seconds between checkpoints.
+        checkpoint_every_s: Seconds between checkpoints, which are written at logged steps.
     """
 
     data: str
@@ -286,9 +289,11 @@ class TrainConfig:
     schedule: SchedulePart = field(default_factory=SchedulePart)
     evaluation: EvaluationPart = field(default_factory=EvaluationPart)
     export: ExportPart = field(default_factory=ExportPart)
+    parallel: ParallelPart = field(default_factory=ParallelPart)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     compile: bool = False
+    activation_checkpointing: bool = False
     seed: int = 0
     max_seconds: float | None = None
     checkpoint_every_s: float = 600.0

@@ -8,8 +8,6 @@ rank included. All ranks call every function here together, on a folder that all
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from trimode.errors import CheckpointError
 from trimode.training.distribute import gather_whole
 from trimode.training.optim import OptimizerSet
 from trimode.training.parallel import Parallel
+from trimode.training.whole_folder import hidden, publish, start, writing
 
 RECORD = "run.json"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
@@ -43,37 +42,39 @@ def save_distributed(
 ) -> Path:
     """Write `folder`, whole or not at all.
 
-    Everything goes to a temporary folder and to the disk; once all ranks have written, rank 0 makes
-    it visible by one rename.
+    Everything goes to a hidden folder and to the disk; once all ranks have written, rank 0 makes it
+    visible by one rename. An older folder of this name is there until then.
 
     Args:
-        folder: On a file system that all ranks share. An older one is replaced.
+        folder: On a file system that all ranks share.
         parallel: The ranks.
         model: In place.
         optimizer: Its optimiser.
         record: What `run.json` says, of plain JSON types; rank 0's is written.
 
     Raises:
-        CheckpointError: On all ranks, when one of them could not write.
+        CapacityError: On all ranks, when the disk of one is full.
+        TriModeError: On all ranks, when one could not write for another reason.
     """
-    temporary = folder.parent / f".{folder.name}.parts"
-    with _same_error(parallel, f"checkpoint {str(folder)!r} cannot be written"):
+    with parallel.together(), writing(folder, what="checkpoint"):
         if parallel.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    with _same_error(parallel, f"checkpoint {str(folder)!r} cannot be written"):
+            start(folder)
         tensors = _model_tensors(model) | _optimizer_tensors(model, optimizer)
-        with _quiet_alone(parallel):
-            dcp.save(tensors, checkpoint_id=temporary, no_dist=not parallel.is_distributed)
-    with _same_error(parallel, f"checkpoint {str(folder)!r} cannot be written"):
+    with parallel.together(), writing(folder, what="checkpoint"), _plain_errors(parallel):
+        dcp.save(tensors, checkpoint_id=hidden(folder), no_dist=not parallel.is_distributed)
+    with parallel.together(), writing(folder, what="checkpoint"):
         if parallel.is_main:
-            (temporary / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-            for path in (*temporary.iterdir(), temporary):
-                _flush(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-            _flush(folder.parent)
+            temporary = hidden(folder)
+            sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
+            text = json.dumps({**record, "sizes": sizes}, indent=1)
+            (temporary / RECORD).write_text(text, encoding="utf-8")
+            publish(folder)
     return folder
+
+
+def is_distributed_folder(folder: Path) -> bool:
+    """Whether a checkpoint was written by `save_distributed`."""
+    return (folder / ".metadata").exists()
 
 
 def load_distributed(
@@ -87,16 +88,14 @@ def load_distributed(
     Raises:
         CheckpointError: A file is missing or damaged, or belongs to another network or optimiser.
     """
-    message = f"checkpoint {str(folder)!r} cannot be read"
-    with _same_error(parallel, message):
+    with parallel.together(), _reading(folder):
         record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    with _same_error(parallel, message):
         tensors = _model_tensors(model)
         _check_same_network(tensors, stored)
         tensors |= _empty_optimizer_tensors(model, optimizer, stored)
-        with _quiet_alone(parallel):
-            dcp.load(tensors, checkpoint_id=folder, no_dist=not parallel.is_distributed)
+    with parallel.together(), _reading(folder), _plain_errors(parallel):
+        dcp.load(tensors, checkpoint_id=folder, no_dist=not parallel.is_distributed)
     return record
 
 
@@ -106,6 +105,7 @@ def full_state_dict(model: nn.Module, *, parallel: Parallel) -> dict[str, Tensor
     One tensor at a time is gathered on the device.
     """
     weights = {}
+    _parameters(model)  # nothing left gathered
     for name, tensor in model.state_dict().items():
         whole = gather_whole(tensor) if isinstance(tensor, DTensor) else tensor
         if parallel.is_main:
@@ -184,39 +184,24 @@ def _check_same_network(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]
 
 
 @contextmanager
-def _same_error(parallel: Parallel, message: str) -> Iterator[None]:
-    """Raises one `CheckpointError` on all ranks if the body failed on any of them."""
-    failure: BaseException | None = None
+def _reading(folder: Path) -> Iterator[None]:
+    """Says in one line which checkpoint cannot be read."""
     try:
         yield
-    except (Exception, CheckpointException) as error:  # torch's own is no Exception
-        failure = error
-    if parallel.any_rank([failure is not None])[0]:
-        raise CheckpointError(f"{message}: {_reason(failure)}") from failure
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"checkpoint {str(folder)!r} cannot be read: {reason}") from error
 
 
 @contextmanager
-def _quiet_alone(parallel: Parallel) -> Iterator[None]:
-    """Without torch's warning that one rank is what one rank asked for."""
+def _plain_errors(parallel: Parallel) -> Iterator[None]:
+    """Torch's checkpoint exception, raised on all ranks at once and no `Exception`, as an OSError;
+    and without its warning that one rank is what one rank asked for."""
     with warnings.catch_warnings():
         if not parallel.is_distributed:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _reason(error: BaseException | None) -> str:
-    """One line."""
-    if error is None:
-        return "another rank failed, see its message"
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (inner, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {inner}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            yield
+        except CheckpointException as error:
+            rank, (inner, _) = next(iter(error.failures.items()))
+            raise OSError(f"rank {rank}: {inner}") from inner

@@ -13,7 +13,7 @@ Losses are divided by global counts, so gradients are summed over ranks and neve
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -145,6 +145,20 @@ def keep_part(whole: Tensor, *, like: DTensor) -> DTensor:
         shape=like.shape,
         stride=like.stride(),
     )
+
+
+def part_of(whole: Tensor, *, like: Tensor) -> Tensor:
+    """`whole` as it lies where `like` does: shared out if `like` is, on its device."""
+    whole = whole.to(like.device)
+    return keep_part(whole, like=like) if isinstance(like, DTensor) else whole
+
+
+def whole_parameters(model: nn.Module) -> Iterator[Tensor]:
+    """Every parameter of a model, gathered on all ranks if it is shared out, one at a time."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+    for parameter in model.parameters():
+        yield gather_whole(parameter) if isinstance(parameter, DTensor) else parameter
 
 
 def _cuts(tensor: DTensor) -> list[tuple[int, int]]:

@@ -20,8 +20,10 @@ from trimode.errors import TriModeError
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.adapter import new_adapter
 from trimode.training.batches import LossTerms, StepBatch, step_samples
+from trimode.training.checkpoints import RunState
 from trimode.training.config import DrafterPart, TrainConfig
 from trimode.training.conversation_packing import ConversationSampler, make_sampler
+from trimode.training.distribute import whole_parameters
 from trimode.training.draft_noise import draw_slots
 from trimode.training.draft_round import (
     DraftBatch,
@@ -36,9 +38,10 @@ from trimode.training.drafter_loss import block_mean_weights, place_losses
 from trimode.training.evaluate import DrafterReport, DraftQuality, measure_drafter
 from trimode.training.export import DTYPES
 from trimode.training.packing import RowSampler
+from trimode.training.parallel import Parallel
 from trimode.training.precision import Precision
-from trimode.training.resume import RunState
 from trimode.training.shards import TokenShards
+from trimode.training.whole_folder import writing
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -49,25 +52,34 @@ class DrafterObjective:
     Args:
         config: With a `drafter` part.
         data: The training split.
-        model: The base, on its device. Frozen here.
+        model: The whole base, the same on every rank. Frozen and shared out here; every rank has
+            the whole adapter.
         precision: Of the evaluation.
+        parallel: The ranks.
     """
 
     def __init__(
-        self, config: TrainConfig, data: TokenShards, *, model: TriModeModel, precision: Precision
+        self,
+        config: TrainConfig,
+        data: TokenShards,
+        *,
+        model: TriModeModel,
+        precision: Precision,
+        parallel: Parallel,
     ) -> None:
         assert config.drafter is not None
         self.model = model.requires_grad_(False)
+        self.base_checksum: int | None = weights_checksum(model)
+        parallel.shard(model, gather_dtype=precision.gather_dtype, has_adapter=True)
         self.trainable: DrafterAdapter = new_adapter(
             model.encoder.layers,
             rank=config.drafter.rank,
             alpha=config.drafter.alpha,
             targets=config.drafter.targets,
             seed=config.seed,
-        ).to(model.device)
-        self.base_checksum: int | None = weights_checksum(model)
+        ).to(parallel.device)
         self._config, self._part, self._data = config, config.drafter, data
-        self._precision = precision
+        self._precision, self._parallel = precision, parallel
         self._without_adapter: DraftQuality | None = None
         self._folder = Path(config.output_dir) / "linear_spec_lora"
 
@@ -77,18 +89,22 @@ class DrafterObjective:
         sampler = make_sampler(
             self._data, stage.sequence_length, stage.block_lengths, self._config.seed
         )
-        micro = stage.micro_batch_sequences
+        micro, local = stage.micro_batch_sequences, self._parallel.local_samples(samples)
         parts = [
             make_draft_batch(
                 sampler,
-                samples[start : start + micro],
+                local[start : start + micro],
                 seed=self._config.seed,
                 sampled_share=self._part.sampled_share,
                 eos_token_id=self._data.eos_token_id,
             )
-            for start in range(0, len(samples), micro)
+            for start in range(0, len(local), micro)
         ]
         return StepBatch(stage, samples, parts, sum(part.num_blocks for part in parts))
+
+    def count_on_all_ranks(self, batch: StepBatch) -> StepBatch:
+        """Blocks that are drafted."""
+        return replace(batch, counts=int(self._parallel.sum_numbers([batch.counts])[0]))
 
     def loss(self, micro_batch: DraftBatch, batch: StepBatch) -> LossTerms:
         """`L_LK + L_CE`, each the mean over the step's blocks of the mean over a block."""
@@ -132,9 +148,11 @@ class DrafterObjective:
             TriModeError: The base is not what it was at the start.
         """
         if weights_checksum(self.model) != self.base_checksum:
-            raise TriModeError(
-                f"the weights of the base {self._config.model.init!r} changed in memory while its "
-                f"drafter was trained; do not use {str(self._folder)!r}"
+            raise self._parallel.common(
+                TriModeError(
+                    f"the weights of the base {self._config.model.init!r} changed in memory while "
+                    f"its drafter was trained; do not use {str(self._folder)!r}"
+                )
             )
         return self._folder
 
@@ -143,18 +161,20 @@ class DrafterObjective:
             self.model,
             TokenShards.open(Path(self._config.data), self._config.evaluation.split),
             config=self._config,
-            device=self.model.device,
+            parallel=self._parallel,
             precision=self._precision,
             adapter=adapter,
         )
 
     def _export(self) -> None:
-        save_adapter(
-            self.trainable,
-            self._folder,
-            dtype=DTYPES[self._config.export.dtype],
-            base=self._config.model.init,
-        )
+        with self._parallel.together(), writing(self._folder, what="adapter"):
+            if self._parallel.is_main:
+                save_adapter(
+                    self.trainable,
+                    self._folder,
+                    dtype=DTYPES[self._config.export.dtype],
+                    base=self._config.model.init,
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +266,7 @@ def round_sums(
 def weights_checksum(model: TriModeModel) -> int:
     """A number that any change of the weights' bits changes (for all practical purposes)."""
     total = 0
-    for parameter in model.parameters():
+    for parameter in whole_parameters(model):
         bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()])
         total = (total * 31 + int(bits.sum(dtype=torch.int64))) % (2**61 - 1)
     return total

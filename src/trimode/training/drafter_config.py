@@ -96,6 +96,10 @@ def check_drafter_run(config: TrainConfig) -> None:
         name == "adamw",
         f"optimizer.name is {name!r}, but the low-rank factors of a drafter need adamw",
     )
+    _check(
+        not config.activation_checkpointing,
+        "activation_checkpointing is true, but means nothing to a drafter run: remove it",
+    )
     parts: list[tuple[str, Any, set[str]]] = [
         (f"stages.{index}", stage, _USED["stages"]) for index, stage in enumerate(config.stages)
     ]

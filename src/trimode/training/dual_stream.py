@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from trimode.model import Attend, DenseAttention
+from trimode.training.chunked_attention import ChunkedAttention
+from trimode.training.flex import FlexAttention, MaskMod, has_flex
 from trimode.training.packing import PackedRows
 
 _CPU_CHUNK_LEN = 128
@@ -39,79 +41,80 @@ def dual_stream_mask(rows: PackedRows) -> Tensor:
     return torch.cat((noisy, clean), dim=1)[:, None]
 
 
-class ChunkedAttention:
-    """`DenseAttention` without the work that the mask throws away: queries in chunks, few keys
-    each.
+def causal_mod(rows: PackedRows) -> MaskMod:
+    """`causal_mask` as a function of indices."""
+    document = rows.document_ids
 
-    For each chunk of queries, the keys are cut to the first-to-last one that any of its queries may
-    see, in each part of the stream. The result is that of the dense mask. With plain products and
-    softmax this takes half the time of the fused CPU kernel, which skips nothing under a mask.
+    def may_attend(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (document[row, query] == document[row, key]) & (query >= key)
 
-    Args:
-        attn_mask: [B, 1, T, T] bool, True = may attend.
-        chunk_len: Queries per chunk.
-        part_len: Length of one part of the stream: S, whether there are one or two.
-        dtype: Of the products; the softmax itself works in float32 or wider.
-    """
-
-    def __init__(
-        self, attn_mask: Tensor, *, chunk_len: int, part_len: int, dtype: torch.dtype
-    ) -> None:
-        self._chunk_len = chunk_len
-        self._dtype = dtype
-        self._chunks: list[tuple[list[slice], Tensor]] = []
-        for chunk in attn_mask.split(chunk_len, dim=2):
-            is_seen = chunk.any(dim=2).any(dim=0)[0]
-            spans = [
-                slice(start + int(seen[0]), start + int(seen[-1]) + 1)
-                for start in range(0, attn_mask.shape[3], part_len)
-                if len(seen := is_seen[start : start + part_len].nonzero()[:, 0])
-            ]
-            allowed = torch.cat([chunk[..., span] for span in spans], dim=3)
-            bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-            self._chunks.append((spans, bias.masked_fill_(~allowed, float("-inf"))))
-
-    def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query: [B, T, N, D]; key, value: [B, T, G, D] -> [B, T, N, D]."""
-        num_kv_heads, head_dim = key.shape[2:]
-        scaled = (query * head_dim**-0.5).to(self._dtype)
-        queries = scaled.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        keys, values = (x.to(self._dtype).transpose(1, 2) for x in (key, value))
-        outputs = [
-            _attend(
-                chunk,
-                torch.cat([keys[:, :, span] for span in spans], dim=2),
-                torch.cat([values[:, :, span] for span in spans], dim=2),
-                bias,
-            )
-            for chunk, (spans, bias) in zip(
-                queries.split(self._chunk_len, dim=3), self._chunks, strict=True
-            )
-        ]
-        return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return may_attend
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """query: [B, G, N/G, C, D]; key, value: [B, G, L, D]; bias: [B, 1, C, L] -> as query.
+def dual_stream_mod(rows: PackedRows) -> MaskMod:
+    """`dual_stream_mask` as a function of indices into `[noisy | clean]`."""
+    document, block = rows.document_ids, rows.block_ids
+    row_len = document.shape[1]
 
-    The query heads of a group are rows of one product, so that keys need no copies per head.
-    """
-    scores = query.flatten(2, 3) @ key.mT
-    scores = scores.unflatten(2, query.shape[2:4]).add_(bias[:, :, None])
-    weights = scores.softmax(dim=-1).flatten(2, 3)
-    return (weights @ value).unflatten(2, query.shape[2:4])
+    def may_attend(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        is_noisy_query, is_noisy_key = query < row_len, key < row_len
+        q, k = query % row_len, key % row_len
+        is_same_document = document[row, q] == document[row, k]
+        q_block, k_block = block[row, q], block[row, k]
+        in_noisy = is_noisy_query & is_noisy_key & (q_block == k_block)
+        to_clean = is_noisy_query & ~is_noisy_key & (q_block > k_block) & is_same_document
+        in_clean = ~is_noisy_query & ~is_noisy_key & (q >= k) & is_same_document
+        return in_noisy | to_clean | in_clean
+
+    return may_attend
+
+
+def causal_attention(rows: PackedRows, *, dtype: torch.dtype) -> Attend:
+    """The AR view of packed rows; see `training_attention`."""
+    if has_flex(rows.clean_ids.device):
+        return _flex_attention(causal_mod(rows), rows, num_parts=1, dtype=dtype)
+    return training_attention(causal_mask(rows), part_len=rows.clean_ids.shape[1], dtype=dtype)
+
+
+def dual_stream_attention(rows: PackedRows, *, dtype: torch.dtype) -> Attend:
+    """Both views over `[noisy | clean]`; see `training_attention`."""
+    if has_flex(rows.clean_ids.device):
+        return _flex_attention(dual_stream_mod(rows), rows, num_parts=2, dtype=dtype)
+    return training_attention(dual_stream_mask(rows), part_len=rows.clean_ids.shape[1], dtype=dtype)
+
+
+def _flex_attention(
+    mask_mod: MaskMod, rows: PackedRows, *, num_parts: int, dtype: torch.dtype
+) -> Attend:
+    batch_size, row_len = rows.clean_ids.shape
+    return FlexAttention(
+        mask_mod,
+        batch_size=batch_size,
+        num_queries=num_parts * row_len,
+        num_keys=num_parts * row_len,
+        dtype=_product_dtype(dtype, rows.clean_ids.device),
+        device=rows.clean_ids.device,
+    )
 
 
 def training_attention(attn_mask: Tensor, *, part_len: int, dtype: torch.dtype) -> Attend:
-    """The fastest way to attend under a mask: chunks on the CPU, the dense kernel elsewhere.
+    """The fastest way to attend under any mask: chunks on the CPU, the dense kernel elsewhere.
+
+    What is not any mask but that of the AR view or the dual stream has a faster kernel on CUDA
+    devices: `causal_attention`, `dual_stream_attention`.
 
     Args:
-        attn_mask: [B, 1, T, T] bool.
-        part_len: S; T is S or 2S.
+        attn_mask: [B, 1, T, T'] bool.
+        part_len: S; T' is S or 2S.
         dtype: Of the weights; autocast, where it is on, has the last word.
     """
     if attn_mask.device.type != "cpu":
         return DenseAttention(attn_mask)
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    dtype = _product_dtype(dtype, attn_mask.device)
     return ChunkedAttention(attn_mask, chunk_len=_CPU_CHUNK_LEN, part_len=part_len, dtype=dtype)
+
+
+def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.training.config import TrainConfig
@@ -15,6 +16,7 @@ from trimode.training.draft_accuracy import DraftAccuracy, draft_accuracy, merge
 from trimode.training.draft_round import DraftBatch, draftable, play_round
 from trimode.training.objective import TargetCounts, TrainingBatch, count_targets, loss_sums
 from trimode.training.packing import PackedRows, TokenStream
+from trimode.training.parallel import Parallel
 from trimode.training.precision import Precision
 
 _STRIDE = 10_007  # a prime, so that neighbours get ratios that lie far apart
@@ -101,34 +103,39 @@ def evaluate_heldout(
     data: TokenStream,
     *,
     config: TrainConfig,
-    device: torch.device,
+    parallel: Parallel,
     precision: Precision,
 ) -> HeldOutReport:
     """Both losses under fixed noise, and the drafts of every whole block.
 
-    Rows have the shape of the last stage, with the model's own block length.
+    Rows have the shape of the last stage, with the model's own block length. Data-parallel ranks
+    see different ones, and all get the same report.
     """
     block_length, tokens = model.config.block_size, 0
     counts = TargetCounts(0, 0)
     ar_sum = diffusion_sum = 0.0
     drafts: list[DraftAccuracy] = []
-    mask_token_id = model.config.mask_token_id
+    mask_token_id, device = model.config.mask_token_id, parallel.device
     model.eval()
-    for samples, ratios, rows in _heldout_rows(data, config=config, block_length=block_length):
-        tokens += rows.clean_ids.numel()
-        noise = corrupt(
-            rows, samples, seed=_NOISE_SEED, mask_token_id=mask_token_id, ratios=ratios
-        )
+    for samples, ratios, rows, is_counted in _heldout_rows(
+        data, config=config, block_length=block_length, parallel=parallel
+    ):
+        noise = corrupt(rows, samples, seed=_NOISE_SEED, mask_token_id=mask_token_id, ratios=ratios)
         noisy = TrainingBatch(rows, noise)
         drafted = TrainingBatch(rows, draft_pattern(rows, mask_token_id=mask_token_id))
-        counts += count_targets(noisy)
         with precision.autocast():
             sums = loss_sums(model, noisy.to(device))
-            drafts.append(draft_accuracy(model, drafted.to(device), block_length=block_length))
-        ar_sum += float(sums.ar)
-        diffusion_sum += float(sums.diffusion)
+            accuracy = draft_accuracy(model, drafted.to(device), block_length=block_length)
+        if is_counted:
+            tokens += rows.clean_ids.numel()
+            counts += count_targets(noisy)
+            drafts.append(accuracy)
+            ar_sum += float(sums.ar)
+            diffusion_sum += float(sums.diffusion)
     model.train()
-    accuracy = merge(drafts)
+    counts, accuracy = parallel.sum_counts(counts), _on_all_ranks(drafts, block_length, parallel)
+    tokens = int(parallel.sum_numbers([tokens])[0])
+    ar_sum, diffusion_sum = parallel.sum_numbers([ar_sum, diffusion_sum])
     return HeldOutReport(
         tokens=tokens,
         ar_loss=ar_sum / max(counts.num_ar_targets, 1),
@@ -147,7 +154,7 @@ def measure_drafter(
     data: TokenStream,
     *,
     config: TrainConfig,
-    device: torch.device,
+    parallel: Parallel,
     precision: Precision,
     adapter: DrafterAdapter | None,
 ) -> DraftQuality:
@@ -157,15 +164,16 @@ def measure_drafter(
         model: The base.
         data: The split.
         config: Shape and number of rows.
-        device: Where the model is.
+        parallel: The ranks, which share the rows.
         precision: Of the forwards.
         adapter: The drafter; None is the bare diffusion view.
     """
     block_length, eos_token_id = model.config.block_size, data.eos_token_id
-    tokens = num_blocks = num_accepted = 0
+    tokens, num_blocks, num_accepted, device = 0, 0, 0, parallel.device
     drafts: list[DraftAccuracy] = []
-    for _, _, rows in _heldout_rows(data, config=config, block_length=block_length):
-        tokens += rows.clean_ids.numel()
+    for _, _, rows, is_counted in _heldout_rows(
+        data, config=config, block_length=block_length, parallel=parallel
+    ):
         lens = torch.full((len(rows.clean_ids),), block_length)
         is_drafted = draftable(rows, lens, eos_token_id=eos_token_id)
         greedy = torch.zeros_like(is_drafted)
@@ -175,10 +183,14 @@ def measure_drafter(
         with precision.autocast():
             played = play_round(model, batch, adapter=adapter, eos_token_id=eos_token_id)
             accuracy = draft_accuracy(model, drafted, block_length=block_length, adapter=adapter)
-        drafts.append(accuracy)
-        num_blocks += batch.num_blocks
-        num_accepted += int(played.is_accepted.sum())
-    on_text = merge(drafts)
+        if is_counted:
+            tokens += rows.clean_ids.numel()
+            drafts.append(accuracy)
+            num_blocks += batch.num_blocks
+            num_accepted += int(played.is_accepted.sum())
+    on_text = _on_all_ranks(drafts, block_length, parallel)
+    sums = parallel.sum_numbers([tokens, num_blocks, num_accepted])
+    tokens, num_blocks, num_accepted = map(int, sums)
     return DraftQuality(
         tokens=tokens,
         round_acceptance_length=1 + num_accepted / max(num_blocks, 1),
@@ -187,19 +199,47 @@ def measure_drafter(
     )
 
 
+def _on_all_ranks(
+    parts: list[DraftAccuracy], block_length: int, parallel: Parallel
+) -> DraftAccuracy:
+    """The counts of all ranks' batches together; a rank may have none."""
+    none = torch.zeros(block_length - 1, dtype=torch.int64)
+    found = merge([DraftAccuracy(0, none, none, 0, 0), *parts])
+
+    def summed(counts: Tensor) -> Tensor:
+        return parallel.sum_over_data(counts).cpu()
+
+    scalars = [found.num_blocks, found.accepted, found.verifier_accepted]
+    num_blocks, accepted, verifier_accepted = map(int, parallel.sum_numbers(scalars))
+    return DraftAccuracy(
+        num_blocks=num_blocks,
+        correct=summed(found.correct),
+        verifier_correct=summed(found.verifier_correct),
+        accepted=accepted,
+        verifier_accepted=verifier_accepted,
+    )
+
+
 def _heldout_rows(
-    data: TokenStream, *, config: TrainConfig, block_length: int
-) -> Iterator[tuple[list[int], list[float], PackedRows]]:
+    data: TokenStream, *, config: TrainConfig, block_length: int, parallel: Parallel
+) -> Iterator[tuple[list[int], list[float], PackedRows, bool]]:
     """Rows of the last stage's shape with their indices and mask ratios, a micro-batch at a time.
 
-    They are spread over the whole split, whose documents come package by package, and their ratios
+    Data-parallel ranks take turns. All see equally many, since their forwards need each other; the
+    last one may be there for that only, and then is not counted (the fourth value).
+
+    Rows are spread over the whole split, whose documents come package by package, and their ratios
     evenly over 0 to 1, since drawn ones move the diffusion loss by as much as a run's progress.
     """
     row_len, micro = config.stages[-1].sequence_length, config.stages[-1].micro_batch_sequences
     sampler = make_sampler(data, row_len, (block_length,), _NOISE_SEED, is_shuffled=False)
     num_rows = max(1, min(config.evaluation.tokens // row_len, sampler.num_rows))
-    for start in range(0, num_rows, micro):
+    starts = range(0, num_rows, micro)
+    for first in range(0, len(starts), parallel.data_parallel):
+        turn = first + parallel.data_rank
+        is_counted = turn < len(starts)
+        start = starts[turn if is_counted else 0]
         stop = min(start + micro, num_rows)
         samples = [i * sampler.num_rows // num_rows for i in range(start, stop)]
         shuffled = [(i * _STRIDE % num_rows + 0.5) / num_rows for i in range(start, stop)]
-        yield samples, shuffled, sampler.rows(samples)
+        yield samples, shuffled, sampler.rows(samples), is_counted

@@ -11,14 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_CHUNK_ELEMENTS = 1 << 22
+_CPU_CHUNK_ELEMENTS, _CHUNK_ELEMENTS = 1 << 22, 1 << 26
+_MIN_CHUNK_ROWS = 256
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of logits that exist at a time.
+
+    Few enough to stay near a CPU's cache, or to be a small part of a GPU's memory; but never so few
+    that the products lose their speed, however large the vocabulary.
+    """
+    elements = _CPU_CHUNK_ELEMENTS if device.type == "cpu" else _CHUNK_ELEMENTS
+    return max(_MIN_CHUNK_ROWS, elements // vocab_size)
 
 
 def head_loss_sum(head: nn.Linear, states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Sum of weighted cross-entropies of `head(states)`.
 
     The matrix products run in the autocast dtype where autocast is on; the softmax in float32 (or
-    wider, if the weights are).
+    wider, if the weights are). The graph may be gone back through once.
 
     Args:
         head: Without a bias.
@@ -53,7 +64,7 @@ class _HeadLoss(torch.autograd.Function):
         table, total = weight.to(dtype), torch.zeros((), dtype=wide, device=states.device)
         states_grad = torch.empty_like(states) if needs_grad else None
         weight_grad = torch.zeros_like(weight) if needs_grad else None
-        chunk_len = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+        chunk_len = chunk_rows(weight.shape[0], weight.device)
         for start in range(0, len(states), chunk_len):
             rows = slice(start, start + chunk_len)
             chunk, target, scale = states[rows].to(dtype), targets[rows, None], weights[rows, None]
@@ -66,17 +77,18 @@ class _HeadLoss(torch.autograd.Function):
             grad.scatter_add_(1, target, -scale.to(wide))
             grad = grad.to(dtype)
             states_grad[rows] = torch.mm(grad, table)
-            weight_grad += torch.mm(grad.mT, chunk)
-        ctx.save_for_backward(states_grad, weight_grad)
+            if dtype == weight_grad.dtype:
+                weight_grad.addmm_(grad.mT, chunk)  # in place: no second table of the head's size
+            else:
+                weight_grad += torch.mm(grad.mT, chunk)
+        ctx.grads = states_grad, weight_grad
         return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        states_grad, weight_grad = ctx.saved_tensors
-        return (
-            states_grad * upstream.to(states_grad.dtype),
-            weight_grad * upstream.to(weight_grad.dtype),
-            None,
-            None,
-            None,
-        )
+        # Scaled in place and let go of: at this moment of a step the memory is fullest.
+        if ctx.grads is None:
+            raise RuntimeError("head_loss_sum: the graph was already gone back through")
+        states_grad, weight_grad = ctx.grads
+        ctx.grads = None
+        return states_grad.mul_(upstream), weight_grad.mul_(upstream), None, None, None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from trimode.model import TriModeModel
 from trimode.training.batches import LossTerms, StepBatch, make_batch
+from trimode.training.checkpoints import RunState
 from trimode.training.config import TrainConfig
 from trimode.training.config_checks import open_heldout
 from trimode.training.evaluate import HeldOutReport, evaluate_heldout
 from trimode.training.export import export_model
 from trimode.training.objective import TrainingBatch, loss_sums
+from trimode.training.parallel import Parallel
 from trimode.training.precision import Precision
-from trimode.training.resume import RunState
 from trimode.training.shards import TokenShards
 
 
@@ -22,27 +24,40 @@ class JointObjective:
     Args:
         config: Without a `drafter` part.
         data: The training split.
-        model: On its device. All of it is trained.
+        model: The whole network, the same on every rank. Shared out here; all of it is trained.
         precision: Of the evaluation.
+        parallel: The ranks.
     """
 
     base_checksum: int | None = None
 
     def __init__(
-        self, config: TrainConfig, data: TokenShards, *, model: TriModeModel, precision: Precision
+        self,
+        config: TrainConfig,
+        data: TokenShards,
+        *,
+        model: TriModeModel,
+        precision: Precision,
+        parallel: Parallel,
     ) -> None:
-        self.model = model.train()
-        self.trainable: TriModeModel = model
-        self._config, self._data, self._precision = config, data, precision
         self._held_out = open_heldout(config, model)
+        parallel.shard(model.train(), gather_dtype=precision.gather_dtype)
+        self.model = self.trainable = model
+        self._config, self._data = config, data
+        self._precision, self._parallel = precision, parallel
 
     def make_batch(self, step: int) -> StepBatch:
         """The rows of a step and their noise."""
-        return make_batch(self._config, self._data, step)
+        return make_batch(self._config, self._data, step, parallel=self._parallel)
+
+    def count_on_all_ranks(self, batch: StepBatch) -> StepBatch:
+        """Targets of both losses."""
+        return replace(batch, counts=self._parallel.sum_counts(batch.counts))
 
     def loss(self, micro_batch: TrainingBatch, batch: StepBatch) -> LossTerms:
         """The share of one micro-batch in the loss of its step."""
-        sums = loss_sums(self.model, micro_batch)
+        is_checkpointed = self._config.activation_checkpointing
+        sums = loss_sums(self.model, micro_batch, is_checkpointed=is_checkpointed)
         counts = batch.counts
         reported = {"ar_loss": sums.ar.detach() / max(counts.num_ar_targets, 1)}
         if micro_batch.noise is not None:
@@ -58,7 +73,7 @@ class JointObjective:
             self.model,
             self._held_out,
             config=self._config,
-            device=self.model.device,
+            parallel=self._parallel,
             precision=self._precision,
         )
         return report, state
@@ -70,4 +85,5 @@ class JointObjective:
             Path(self._config.output_dir) / "final",
             part=self._config.export,
             tokenizer_dir=Path(self._config.data) / "tokenizer",
+            parallel=self._parallel,
         )

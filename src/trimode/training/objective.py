@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimode.model import AdapterSwitch, DrafterAdapter, TriModeModel
 from trimode.training.corruption import Corruption
-from trimode.training.dual_stream import causal_mask, dual_stream_mask, training_attention
+from trimode.training.dual_stream import causal_attention, dual_stream_attention
 from trimode.training.head_loss import head_loss_sum
 from trimode.training.packing import PackedRows
 
@@ -98,20 +98,29 @@ def target_weights(is_target: Tensor, *, is_row_averaged: bool) -> Tensor:
     return (1 / is_target.sum(dim=1, keepdim=True).clamp(min=1)).expand(is_target.shape)
 
 
-def loss_sums(model: TriModeModel, batch: TrainingBatch) -> LossSums:
+def loss_sums(
+    model: TriModeModel, batch: TrainingBatch, *, is_checkpointed: bool = False
+) -> LossSums:
     """Both loss sums of a batch in one forward.
 
     With noise: the dual stream. Without: the clean half alone, each document causal.
+
+    Args:
+        model: The network.
+        batch: On its device.
+        is_checkpointed: Make each layer's activations again in the backward (`encode`).
     """
     rows, noise = batch.rows, batch.noise
     if noise is None:
-        attend = training_attention(
-            causal_mask(rows), part_len=rows.clean_ids.shape[1], dtype=model.dtype
+        hidden = model.encode(
+            rows.clean_ids,
+            rows.position_ids,
+            attend=causal_attention(rows, dtype=model.dtype),
+            is_checkpointed=is_checkpointed,
         )
-        hidden = model.encode(rows.clean_ids, rows.position_ids, attend=attend)
         ar = _ar_sum(model, hidden, batch)
         return LossSums(ar=ar, diffusion=torch.zeros_like(ar))
-    noisy_hidden, clean_hidden = encode_dual_stream(model, batch)
+    noisy_hidden, clean_hidden = encode_dual_stream(model, batch, is_checkpointed=is_checkpointed)
     return LossSums(
         ar=_ar_sum(model, clean_hidden, batch),
         diffusion=_diffusion_sum(model, noisy_hidden, batch),
@@ -119,11 +128,15 @@ def loss_sums(model: TriModeModel, batch: TrainingBatch) -> LossSums:
 
 
 def encode_dual_stream(
-    model: TriModeModel, batch: TrainingBatch, *, adapter: DrafterAdapter | None = None
+    model: TriModeModel,
+    batch: TrainingBatch,
+    *,
+    adapter: DrafterAdapter | None = None,
+    is_checkpointed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Hidden states of the noisy and of the clean half, [B, S, H] each.
 
-    The adapter, if there is one, is on for the noisy half only.
+    The adapter, if there is one, is on for the noisy half only. `is_checkpointed` as in `encode`.
     """
     rows, noise = batch.rows, batch.noise
     assert noise is not None, "a dual stream needs noise"
@@ -135,8 +148,9 @@ def encode_dual_stream(
     hidden = model.encode(
         torch.cat((noise.noisy_ids, rows.clean_ids), dim=1),
         torch.cat((rows.position_ids, rows.position_ids), dim=1),
-        attend=training_attention(dual_stream_mask(rows), part_len=row_len, dtype=model.dtype),
+        attend=dual_stream_attention(rows, dtype=model.dtype),
         adapter=switch,
+        is_checkpointed=is_checkpointed,
     )
     return hidden[:, :row_len], hidden[:, row_len:]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trimode.training.config import OptimizerPart, SchedulePart
-from trimode.training.distribute import gather_whole, keep_part
+from trimode.training.distribute import gather_whole, keep_part, part_of
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ADAM_RMS = 0.2  # typical root mean square of an AdamW update; Muon's is scaled to it
@@ -111,10 +111,17 @@ class Muon(torch.optim.Optimizer):
 
 
 class OptimizerSet:
-    """The optimisers of a model, stepped together at one share of their base learning rates."""
+    """The optimisers of a model, stepped together at one share of their base learning rates.
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+    Args:
+        optimizers: Each parameter is in one group of one of them.
+        order: Of the parameters of each, as they would stand on one rank: that of `state_dict`
+            there.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], order: list[list[Tensor]]) -> None:
         self._optimizers = optimizers
+        self._order = order
         self._base_rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
 
     def step(self, rate_ratio: float) -> None:
@@ -133,13 +140,24 @@ class OptimizerSet:
                     yield parameter, optimizer.state[parameter]
 
     def state_dict(self) -> dict[str, Any]:
-        """All states, for a checkpoint."""
+        """All states, for a checkpoint of one rank."""
         return {str(i): optimizer.state_dict() for i, optimizer in enumerate(self._optimizers)}
 
     def load_state_dict(self, states: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`, on any number of ranks: each keeps its part."""
         for i, optimizer in enumerate(self._optimizers):
-            optimizer.load_state_dict(states[str(i)])
+            if not any(isinstance(parameter, DTensor) for parameter in self._order[i]):
+                optimizer.load_state_dict(states[str(i)])
+                continue
+            found = states[str(i)]["state"]
+            for place, parameter in enumerate(self._order[i]):
+                state = optimizer.state[parameter]
+                state.clear()
+                for key, value in found.get(place, {}).items():
+                    if value.shape == parameter.shape:
+                        state[key] = part_of(value, like=parameter).clone()
+                    else:
+                        state[key] = value.to(parameter.device, copy=True)
 
 
 def make_optimizer(model: nn.Module, part: OptimizerPart, *, has_fast_bf16: bool) -> OptimizerSet:
@@ -181,11 +199,13 @@ def make_optimizer(model: nn.Module, part: OptimizerPart, *, has_fast_bf16: bool
         adam_groups.append(
             {"params": hidden, "lr": part.learning_rate, "weight_decay": part.weight_decay}
         )
+    order: list[list[Tensor]] = [[*hidden]] if optimizers else []
+    order.append([p for group in adam_groups for p in group["params"]])
     adam_groups = [same for group in adam_groups for same in _by_mesh(group)]
     optimizers.append(
         torch.optim.AdamW(adam_groups, betas=part.adam_betas, eps=part.adam_eps, fused=True)
     )
-    return OptimizerSet(optimizers)
+    return OptimizerSet(optimizers, order)
 
 
 def wsd_ratio(progress: float, schedule: SchedulePart) -> float:

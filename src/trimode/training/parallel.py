@@ -10,11 +10,9 @@ Start many with `torchrun`: gloo on CPUs, nccl on CUDA devices.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
-from trimode.errors import ConfigError
+from trimode.errors import ConfigError, TriModeError
+from trimode.training.agreement import check_alike, check_same_config, common, together
 from trimode.training.distribute import (
     DATA,
     TENSOR,
@@ -32,46 +32,7 @@ from trimode.training.distribute import (
     reduce_gradients,
 )
 from trimode.training.objective import TargetCounts
-
-
-@dataclass(frozen=True, slots=True)
-class ParallelPart:
-    """How the ranks of a run are used.
-
-    Args:
-        tensor_parallel: Ranks that share out each layer.
-        data_parallel: Ranks (or groups of tensor-parallel ranks) with rows of their own; null is
-            as many as there are.
-        is_reduced_each_micro_batch: Sum the gradients over ranks after every micro-batch, so that
-            each rank keeps only its share of them. False sums once per step, which moves less and
-            keeps all gradients of the model on every rank.
-    """
-
-    tensor_parallel: int = 1
-    data_parallel: int | None = None
-    is_reduced_each_micro_batch: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("tensor_parallel", "data_parallel"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, but must be positive")
-
-    def data_parallel_size(self, world_size: int) -> int:
-        """Ranks along `data` when there are `world_size` in all.
-
-        Raises:
-            ConfigError: The ranks do not form this mesh.
-        """
-        data = self.data_parallel or max(1, world_size // self.tensor_parallel)
-        wanted = data * self.tensor_parallel
-        if wanted != world_size:
-            raise ConfigError(
-                f"data_parallel {data} x tensor_parallel {self.tensor_parallel} is {wanted} ranks, "
-                f"but {world_size} were started: launch with torchrun, --nnodes times "
-                f"--nproc-per-node equal to {wanted}"
-            )
-        return data
+from trimode.training.parallel_config import ParallelPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +62,19 @@ class Parallel:
         return self.mesh is not None
 
     @property
+    def num_ranks(self) -> int:
+        """All of them."""
+        return 1 if self.mesh is None else self.mesh.size()
+
+    @property
     def data_parallel(self) -> int:
         """Ranks along `data`."""
         return 1 if self.mesh is None else self.mesh[DATA].size()
+
+    @property
+    def data_rank(self) -> int:
+        """Place of this rank along `data`."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank(DATA)
 
     # Rows -------------------------------------------------------------------------------------
 
@@ -131,7 +102,7 @@ class Parallel:
             return samples
         share, rest = divmod(len(samples), self.data_parallel)
         assert rest == 0, "check_batch comes first"
-        first = self.mesh.get_local_rank(DATA) * share
+        first = self.data_rank * share
         return samples[first : first + share]
 
     # Sums and agreements ----------------------------------------------------------------------
@@ -144,13 +115,16 @@ class Parallel:
         dist.all_reduce(total, group=self.mesh.get_group(DATA))
         return total
 
+    def sum_numbers(self, values: Sequence[float]) -> list[float]:
+        """Each number summed over the ranks along `data`; on one rank the numbers themselves."""
+        if self.mesh is None:
+            return list(values)
+        return self.sum_over_data(torch.tensor(values, dtype=torch.float64)).tolist()
+
     def sum_counts(self, counts: TargetCounts) -> TargetCounts:
         """A step's counts over all ranks: what every loss sum of the step is divided by."""
-        if self.mesh is None:
-            return counts
-        local = torch.tensor([counts.num_ar_targets, counts.num_maskable], dtype=torch.int64)
-        num_ar_targets, num_maskable = self.sum_over_data(local).tolist()
-        return TargetCounts(num_ar_targets, num_maskable)
+        summed = self.sum_numbers([counts.num_ar_targets, counts.num_maskable])
+        return TargetCounts(*map(int, summed))
 
     def any_rank(self, flags: Sequence[bool]) -> list[bool]:
         """Each flag: whether it is set on any rank. For what clocks and signals decide."""
@@ -163,6 +137,19 @@ class Parallel:
     def wait(self) -> None:
         """Return when all ranks are here."""
         self.any_rank([False])
+
+    def together(self) -> AbstractContextManager[None]:
+        """A block without exchanges that fails on all ranks if it fails on one, told once."""
+        return nullcontext() if self.mesh is None else together()
+
+    def check_alike(self, what: str, value: Any) -> None:
+        """Refuse to go on where ranks find different things; see `agreement.check_alike`."""
+        if self.mesh is not None:
+            check_alike(what, value)
+
+    def common(self, error: TriModeError) -> TriModeError:
+        """An error that all ranks are about to raise alike, so that it is told once."""
+        return error if self.mesh is None else common(error)
 
     # Weights ----------------------------------------------------------------------------------
 
@@ -196,9 +183,11 @@ class Parallel:
         reduce_gradients(model, is_last or self.part.is_reduced_each_micro_batch)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sum over ranks the gradients of parameters that every rank holds whole (an adapter)."""
+        """Sum over ranks the gradients of those parameters that every rank holds whole (an
+        adapter's); those of shared-out weights are summed in the backward."""
         for parameter in parameters:
-            if self.mesh is not None and parameter.grad is not None:
+            is_whole = not isinstance(parameter, DTensor)
+            if self.mesh is not None and is_whole and parameter.grad is not None:
                 dist.all_reduce(parameter.grad, group=self.mesh.get_group(DATA))
 
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
@@ -233,55 +222,14 @@ def setup(part: ParallelPart, *, device: torch.device, config: Mapping[str, Any]
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        check_agreement(config)
-        shape = (part.data_parallel_size(world_size), part.tensor_parallel)
+        check_same_config(config)
+        with together():
+            shape = (part.data_parallel_size(world_size), part.tensor_parallel)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=(DATA, TENSOR))
     except BaseException:
         dist.destroy_process_group()
         raise
     return Parallel(part, rank=dist.get_rank(), device=device, mesh=mesh)
-
-
-def check_agreement(config: Mapping[str, Any]) -> None:
-    """Refuse to go on, on all ranks alike, where one was started with another config.
-
-    Hashes are compared; only where they differ do the configs travel, to name the key.
-
-    Raises:
-        ConfigError: Names the rank that disagrees with most (with rank 0 in a tie) and the key.
-    """
-    text = json.dumps(config, sort_keys=True)
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, hashlib.sha256(text.encode()).hexdigest())
-    common = Counter(digests).most_common(1)[0][0]
-    if digests.count(common) == len(digests):
-        return
-    texts: list[Any] = [None] * len(digests)
-    dist.all_gather_object(texts, text)
-    odd = [rank for rank, digest in enumerate(digests) if digest != common]
-    good = digests.index(common)
-    key, there, here = _first_difference(json.loads(texts[odd[0]]), json.loads(texts[good]))
-    ranks = ("rank " if len(odd) == 1 else "ranks ") + ", ".join(map(str, odd))
-    raise ConfigError(
-        f"{ranks} started with another config: {key} is {there} on rank {odd[0]}, but {here} on "
-        f"rank {good}; start all ranks with the same config"
-    )
-
-
-def _first_difference(one: Any, other: Any, prefix: str = "") -> tuple[str, str, str]:
-    """Key path of the first difference between two unequal JSON values, and both values."""
-    if isinstance(one, list) and isinstance(other, list):
-        one, other = dict(enumerate(one)), dict(enumerate(other))
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return prefix or "config", repr(one), repr(other)
-    for key in [*one, *(key for key in other if key not in one)]:
-        path = f"{prefix}.{key}" if prefix else str(key)
-        if key not in one or key not in other:
-            values = [repr(side[key]) if key in side else "absent" for side in (one, other)]
-            return path, values[0], values[1]
-        if one[key] != other[key]:
-            return _first_difference(one[key], other[key], path)
-    raise AssertionError("equal values")
 
 
 def _local_device(device: torch.device) -> torch.device:

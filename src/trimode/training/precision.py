@@ -27,6 +27,12 @@ class Precision:
     reason: str
     device: torch.device
 
+    @property
+    def gather_dtype(self) -> torch.dtype | None:
+        """In which ranks gather the layers they share out; None is float32, the weights' own."""
+        is_half = self.name == "bf16" and self.device.type == "cuda"
+        return torch.bfloat16 if is_half else None
+
     def autocast(self) -> AbstractContextManager[object]:
         """The context of a forward."""
         if self.name == "fp32":

@@ -1,166 +1,37 @@
-"""Checkpoints of a run: written whole or not at all, found by looking, resumed to the last bit.
-
-A checkpoint is a folder `output_dir/checkpoints/step_00001234` with the weights, the optimiser
-state, the state of torch's random generators, and `run.json` (step, tokens, config, versions,
-commit). All noise and the order of the data are functions of the step, so nothing else has to be
-kept.
-"""
+"""Whether a run may go on from a checkpoint, and in a folder."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import logging
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-
-from trimode._version import __version__
-from trimode.errors import CheckpointError, ConfigError
+from trimode.errors import ConfigError
+from trimode.training.checkpoints import CheckpointInfo, environment
 from trimode.training.config import SchedulePart, TrainConfig
-from trimode.training.optim import OptimizerSet, wsd_ratio
+from trimode.training.optim import wsd_ratio
 
 logger = logging.getLogger(__name__)
 
-NUM_KEPT = 2
 _FREE_KEYS = (
     "output_dir",
     "max_seconds",
     "checkpoint_every_s",
     "log_every_steps",
     "compile",
+    "activation_checkpointing",
     "evaluation",
     "export",
     "precision",
+    "parallel",
 )
-"""Keys that may change on resume: they do not change the weights (compile: only by rounding;
-precision: what it means is compared by `check_identity`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """How far a run has come. The next global sample index is a function of the step.
-
-    Args:
-        step: Optimiser steps done.
-        tokens: Tokens of text read.
-        seconds: Spent on them.
-        best_score: Of the held-out evaluation that chose what is exported (drafter only).
-        best_step: Where that was.
-        base_checksum: Of the frozen weights under what is trained, None if nothing is frozen.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best_score: float | None = None
-    best_step: int | None = None
-    base_checksum: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointInfo:
-    """A complete checkpoint on disk."""
-
-    folder: Path
-    state: RunState
-    config: dict[str, Any]
-    identity: dict[str, str]
-
-
-def save_checkpoint(
-    output_dir: Path,
-    *,
-    model: nn.Module,
-    optimizer: OptimizerSet,
-    state: RunState,
-    config: TrainConfig,
-    identity: dict[str, str],
-) -> Path:
-    """Write a checkpoint of what is trained beside the others, then drop all but the last two.
-
-    Everything goes to a temporary folder and to the disk before one rename makes it visible, so a
-    crash leaves either the whole checkpoint or none. What killed runs left half-written goes first.
-
-    Args:
-        output_dir: Of the run.
-        model: What is trained.
-        optimizer: Its optimisers.
-        state: How far the run is.
-        config: The run.
-        identity: What must be found again on resume, see `check_identity`.
-    """
-    root = output_dir / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(".step_*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    folder = root / f"step_{state.step:08d}"
-    temporary, aside = root / f".{folder.name}.new", root / f".{folder.name}.old"
-    temporary.mkdir()
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-    torch.save(
-        {"optimizer": optimizer.state_dict(), "random": _random_state()}, temporary / "state.pt"
-    )
-    record = {
-        "state": asdict(state),
-        "config": asdict(config),
-        "identity": identity,
-        "environment": environment(),
-        "sizes": {path.name: path.stat().st_size for path in temporary.iterdir()},
-    }
-    (temporary / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        _flush(path)
-    if folder.exists():  # the same step again: its old checkpoint is there until the new one is
-        folder.rename(aside)
-    temporary.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    _flush(root)
-    for old in list(_complete(root))[:-NUM_KEPT]:
-        shutil.rmtree(old.folder, ignore_errors=True)
-    return folder
-
-
-def latest_checkpoint(output_dir: Path) -> CheckpointInfo | None:
-    """The complete checkpoint with the highest step, or None."""
-    found = list(_complete(output_dir / "checkpoints"))
-    return found[-1] if found else None
-
-
-def load_checkpoint(
-    checkpoint: CheckpointInfo, *, model: nn.Module, optimizer: OptimizerSet
-) -> RunState:
-    """Put weights, optimiser and random generators back where they were; returns the run's state.
-
-    Raises:
-        CheckpointError: A file is damaged or belongs to another network.
-    """
-    folder = checkpoint.folder
-    try:
-        weights = load_file(folder / "model.safetensors")
-        rest = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"checkpoint {str(folder)!r} cannot be read: {error}") from error
-    parameters = dict(model.named_parameters())
-    if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
-        raise CheckpointError(f"checkpoint {str(folder)!r} holds the weights of another network")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    optimizer.load_state_dict(rest["optimizer"])
-    _set_random_state(rest["random"])
-    return checkpoint.state
+"""Keys that may change on resume: they do not change the weights (compile, parallel: only by
+rounding; precision: what it means is compared by `check_identity`)."""
 
 
 def check_identity(checkpoint: CheckpointInfo, identity: dict[str, str]) -> None:
@@ -280,45 +151,6 @@ def locked(output_dir: Path) -> Iterator[None]:
         yield
 
 
-def environment() -> dict[str, str]:
-    """Versions, commit and machine, to be kept with a run."""
-    return {
-        "trimode": __version__,
-        "commit": _git_commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
-def _complete(root: Path) -> Iterator[CheckpointInfo]:
-    """Complete checkpoints by ascending step; anything else in the folder is passed over."""
-    for folder in sorted(root.glob("step_*")):
-        try:
-            record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            sizes = {name: (folder / name).stat().st_size for name in record.get("sizes", {})}
-            if sizes != record.get("sizes", {}):
-                raise ValueError(f"sizes {sizes}")
-            yield CheckpointInfo(
-                folder, RunState(**record["state"]), record["config"], record.get("identity", {})
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            logger.warning("passing over %s: not a complete checkpoint", folder)
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(tree, dict):
         items = tree.items()
@@ -327,20 +159,3 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix[:-1]: tree}
     return {k: v for name, item in items for k, v in _flatten(item, f"{prefix}{name}.").items()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()

@@ -9,20 +9,28 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimode.checkpoint.io import load_model, read_model_config, resolve
 from trimode.errors import ConfigError, TriModeError
 from trimode.model import NemotronLabsDiffusionConfig, TriModeConfig, TriModeModel
 from trimode.model.modeling import MODEL_CLASSES
-from trimode.training.batches import LossTerms, StepBatch, batches, place
+from trimode.training.batches import StepBatch, batches, place
+from trimode.training.checkpoints import (
+    CheckpointInfo,
+    RunState,
+    environment,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from trimode.training.config import StagePart, TrainConfig
 from trimode.training.config_checks import (
     check_against_data,
@@ -31,56 +39,19 @@ from trimode.training.config_checks import (
     data_folder,
 )
 from trimode.training.drafter import DrafterObjective
-from trimode.training.evaluate import DrafterReport, HeldOutReport
 from trimode.training.joint import JointObjective
 from trimode.training.optim import OptimizerSet, make_optimizer, wsd_ratio
+from trimode.training.parallel import Parallel, setup
 from trimode.training.precision import Precision, choose_device, choose_precision
-from trimode.training.resume import (
-    RunState,
-    check_identity,
-    check_resumable,
-    environment,
-    latest_checkpoint,
-    load_checkpoint,
-    locked,
-    save_checkpoint,
-)
+from trimode.training.resume import check_identity, check_resumable, locked
+from trimode.training.run_log import Log, RunLog
+from trimode.training.run_objective import Objective, Report
 from trimode.training.shards import TokenShards
 from trimode.training.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[TriModeModel, int], dict[str, Any]]
-Log = Callable[[dict[str, Any]], None]
-Report = HeldOutReport | DrafterReport
-
-
-class Objective(Protocol):
-    """What is trained, and towards what; the loop, the optimiser and the files are the trainer's.
-
-    Attributes:
-        model: The network.
-        base_checksum: Of its weights, where they are frozen; else None.
-    """
-
-    model: TriModeModel
-    base_checksum: int | None
-
-    @property
-    def trainable(self) -> nn.Module:
-        """What the optimiser updates and a checkpoint holds."""
-
-    def make_batch(self, step: int) -> StepBatch:
-        """The batch of a step: a function of the config, the data and the step."""
-
-    def loss(self, micro_batch: Any, batch: StepBatch) -> LossTerms:
-        """What one micro-batch (on the device) adds to the loss of its step."""
-
-    def evaluate(self, state: RunState) -> tuple[Report, RunState]:
-        """Held-out numbers, and the state with them in it if they choose what is exported."""
-
-    def finish(self) -> Path:
-        """Called once, after the last step and its evaluation; the folder with the result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,98 +89,158 @@ def train(
 ) -> TrainResult:
     """Train as `config` says, going on from the newest checkpoint in `output_dir` if there is one.
 
+    Under `torchrun` every rank calls this, and rank 0 alone logs and exports.
+
     Args:
         config: The run.
-        evaluate: Called as `evaluate(model, step)` beside each held-out evaluation; its numbers
-            are logged.
-        log: Called with every record that goes to `output_dir/log.jsonl`.
+        evaluate: Called as `evaluate(model, step)` on all ranks beside each held-out evaluation;
+            rank 0's numbers are logged.
+        log: Called with every record that goes to `output_dir/log.jsonl`, on rank 0.
         is_resumed: False starts afresh and removes older checkpoints of this `output_dir`.
 
     Raises:
-        ConfigError: The config does not fit the data, or the checkpoint it would resume.
+        ConfigError: The config does not fit the data, the ranks, or the checkpoint it would resume;
+            or the ranks disagree.
+        CapacityError: The disk is full; the last good checkpoint is kept.
         TriModeError: A loss is not finite; the last good checkpoint is kept.
     """
-    run = _Run(config, log=log)
-    with locked(run.output_dir), StopSignals() as stop, ThreadPoolExecutor(1) as worker:
-        run.start(is_resumed=is_resumed)
-        steps = range(run.state.step, config.total_steps)
-        remaining = batches(run.objective.make_batch, steps=steps, worker=worker)
-        while run.state.step < config.total_steps and not run.is_out_of_time and not stop.is_set:
-            run.step(next(remaining))
-            if run.is_log_due:
-                run.log_step()
-            if run.is_checkpoint_due:
-                run.checkpoint()
-            if run.is_evaluation_due:
-                run.evaluate(evaluate)
-        remaining.close()
-        return run.finish(evaluate)
+    agreed = json.loads(json.dumps(asdict(config) | {"is_resumed": is_resumed}))
+    parallel = setup(config.parallel, device=choose_device(config.device), config=agreed)
+    try:
+        run = _Run(config, parallel=parallel, log=log)
+        with ExitStack() as stack:
+            with parallel.together():
+                if parallel.is_main:
+                    stack.enter_context(locked(run.output_dir))
+            stop = stack.enter_context(StopSignals())
+            worker = stack.enter_context(ThreadPoolExecutor(1))
+            run.start(is_resumed=is_resumed)
+            _loop(run, evaluate, stop=stop, worker=worker)
+            return run.finish(evaluate)
+    finally:
+        parallel.close()
+
+
+def _loop(
+    run: _Run, evaluate: Evaluate | None, *, stop: StopSignals, worker: ThreadPoolExecutor
+) -> None:
+    """Step until all steps are done or it is time to stop."""
+    total_steps = run.config.total_steps
+    steps = range(run.state.step, total_steps)
+    remaining = batches(run.objective.make_batch, steps=steps, worker=worker)
+    is_stopping, _ = run.decide(stop)
+    while run.state.step < total_steps and not is_stopping:
+        run.step(next(remaining))
+        if run.is_log_due:
+            run.log_step()
+        if run.is_evaluation_due:
+            run.evaluate(evaluate)
+        is_stopping, is_checkpoint_due = run.decide(stop)
+        is_over = is_stopping or run.state.step == total_steps  # `finish` writes that one
+        if is_checkpoint_due and not is_over:
+            run.checkpoint()
+    remaining.close()
 
 
 class _Run:
     """The moving parts of one run. `train` is its only user."""
 
-    def __init__(self, config: TrainConfig, *, log: Log | None) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, *, parallel: Parallel, log: Log | None) -> None:
+        self.config, self.parallel = config, parallel
         self.output_dir = Path(config.output_dir)
-        self.device = choose_device(config.device)
-        self.precision: Precision = choose_precision(config.precision, self.device)
+        self.precision: Precision = choose_precision(config.precision, parallel.device)
+        self._identity: dict[str, str] = {"precision": self.precision.name}
+        self.objective: Objective
+        self.optimizer: OptimizerSet
+        with parallel.together():
+            self._build()
+        for what, value in self._identity.items():
+            parallel.check_alike(f"the {what}", value)
+        self.state = RunState(base_checksum=self.objective.base_checksum)
+        self.heldout: Report | None = None
+        self._records = RunLog(self.output_dir, also=log)
+        self._reports: list[StepReport] = []
+        self._started = self._last_saved = self._last_logged = self._last_step = time.monotonic()
+        self._tokens_logged = 0
+        self._stage_ends = list(accumulate(stage.num_steps for stage in config.stages))
+
+    def _build(self) -> None:
+        """Data, network and optimiser, all checked; nothing is exchanged with other ranks."""
+        config, parallel = self.config, self.parallel
+        for stage in config.stages:
+            parallel.check_batch(
+                batch_sequences=stage.batch_sequences,
+                micro_batch_sequences=stage.micro_batch_sequences,
+            )
         data = TokenShards.open(data_folder(config), "train")
         check_against_data(config, data)
+        self._identity["data"] = data_fingerprint(data)
         torch.manual_seed(config.seed)
-        model = _make_model(config, data).to(self.device)
+        model = _make_model(config, data)
+        if config.compile and parallel.is_distributed:  # what gathers a layer stays outside
+            for layer in model.encoder.layers:
+                layer.forward = torch.compile(layer.forward)
         make = JointObjective if config.drafter is None else DrafterObjective
-        self.objective: Objective = make(config, data, model=model, precision=self.precision)
-        self.optimizer: OptimizerSet = make_optimizer(
+        self.objective = make(
+            config, data, model=model, precision=self.precision, parallel=parallel
+        )
+        self.optimizer = make_optimizer(
             self.objective.trainable,
             config.optimizer,
             has_fast_bf16=self.precision.name == "bf16",
         )
-        if config.compile:
-            model.encode = torch.compile(model.encode)
-        self.state = RunState(base_checksum=self.objective.base_checksum)
-        self.heldout: Report | None = None
-        self._log_to = log
-        self._reports: list[StepReport] = []
-        self._started = self._last_saved = self._last_logged = self._last_step = time.monotonic()
-        self._tokens_logged = 0
-        self._identity = {"data": data_fingerprint(data), "precision": self.precision.name}
-        self._stage_ends = list(accumulate(stage.num_steps for stage in config.stages))
+        if config.compile and not parallel.is_distributed:
+            model.encode = torch.compile(model.encode)  # type: ignore[method-assign]
 
     # Life cycle -------------------------------------------------------------------------------
 
     def start(self, *, is_resumed: bool) -> None:
         """Resume or start afresh, and write down what is run."""
-        checkpoint = latest_checkpoint(self.output_dir)
-        if checkpoint is not None and is_resumed:
-            check_resumable(checkpoint, self.config)
-            check_identity(checkpoint, self._identity)
-            if checkpoint.state.base_checksum != self.objective.base_checksum:
-                raise ConfigError(
-                    f"cannot resume from {str(checkpoint.folder)!r}: the weights of model.init "
-                    f"{self.config.model.init!r} are not those it was trained on; restore them, "
-                    "or choose another output_dir, or pass --no-resume"
-                )
+        with self.parallel.together():
+            checkpoint = latest_checkpoint(self.output_dir) if is_resumed else None
+            if checkpoint is not None:
+                self._check_checkpoint(checkpoint)
+        newest = None if checkpoint is None else checkpoint.folder.name
+        self.parallel.check_alike(f"the newest checkpoint in {str(self.output_dir)!r}", newest)
+        if checkpoint is not None:
             self.state = load_checkpoint(
-                checkpoint, model=self.objective.trainable, optimizer=self.optimizer
+                checkpoint,
+                parallel=self.parallel,
+                model=self.objective.trainable,
+                optimizer=self.optimizer,
             )
             logger.info("resuming from %s", checkpoint.folder)
-        else:
-            shutil.rmtree(self.output_dir / "checkpoints", ignore_errors=True)
-        self._trim_log()
         self._tokens_logged = self.state.tokens
-        record = {"config": asdict(self.config), "environment": environment()}
-        (self.output_dir / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+        if self.parallel.is_main:
+            self._write_start(is_fresh=checkpoint is None)
         logger.info(
-            "%.2fM parameters, %.2fM trained, %s steps, %s tokens, on %s in %s (%s)",
+            "%.2fM parameters, %.2fM trained, %s steps, %s tokens, on %d x %s in %s (%s)",
             sum(p.numel() for p in self.objective.model.parameters()) / 1e6,
             sum(p.numel() for p in self.objective.trainable.parameters()) / 1e6,
             f"{self.config.total_steps:,}",
             f"{self.config.total_tokens:,}",
-            self.device,
+            self.parallel.num_ranks,
+            self.parallel.device,
             self.precision.name,
             self.precision.reason,
         )
+
+    def _check_checkpoint(self, checkpoint: CheckpointInfo) -> None:
+        check_resumable(checkpoint, self.config)
+        check_identity(checkpoint, self._identity)
+        if checkpoint.state.base_checksum != self.objective.base_checksum:
+            raise ConfigError(
+                f"cannot resume from {str(checkpoint.folder)!r}: the weights of model.init "
+                f"{self.config.model.init!r} are not those it was trained on; restore them, "
+                "or choose another output_dir, or pass --no-resume"
+            )
+
+    def _write_start(self, *, is_fresh: bool) -> None:
+        if is_fresh:
+            shutil.rmtree(self.output_dir / "checkpoints", ignore_errors=True)
+        self._records.trim(self.state.step, is_last=self.state.step == self.config.total_steps)
+        record = {"config": asdict(self.config), "environment": environment()}
+        (self.output_dir / "config.json").write_text(json.dumps(record, indent=1) + "\n")
 
     def finish(self, evaluate: Evaluate | None) -> TrainResult:
         """Save; export if all steps are done."""
@@ -229,19 +260,24 @@ class _Run:
 
     def step(self, batch: StepBatch) -> None:
         """Forward and backward of every micro-batch, one update."""
-        stage = batch.stage
+        stage, parallel = batch.stage, self.parallel
+        batch = self.objective.count_on_all_ranks(batch)
         sums: dict[str, Tensor] = {}
-        for micro_batch in batch.micro_batches:
+        for number, micro_batch in enumerate(batch.micro_batches, start=1):
+            is_last = number == len(batch.micro_batches)
+            parallel.prepare_backward(self.objective.model, is_last=is_last)
             with self.precision.autocast():
-                terms = self.objective.loss(micro_batch.to(self.device), batch)
+                terms = self.objective.loss(micro_batch.to(parallel.device), batch)
             terms.loss.backward()
             for name, value in terms.reported.items():
                 sums[name] = sums[name] + value if name in sums else value
-        norm = nn.utils.clip_grad_norm_(
+        parallel.sum_gradients(self.objective.trainable.parameters())
+        norm = parallel.clip_grad_norm(
             self.objective.trainable.parameters(), self.config.optimizer.max_grad_norm
         )
+        values = parallel.sum_numbers([float(value) for value in sums.values()])
         report = StepReport(
-            values={name: float(value) for name, value in sums.items()},
+            values=dict(zip(sums, values, strict=True)),
             grad_norm=float(norm),
             rate_ratio=wsd_ratio(self._progress(stage), self.config.schedule),
         )
@@ -266,27 +302,32 @@ class _Run:
         if all(math.isfinite(value) for value in values.values()):
             return
         shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        raise TriModeError(
-            f"the loss or its gradient is not finite at step {self.state.step} ({shown}; samples "
-            f"{batch.samples.start} to {batch.samples.stop - 1}); the last good checkpoint is kept "
-            f"in {str(self.output_dir / 'checkpoints')!r}"
+        raise self.parallel.common(
+            TriModeError(
+                f"the loss or its gradient is not finite at step {self.state.step} ({shown}; "
+                f"samples {batch.samples.start} to {batch.samples.stop - 1}); the last good "
+                f"checkpoint is kept in {str(self.output_dir / 'checkpoints')!r}"
+            )
         )
 
     # What is due ------------------------------------------------------------------------------
 
-    @property
-    def is_out_of_time(self) -> bool:
-        limit = self.config.max_seconds
-        return limit is not None and time.monotonic() - self._started >= limit
+    def decide(self, stop: StopSignals) -> tuple[bool, bool]:
+        """Whether to stop and whether to save now: clocks and signals of all ranks, one answer."""
+        now, limit = time.monotonic(), self.config.max_seconds
+        is_out_of_time = limit is not None and now - self._started >= limit
+        is_old = now - self._last_saved >= self.config.checkpoint_every_s
+        # Steps that were not logged yet would be missing from the means of a run that goes on.
+        is_due = is_old and not self._reports
+        is_stopping, is_checkpoint_due = self.parallel.any_rank(
+            [stop.is_set or is_out_of_time, is_due]
+        )
+        return is_stopping, is_checkpoint_due
 
     @property
     def is_log_due(self) -> bool:
         is_stage_end = any(self.state.step == end for end in self._stage_ends)
         return is_stage_end or self.state.step % self.config.log_every_steps == 0
-
-    @property
-    def is_checkpoint_due(self) -> bool:
-        return time.monotonic() - self._last_saved >= self.config.checkpoint_every_s
 
     @property
     def is_evaluation_due(self) -> bool:
@@ -339,25 +380,9 @@ class _Run:
         self._log(record)
         logger.info("held out at step %d: %s", self.state.step, report.line())
 
-    def _trim_log(self) -> None:
-        """Drop what was logged after the step that the run goes on from; it will be once more."""
-        path = self.output_dir / "log.jsonl"
-        if path.exists():
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # a line that a kill cut short
-                    record = json.loads(line)
-                    is_last = self.state.step == self.config.total_steps
-                    is_repeated = is_last and record["kind"] == "held_out"
-                    if record["step"] < self.state.step + (not is_repeated):
-                        kept.append(line + "\n")
-            path.write_text("".join(kept), encoding="utf-8")
-
     def _log(self, record: dict[str, Any]) -> None:
-        with (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        if self._log_to is not None:
-            self._log_to(record)
+        if self.parallel.is_main:
+            self._records.write(record)
 
     # What is written --------------------------------------------------------------------------
 
@@ -365,6 +390,7 @@ class _Run:
         """Write a checkpoint now."""
         folder = save_checkpoint(
             self.output_dir,
+            parallel=self.parallel,
             model=self.objective.trainable,
             optimizer=self.optimizer,
             state=self.state,

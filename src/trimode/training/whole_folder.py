@@ -1,0 +1,81 @@
+"""Folders that appear whole or not at all, and stay until their successor is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trimode.errors import CapacityError, TriModeError
+from trimode.training.workspace import is_disk_full
+
+
+def start(folder: Path) -> Path:
+    """An empty hidden folder beside `folder` to write into.
+
+    Args:
+        folder: What is to appear. Its parent is made.
+    """
+    temporary = hidden(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def hidden(folder: Path) -> Path:
+    """Where `folder` is written."""
+    return folder.parent / f".{folder.name}.new"
+
+
+def publish(folder: Path) -> None:
+    """Put what was written on the disk and then in the place of `folder`.
+
+    An older one is renamed aside until the new one is there.
+    """
+    temporary, aside = hidden(folder), folder.parent / f".{folder.name}.old"
+    for path in (*temporary.iterdir(), temporary):
+        flush(path)
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+    temporary.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Return when a file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(folder: Path, *, what: str) -> Iterator[None]:
+    """Says in one line which folder could not be written, and makes room again.
+
+    Args:
+        folder: As in `start`.
+        what: E.g. "checkpoint".
+
+    Raises:
+        CapacityError: The disk is full.
+        TriModeError: It could not be written for another reason.
+    """
+    try:
+        yield
+    except TriModeError:
+        raise
+    except Exception as error:
+        shutil.rmtree(hidden(folder), ignore_errors=True)
+        place = f"{what} {str(folder)!r} cannot be written"
+        if is_disk_full(error):
+            raise CapacityError(
+                f"{place}: the disk is full; what was there is kept: make room and run again"
+            ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TriModeError(f"{place}: {reason}") from error
