@@ -35,7 +35,7 @@ def model() -> TriModeModel:
             vocab_size=64,
             hidden_size=64,
             intermediate_size=96,
-            num_hidden_layers=3,
+            num_hidden_layers=6,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=16,

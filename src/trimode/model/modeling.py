@@ -240,15 +240,17 @@ class TriModeModel(PreTrainedModel):
             attend: The attention pattern, and the K/V rows if there are any.
             adapter: The drafter adapter and the tokens it is on for; None if for none.
             is_checkpointed: Keep only each layer's input for the backward and run the layer again
-                there: less memory, a third more work. `attend` must not write anything.
+                there: less memory, up to a third more work. Not the last layer, which would be run
+                again at once. `attend` must not write anything.
 
         Returns:
             [..., H]. `diffusion_head` of any of it gives logits over the vocabulary.
         """
         x = self.encoder.embed_tokens(input_ids)
         angles = self.rotary(position_ids, x.dtype)
+        last = self.encoder.layers[-1]
         for layer in self.encoder.layers:
-            if is_checkpointed and torch.is_grad_enabled():
+            if is_checkpointed and layer is not last and torch.is_grad_enabled():
                 x = checkpoint(
                     *(layer, x, angles),
                     attend=attend,

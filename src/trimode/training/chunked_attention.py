@@ -41,12 +41,20 @@ class ChunkedAttention:
         chunk_len: Queries per chunk.
         part_len: Length of one part of the stream: S, whether there are one or two.
         dtype: Of the products; the softmax itself works in float32 or wider.
+        is_kept: Whether the weights are kept for the backward; by default those of short rows.
     """
 
     def __init__(
-        self, attn_mask: Tensor, *, chunk_len: int, part_len: int, dtype: torch.dtype
+        self,
+        attn_mask: Tensor,
+        *,
+        chunk_len: int,
+        part_len: int,
+        dtype: torch.dtype,
+        is_kept: bool = False,
     ) -> None:
         self._dtype = dtype
+        self._is_kept = is_kept or attn_mask.shape[3] <= _MAX_KEPT_KEYS
         self._chunks: list[_Chunk] = []
         for start in range(0, attn_mask.shape[2], chunk_len):
             rows = slice(start, min(start + chunk_len, attn_mask.shape[2]))
@@ -69,7 +77,9 @@ class ChunkedAttention:
         scaled = (query * head_dim**-0.5).to(self._dtype)
         queries = scaled.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
         keys, values = (x.to(self._dtype).transpose(1, 2) for x in (key, value))
-        attended: Tensor = _ChunkedProducts.apply(queries, keys, values, self._chunks)
+        attended: Tensor = _ChunkedProducts.apply(
+            queries, keys, values, self._chunks, self._is_kept
+        )
         return attended
 
 
@@ -78,13 +88,18 @@ class _ChunkedProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, chunks: list[_Chunk]
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        chunks: list[_Chunk],
+        is_kept: bool,
     ) -> Tensor:
         """queries: [B, G, N/G, T, D]; keys, values: [B, G, T', D] -> [B, T, N, D]."""
         batch, groups, share, num_queries, head_dim = queries.shape
         attended = queries.new_empty(batch, num_queries, groups * share, head_dim)
         out, kept = _grouped(attended, groups), []
-        is_kept = any(ctx.needs_input_grad) and keys.shape[2] <= _MAX_KEPT_KEYS
+        is_kept = is_kept and any(ctx.needs_input_grad)
         for chunk in chunks:
             weights = _weights(_rows(queries, chunk), _cut(keys, chunk), chunk.bias)
             product = weights @ _cut(values, chunk)
@@ -96,7 +111,7 @@ class _ChunkedProducts(torch.autograd.Function):
         return attended
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Of one chunk after the other; sums over chunks in float32 or wider."""
         queries, keys, values, *kept = ctx.saved_tensors
         upstream = _grouped(upstream, keys.shape[1])
@@ -114,7 +129,7 @@ class _ChunkedProducts(torch.autograd.Function):
             _add_back(keys_grad, chunk, scores_grad.mT @ query)
             product = scores_grad @ key
             queries_grad[:, :, :, chunk.rows] = product.unflatten(2, (queries.shape[2], -1))
-        return queries_grad, keys_grad.to(keys.dtype), values_grad.to(values.dtype), None
+        return queries_grad, keys_grad.to(keys.dtype), values_grad.to(values.dtype), None, None
 
 
 def _grouped(x: Tensor, num_kv_heads: int) -> Tensor:

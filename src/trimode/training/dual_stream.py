@@ -69,18 +69,32 @@ def dual_stream_mod(rows: PackedRows) -> MaskMod:
     return may_attend
 
 
-def causal_attention(rows: PackedRows, *, dtype: torch.dtype) -> Attend:
+def causal_attention(
+    rows: PackedRows, *, dtype: torch.dtype, is_checkpointed: bool = False
+) -> Attend:
     """The AR view of packed rows; see `training_attention`."""
     if has_flex(rows.clean_ids.device):
         return _flex_attention(causal_mod(rows), rows, num_parts=1, dtype=dtype)
-    return training_attention(causal_mask(rows), part_len=rows.clean_ids.shape[1], dtype=dtype)
+    return training_attention(
+        causal_mask(rows),
+        part_len=rows.clean_ids.shape[1],
+        dtype=dtype,
+        is_checkpointed=is_checkpointed,
+    )
 
 
-def dual_stream_attention(rows: PackedRows, *, dtype: torch.dtype) -> Attend:
+def dual_stream_attention(
+    rows: PackedRows, *, dtype: torch.dtype, is_checkpointed: bool = False
+) -> Attend:
     """Both views over `[noisy | clean]`; see `training_attention`."""
     if has_flex(rows.clean_ids.device):
         return _flex_attention(dual_stream_mod(rows), rows, num_parts=2, dtype=dtype)
-    return training_attention(dual_stream_mask(rows), part_len=rows.clean_ids.shape[1], dtype=dtype)
+    return training_attention(
+        dual_stream_mask(rows),
+        part_len=rows.clean_ids.shape[1],
+        dtype=dtype,
+        is_checkpointed=is_checkpointed,
+    )
 
 
 def _flex_attention(
@@ -97,7 +111,9 @@ def _flex_attention(
     )
 
 
-def training_attention(attn_mask: Tensor, *, part_len: int, dtype: torch.dtype) -> Attend:
+def training_attention(
+    attn_mask: Tensor, *, part_len: int, dtype: torch.dtype, is_checkpointed: bool = False
+) -> Attend:
     """The fastest way to attend under any mask: chunks on the CPU, the dense kernel elsewhere.
 
     What is not any mask but that of the AR view or the dual stream has a faster kernel on CUDA
@@ -107,11 +123,19 @@ def training_attention(attn_mask: Tensor, *, part_len: int, dtype: torch.dtype) 
         attn_mask: [B, 1, T, T'] bool.
         part_len: S; T' is S or 2S.
         dtype: Of the weights; autocast, where it is on, has the last word.
+        is_checkpointed: Whether layers are run again in the backward. Then at most two layers keep
+            anything at a time, and they may keep their attention weights.
     """
     if attn_mask.device.type != "cpu":
         return DenseAttention(attn_mask)
     dtype = _product_dtype(dtype, attn_mask.device)
-    return ChunkedAttention(attn_mask, chunk_len=_CPU_CHUNK_LEN, part_len=part_len, dtype=dtype)
+    return ChunkedAttention(
+        attn_mask,
+        chunk_len=_CPU_CHUNK_LEN,
+        part_len=part_len,
+        dtype=dtype,
+        is_kept=is_checkpointed,
+    )
 
 
 def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

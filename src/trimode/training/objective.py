@@ -115,7 +115,7 @@ def loss_sums(
         hidden = model.encode(
             rows.clean_ids,
             rows.position_ids,
-            attend=causal_attention(rows, dtype=model.dtype),
+            attend=causal_attention(rows, dtype=model.dtype, is_checkpointed=is_checkpointed),
             is_checkpointed=is_checkpointed,
         )
         ar = _ar_sum(model, hidden, batch)
@@ -148,7 +148,7 @@ def encode_dual_stream(
     hidden = model.encode(
         torch.cat((noise.noisy_ids, rows.clean_ids), dim=1),
         torch.cat((rows.position_ids, rows.position_ids), dim=1),
-        attend=dual_stream_attention(rows, dtype=model.dtype),
+        attend=dual_stream_attention(rows, dtype=model.dtype, is_checkpointed=is_checkpointed),
         adapter=switch,
         is_checkpointed=is_checkpointed,
     )
