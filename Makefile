@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test check format clean
 
 demo: $(STAMP)
-	$(BIN)/python examples/three_modes.py
+	GOMP_SPINCOUNT=3000 $(BIN)/python examples/three_modes.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -27,6 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "trimode needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "Python has no venv module; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'

@@ -9,6 +9,7 @@ prompt = sys.argv[1] if len(sys.argv) > 1 else "import os\n\n\ndef "
 lm = trimode.load()
 lm.generate(prompt, mode="ar", max_new_tokens=8)  # warm up
 
+texts = {}
 for mode in ("ar", "diffusion", "linear"):
     result = lm.generate(prompt, mode=mode, max_new_tokens=96, seed=0)
     stats = result.stats
@@ -19,3 +20,7 @@ for mode in ("ar", "diffusion", "linear"):
     decode = "-" if stats.tpf_decode is None else f"{stats.tpf_decode:.2f}"
     print(f"--- tokens per forward: {decode} decode, {stats.tpf_total:.2f} total", end="; ")
     print(f"{stats.tokens_per_second:.0f} tokens/s")
+    texts[mode] = result.text
+
+how = "the same text as" if texts["linear"] == texts["ar"] else "another text (a near-tie) than"
+print(f"\n`linear` wrote {how} `ar`; `diffusion` has a law of its own.")

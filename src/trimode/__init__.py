@@ -35,6 +35,10 @@ __all__ = [
 _FROM_RUNTIME = ("Generation", "TriModeLM", "load")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FROM_RUNTIME})
+
+
 def __getattr__(name: str) -> Any:
     if name in _FROM_RUNTIME:
         from trimode import runtime

@@ -198,6 +198,11 @@ class TriModeLM:
                 f"prompt of {len(prompt_ids)} tokens + max_new_tokens={params.max_new_tokens} ="
                 f" {len(prompt_ids) + params.max_new_tokens}, beyond the context of {context}"
             )
+        foreign = [i for i in params.stop_token_ids if i >= self.model.config.vocab_size]
+        if foreign:
+            raise RequestError(
+                f"stop_token_ids has {foreign[0]}; allowed: 0 to {self.model.config.vocab_size - 1}"
+            )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this checkpoint has none")
         return Sequence(

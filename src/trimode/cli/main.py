@@ -74,8 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, command = _parse(words)
         is_debug = args.debug
         _set_up_streams()
-        # Threads that spin at barriers cost a busy machine most of its speed; torch reads it.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        # Threads that spin long at barriers cost a busy machine most of its speed, threads that do
+        # not spin at all an idle one half of it (docs/log.md); read when torch loads.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "3000")
         with _logs_on_stderr(args.verbose + args.debug):
             code = command.run(args)
         sys.stdout.flush()

@@ -76,6 +76,7 @@ def train_tokenizer(
         bos_token=BOS,
         eos_token=EOS,
         mask_token=MASK,
+        pad_token=EOS,
         clean_up_tokenization_spaces=False,
     )
 

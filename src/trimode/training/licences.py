@@ -56,6 +56,7 @@ _FILLER = re.compile(r"\b(?:the|licen[cs]ed?|software|version|v(?=\d))\b|[,\"'()
 _CLASSIFIERS_THAT_NAME_NONE = frozenset({"OSI Approved", "DFSG approved"})
 _ABBREVIATION = re.compile(r"\((?:AFL|HPND|ISCL|UPL|Unlicense)\)$")
 _DEMANDING = re.compile(r"GPL|General Public|Mozilla|Commercial|Proprietary", re.IGNORECASE)
+_TITLE_LEN = 400
 _OPERATORS = ("AND", "OR", "WITH")
 _EXPRESSION_TOKEN = re.compile(r"\(|\)|[^\s()]+")
 
@@ -125,7 +126,7 @@ def declared_licence(metadata: PackageMetadata | Message) -> str:
     field = str(metadata["License"] or "").strip()
     if field and "\n" not in field and len(field) <= 80:
         statements.insert(0, field)
-    elif _DEMANDING.search(field):
+    elif _DEMANDING.search(field[:_TITLE_LEN]):  # further down speak the licences of bundled parts
         statements.insert(0, "text of a licence that is not permissive")
     names = list(dict.fromkeys(_spdx_name(statement) for statement in statements))
     if len(names) > 1:
