@@ -51,15 +51,21 @@ class LossTerms:
     reported: dict[str, Tensor]
 
 
-def place(config: TrainConfig, step: int) -> tuple[StagePart, int]:
-    """The stage of a step, and the step's first global sample index."""
+def _locate(config: TrainConfig, step: int) -> tuple[StagePart, int, int]:
+    """The stage of a step, the step's number in it, and the stage's first global sample index."""
     first_sample = 0
     for stage in config.stages:
         if step < stage.num_steps:
-            return stage, first_sample + step * stage.batch_sequences
+            return stage, step, first_sample
         step -= stage.num_steps
         first_sample += stage.num_steps * stage.batch_sequences
     raise AssertionError("step beyond the run")
+
+
+def place(config: TrainConfig, step: int) -> tuple[StagePart, int]:
+    """The stage of a step, and the step's first global sample index."""
+    stage, step_of_stage, first_sample = _locate(config, step)
+    return stage, first_sample + step_of_stage * stage.batch_sequences
 
 
 def step_samples(config: TrainConfig, step: int) -> tuple[StagePart, range]:
@@ -70,11 +76,8 @@ def step_samples(config: TrainConfig, step: int) -> tuple[StagePart, range]:
 
 def stage_progress(config: TrainConfig, step: int) -> float:
     """Share of its stage, in [0, 1), that lies before a step."""
-    for stage in config.stages:
-        if step < stage.num_steps:
-            return step / stage.num_steps
-        step -= stage.num_steps
-    raise AssertionError("step beyond the run")
+    stage, step_of_stage, _ = _locate(config, step)
+    return step_of_stage / stage.num_steps
 
 
 def ramped_weight(weight: float, progress: float, *, ramp: float) -> float:
