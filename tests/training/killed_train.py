@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from trimode.checkpoint import whole_folder  # noqa: F401
 from trimode.cli.main import main as trimode
-from trimode.training import checkpoints, dist_checkpoint, trainer, whole_folder  # noqa: F401
+from trimode.training import checkpoints, dist_checkpoint, trainer  # noqa: F401
 from trimode.training.batches import LossTerms
 from trimode.training.joint import JointObjective
 from trimode.training.run_log import RunLog
@@ -103,7 +104,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "not finite": lambda: plant_nan(call=8),
     "no room for weights": lambda: plant(checkpoints, "save_file", no_room, call=4),
     "no room at the end": lambda: plant(whole_folder, "flush", no_room, call=14),
-    "no room for the export": lambda: plant(os, "replace", no_room, call=1),
+    "no room for the export": lambda: plant_rename(no_room, ending="final", call=1),
 }
 """What a run is cut off by. A step has two micro-batches; every step is followed by a checkpoint,
 so that the fourth call of what saves is that of step 4."""

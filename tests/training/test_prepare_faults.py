@@ -17,11 +17,11 @@ import pytest
 from killed_prepare import DISK_FULL, DONE, KILLED, read_tree
 from made_documents import make_code, make_config
 
+from trimode.checkpoint.whole_folder import is_disk_full
 from trimode.cli.main import main
 from trimode.errors import ConfigError
 from trimode.training import byte_bpe, corpus
 from trimode.training.prepare import prepare
-from trimode.training.workspace import is_disk_full
 
 
 @pytest.fixture(scope="module")

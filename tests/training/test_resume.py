@@ -12,9 +12,10 @@ import pytest
 import torch
 from fake_stream import write_data
 
+from trimode.checkpoint import whole_folder
 from trimode.errors import CheckpointError, ConfigError, TriModeError
 from trimode.model import TriModeModel
-from trimode.training import joint, whole_folder
+from trimode.training import joint
 from trimode.training.checkpoints import latest_checkpoint
 from trimode.training.config import (
     EvaluationPart,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from trimode.checkpoint import whole_folder
 from trimode.checkpoint.io import read_json
 from trimode.errors import CheckpointError
 from trimode.model import DrafterAdapter, TriModeModel
@@ -116,14 +116,11 @@ def save_adapter(
         "inference_mode": True,
         **{name: allowed[0] for name, allowed in _PLAIN.items()},
     }
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = whole_folder.start(folder)
     save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
     text = json.dumps(config, indent=2) + "\n"
     (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    whole_folder.publish(folder)
 
 
 def _rank_and_scale(config: dict[str, Any], folder: Path) -> tuple[int, float]:

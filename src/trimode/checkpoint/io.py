@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from trimode.checkpoint import whole_folder
 from trimode.errors import CheckpointError, ConfigError, TriModeError
 from trimode.model import TriModeModel
 from trimode.model.configuration import TriModeConfig
@@ -184,17 +185,14 @@ def save_checkpoint(
         tokenizer: Of the model, or a folder whose files are copied; None for none.
         max_shard_size: Of one file of weights, such as 5GB.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = whole_folder.start(folder)
     if isinstance(tokenizer, Path):
-        shutil.copytree(tokenizer, partial)
+        shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
     elif tokenizer is not None:
         tokenizer.save_pretrained(partial)
     with quiet():
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    whole_folder.publish(folder)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trimode._version import __version__
+from trimode.checkpoint import whole_folder
 from trimode.errors import CheckpointError
-from trimode.training import whole_folder
 from trimode.training.config import TrainConfig
 from trimode.training.dist_checkpoint import (
     is_distributed_folder,

@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from trimode.checkpoint.whole_folder import hidden, publish, start, writing
 from trimode.errors import CheckpointError
 from trimode.training.distribute import gather_whole
 from trimode.training.optim import OptimizerSet
 from trimode.training.parallel import Parallel
-from trimode.training.whole_folder import hidden, publish, start, writing
 
 RECORD = "run.json"
 _MODEL, _OPTIMIZER = "model.", "optimizer."

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from trimode.checkpoint.adapter import save_adapter
+from trimode.checkpoint.whole_folder import writing
 from trimode.errors import TriModeError
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.adapter import new_adapter
@@ -41,7 +42,6 @@ from trimode.training.packing import RowSampler
 from trimode.training.parallel import Parallel
 from trimode.training.precision import Precision
 from trimode.training.shards import TokenShards
-from trimode.training.whole_folder import writing
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from trimode.checkpoint.io import save_checkpoint
+from trimode.checkpoint.whole_folder import writing
 from trimode.model import TriModeModel
 from trimode.model.modeling import MODEL_CLASSES
 from trimode.training.config import ExportPart
 from trimode.training.dist_checkpoint import full_state_dict
 from trimode.training.parallel import Parallel
-from trimode.training.whole_folder import writing
 
 logger = logging.getLogger(__name__)
 

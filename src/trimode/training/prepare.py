@@ -17,6 +17,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from trimode.checkpoint.whole_folder import is_disk_full
 from trimode.errors import ConfigError
 from trimode.training.byte_bpe import (
     encode_documents,
@@ -51,7 +52,7 @@ from trimode.training.shard_log import ShardLog
 from trimode.training.shard_writer import SupervisedDocument, write_split
 from trimode.training.sources import Source, open_sources, plain_text_of
 from trimode.training.spool import Entry, Spool
-from trimode.training.workspace import Workspace, is_disk_full, write_whole
+from trimode.training.workspace import Workspace, write_whole
 
 logger = logging.getLogger(__name__)
 

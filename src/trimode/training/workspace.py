@@ -7,7 +7,6 @@ written under another name, flushed to disk and renamed; so a run may be killed 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -19,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from trimode.checkpoint.whole_folder import is_disk_full
 from trimode.errors import CapacityError, ConfigError
 from trimode.training.manifest import MANIFEST_NAME
 
@@ -195,17 +195,6 @@ def flush(file: Any) -> None:
     """Puts what was written to an open file on disk."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is that of a full disk or an exhausted quota."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "os error 28" in str(error):  # as libraries written in Rust put it
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trimode.errors import CapacityError, TriModeError
-from trimode.training.workspace import is_disk_full
 
 
 def start(folder: Path) -> Path:
@@ -79,3 +79,14 @@ def writing(folder: Path, *, what: str) -> Iterator[None]:
             ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TriModeError(f"{place}: {reason}") from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that of a full disk or an exhausted quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "os error 28" in str(error):  # as libraries written in Rust put it
+            return True
+        error = error.__cause__ or error.__context__
+    return False
