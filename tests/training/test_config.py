@@ -201,7 +201,7 @@ class TestAgainstData:
 def test_a_config_resumes_itself(tmp_path: Path) -> None:
     """Tuples that come back as lists from JSON taken for a change; a key of every part compared."""
     saved = json.loads(json.dumps(asdict(CONFIG)))
-    checkpoint = CheckpointInfo(tmp_path, RunState(step=1, tokens=128), saved, {})
+    checkpoint = CheckpointInfo(tmp_path, RunState(step=1, tokens=128), saved, {}, {})
     check_resumable(checkpoint, CONFIG)
     free = (
         replace(CONFIG, output_dir="elsewhere"),

@@ -72,6 +72,7 @@ class CheckpointInfo:
     state: RunState
     config: dict[str, Any]
     identity: dict[str, str]
+    environment: dict[str, str]
 
 
 def save_checkpoint(
@@ -202,7 +203,11 @@ def _complete(root: Path) -> Iterator[CheckpointInfo]:
             if sizes != record.get("sizes", {}):
                 raise ValueError(f"sizes {sizes}")
             yield CheckpointInfo(
-                folder, RunState(**record["state"]), record["config"], record.get("identity", {})
+                folder=folder,
+                state=RunState(**record["state"]),
+                config=record["config"],
+                identity=record.get("identity", {}),
+                environment=record.get("environment", {}),
             )
         except (OSError, ValueError, KeyError, TypeError):
             logger.warning("passing over %s: not a complete checkpoint", folder)

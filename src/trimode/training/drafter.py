@@ -23,6 +23,7 @@ from trimode.model.adapter import new_adapter
 from trimode.training.batches import LossTerms, StepBatch, step_samples
 from trimode.training.checkpoints import RunState
 from trimode.training.config import DrafterPart, TrainConfig
+from trimode.training.config_checks import open_heldout
 from trimode.training.conversation_packing import ConversationSampler, make_sampler
 from trimode.training.distribute import whole_parameters
 from trimode.training.draft_noise import draw_slots
@@ -80,6 +81,7 @@ class DrafterObjective:
         ).to(parallel.device)
         self._config, self._part, self._data = config, config.drafter, data
         self._precision, self._parallel = precision, parallel
+        self._held_out = open_heldout(config, model)
         self._without_adapter: DraftQuality | None = None
         self._folder = Path(config.output_dir) / "linear_spec_lora"
 
@@ -159,7 +161,7 @@ class DrafterObjective:
     def _measure(self, adapter: DrafterAdapter | None) -> DraftQuality:
         return measure_drafter(
             self.model,
-            TokenShards.open(Path(self._config.data), self._config.evaluation.split),
+            self._held_out,
             config=self._config,
             parallel=self._parallel,
             precision=self._precision,

@@ -51,14 +51,13 @@ def check_identity(checkpoint: CheckpointInfo, identity: dict[str, str]) -> None
                 f"now {identity.get(name)}; restore it, or choose another output_dir, or pass "
                 "--no-resume"
             )
-    record = json.loads((checkpoint.folder / "run.json").read_text(encoding="utf-8"))
     now = environment()
     for name in ("torch", "threads", "machine", "device"):
-        before = record.get("environment", {}).get(name)
-        if before != now[name]:
+        then = checkpoint.environment.get(name)
+        if then != now[name]:
             logger.warning(
                 "%s was %s and is now %s: the run goes on, but not to the same bits",
-                *(name, before, now[name]),
+                *(name, then, now[name]),
             )
 
 
