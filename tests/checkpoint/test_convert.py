@@ -2,154 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import Ministral3Config, Ministral3ForCausalLM
 
+from tests.checkpoint.made_sources import (
+    LLAMA3,
+    SHAPE,
+    YARN,
+    Source,
+    edit_weights,
+    opened,
+    refused,
+    their_logits,
+)
 from trimode.checkpoint import convert as convert_module
+from trimode.checkpoint import whole_folder
 from trimode.checkpoint.convert import convert
-from trimode.checkpoint.io import load_model, load_tokenizer
-from trimode.errors import CheckpointError, ConfigError, UnsupportedError
-from trimode.model import TriModeModel
-
-Source = Callable[..., Path]
-
-FAMILIES = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "ministral3": "Ministral3",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-}
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "rms_norm_eps": 3e-5,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": None,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 5e3},
-}
-
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 16.0,
-    "original_max_position_embeddings": 32,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
-VISION = {
-    "model_type": "pixtral",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "head_dim": 16,
-    "patch_size": 4,
-    "image_size": 16,
-}
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Source:
-    """`source(family, *, tokenizer=None, dtype=torch.float32, **config)`: a random checkpoint."""
-
-    def make(
-        family: str,
-        *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: torch.dtype = torch.float32,
-        max_shard_size: str = "5GB",
-        **overrides: Any,
-    ) -> Path:
-        values = SHAPE | overrides
-        if family == "mistral3":
-            tied = values.get("tie_word_embeddings", False)
-            config = transformers.Mistral3Config(
-                text_config=values | {"model_type": "ministral3", "head_dim": 32},
-                vision_config=VISION,
-                tie_word_embeddings=tied,
-            )
-            model_class: Any = transformers.Mistral3ForConditionalGeneration
-        else:
-            config = getattr(transformers, f"{FAMILIES[family]}Config")(**values)
-            model_class = getattr(transformers, f"{FAMILIES[family]}ForCausalLM")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = model_class(config)
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias") or "norm" in name:  # zeros and ones would hide a mistake
-                    torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
-        model.to(dtype).save_pretrained(tmp_path / "source", max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(tmp_path / "source")
-        return tmp_path / "source"
-
-    return make
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    weights = change(load_file(folder / "model.safetensors"))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def their_logits(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[T, V]: what transformers makes of the source, independent of the command's own proof."""
-    is_vision = json.loads((folder / "config.json").read_text())["model_type"] == "mistral3"
-    auto = "AutoModelForImageTextToText" if is_vision else "AutoModelForCausalLM"
-    model = getattr(transformers, auto).from_pretrained(folder, dtype=dtype).float()
-    with torch.no_grad():
-        return model(ids[None]).logits[0]
-
-
-def opened(folder: Path) -> TriModeModel:
-    return load_model(folder, device="cpu", dtype=torch.float32).requires_grad_(False)
-
-
-def refused(folder: Path, message: str, *, error: type = CheckpointError, **options: Any) -> None:
-    target = folder.parent / "target"
-    before = sorted(folder.parent.iterdir())
-    with pytest.raises(error, match=message) as caught:
-        convert(folder, target, **options)
-    assert "\n" not in str(caught.value)
-    assert sorted(folder.parent.iterdir()) == before
-
-
-# Families
+from trimode.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 
 
 @pytest.mark.parametrize(
@@ -198,6 +77,32 @@ def test_every_family(
     assert {tensor["name"] for tensor in record["tensors"]} == model.state_dict().keys()
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize("rope", [SHAPE["rope_parameters"], LINEAR, LLAMA3])
+def test_the_published_type_in_another_engine(
+    source: Source, tmp_path: Path, rope: dict[str, Any]
+) -> None:
+    """A network without a query scale that engines built for Ministral 3 cannot compute."""
+    folder = source("llama", rope_parameters=rope, head_dim=32)
+    convert(folder, tmp_path / "target", mask_token="300")
+    content = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert content.pop("model_type") == "nemotron_labs_diffusion"
+    weights = load_file(tmp_path / "target" / "model.safetensors")
+    model = Ministral3ForCausalLM(Ministral3Config(**content))
+    model.load_state_dict(
+        {
+            name.replace("encoder.", "model.").replace("diffusion_head.", "lm_head."): tensor
+            for name, tensor in weights.items()
+        }
+    )
+    ids = torch.randint(320, (300,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model.eval()(ids[None]).logits[0]
+    torch.testing.assert_close(logits, their_logits(folder, ids), rtol=0, atol=1e-4)
+
+
 def test_names_that_transformers_5_has_in_memory(source: Source, tmp_path: Path) -> None:
     """The text part not found under `model.language_model`, where newer files keep it."""
     folder = source("mistral3", rope_parameters=YARN)
@@ -219,24 +124,12 @@ def test_names_that_transformers_5_has_in_memory(source: Source, tmp_path: Path)
     assert any(name.startswith("model.vision_tower.") for name in record["ignored"])
 
 
-def test_positions_beyond_the_original_context_are_proved(source: Source, tmp_path: Path) -> None:
-    """A proof within the original context only, where YaRN's query scale does nothing."""
-    record = convert(source("ministral3", rope_parameters=YARN), tmp_path / "target")
-    probes = {probe["name"]: probe for probe in record["proof"]["probes"]}
-    across, end = probes["end of the original context"], probes["end of the context"]
-    assert across["first_position"] < 32 < across["first_position"] + len(across["ids"])
-    assert end["first_position"] + len(end["ids"]) == 512
-
-
 def test_old_buffers_are_left_behind(source: Source, tmp_path: Path) -> None:
     """A Llama 2 checkpoint refused for the rotary constants that old writers stored."""
     folder = source("llama")
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_weights(folder, lambda weights: weights | {name: torch.zeros(8)})
     assert convert(folder, tmp_path / "target")["ignored"] == [name]
-
-
-# Element types and shards
 
 
 def test_source_dtype_is_kept(source: Source, tmp_path: Path) -> None:
@@ -277,274 +170,6 @@ def test_shards(source: Source, tmp_path: Path) -> None:
     assert all(file.stat().st_size < 160_000 for file in files)
 
 
-# The mask token
-
-
-@pytest.fixture
-def tokenizer(byte_tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedTokenizerFast]:
-    """`tokenizer(*reserved, **options)`: bytes, `<s>` 256, `</s>` 257, then the reserved slots."""
-
-    def make(*reserved: str, **options: Any) -> PreTrainedTokenizerFast:
-        content = json.loads(byte_tokenizer.backend_tokenizer.to_str()) | {"added_tokens": []}
-        raw = Tokenizer.from_str(json.dumps(content))
-        raw.add_special_tokens(["<s>", "</s>", *reserved])
-        return PreTrainedTokenizerFast(
-            tokenizer_object=raw,
-            bos_token="<s>",
-            eos_token="</s>",
-            clean_up_tokenization_spaces=False,
-            **options,
-        )
-
-    return make
-
-
-SLOTS = ("<SPECIAL_99>", "<SPECIAL_100>")
-LLAMA_SLOTS = tuple(f"<|reserved_special_token_{i}|>" for i in range(4))
-
-
-@pytest.mark.parametrize(
-    ("reserved", "options", "rows", "expected"),
-    [
-        pytest.param(SLOTS, {}, 260, ("<SPECIAL_100>", 259, "reserved slot", 260, None), id="100"),
-        pytest.param(
-            LLAMA_SLOTS,
-            {"pad_token": LLAMA_SLOTS[0], "chat_template": f"a{LLAMA_SLOTS[1]}b"},
-            262,
-            (LLAMA_SLOTS[2], 260, "reserved slot", 262, None),
-            id="slots-in-use",
-        ),
-        pytest.param(
-            ("<mask>", "<x>"),
-            {"mask_token": "<x>"},
-            260,
-            ("<x>", 259, "the tokenizer's own", 260, None),
-            id="own",
-        ),
-        pytest.param((), {}, 300, ("<|mask|>", 258, "padded row", 300, 259), id="padded-row"),
-        pytest.param((), {}, 258, ("<|mask|>", 258, "grown vocabulary", 320, 259), id="grown"),
-    ],
-)
-def test_choice_of_the_mask_token(
-    source: Source,
-    tokenizer: Callable[..., PreTrainedTokenizerFast],
-    tmp_path: Path,
-    reserved: tuple[str, ...],
-    options: dict[str, Any],
-    rows: int,
-    expected: tuple[Any, ...],
-) -> None:
-    """A mask token that has another use already, has no row, or that the tokenizer forgets."""
-    before = tokenizer(*reserved, **options)
-    folder = source("llama", tokenizer=before, vocab_size=rows)
-    record = convert(folder, tmp_path / "target")
-    model, after = opened(tmp_path / "target"), load_tokenizer(tmp_path / "target")
-    mask, config = record["mask_token"], model.config
-    assert (*mask.values(), config.vocab_size, config.num_valid_tokens) == expected
-    assert config.mask_token_id == mask["token_id"]
-    assert after is not None
-    assert (after.mask_token, after.mask_token_id) == (mask["token"], mask["token_id"])
-    text = f"a é</s>{''.join(reserved)}b"
-    assert after(text)["input_ids"] == before(text)["input_ids"]
-    assert after.chat_template == before.chat_template
-    roles = before.special_tokens_map | {"mask_token": mask["token"]}
-    assert after.special_tokens_map == roles
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_new_rows_are_the_mean(source: Source, tmp_path: Path, tied: bool) -> None:
-    """New rows of zeros or noise, or old rows that move; without a tokenizer too."""
-    folder = source("llama", vocab_size=321, tie_word_embeddings=tied)
-    record = convert(folder, tmp_path / "target")
-    assert record["mask_token"] == {"token": None, "token_id": 321, "how": "grown vocabulary"}
-    theirs = load_file(folder / "model.safetensors")
-    ours = load_file(tmp_path / "target" / "model.safetensors")
-    assert ("lm_head.weight" in theirs) == (not tied)
-    embedding = theirs["model.embed_tokens.weight"]
-    heads = {
-        "encoder.embed_tokens.weight": embedding,
-        "diffusion_head.weight": theirs.get("lm_head.weight", embedding),
-    }
-    for name, old in heads.items():
-        assert ours[name].shape == (384, 64)
-        assert torch.equal(ours[name][:321], old)
-        torch.testing.assert_close(ours[name][321:], old.mean(0).expand(63, -1))
-    assert opened(tmp_path / "target").config.num_valid_tokens == 322
-
-
-@pytest.mark.parametrize(("wanted", "token_id"), [("<SPECIAL_99>", 258), ("259", 259)])
-def test_named_mask_token(
-    source: Source,
-    tokenizer: Callable[..., PreTrainedTokenizerFast],
-    tmp_path: Path,
-    wanted: str,
-    token_id: int,
-) -> None:
-    """The user's choice not taken, or an id read as text."""
-    folder = source("llama", tokenizer=tokenizer(*SLOTS), vocab_size=260)
-    mask = convert(folder, tmp_path / "target", mask_token=wanted)["mask_token"]
-    assert mask == {"token": SLOTS[token_id - 258], "token_id": token_id, "how": "named"}
-
-
-@pytest.mark.parametrize(
-    ("wanted", "message"),
-    [
-        ("<nothing>", "mask token is '<nothing>'; allowed: a token of the vocabulary or its id"),
-        ("270", "mask token is '270'; allowed: a token of the vocabulary or its id"),
-        ("</s>", "'</s>', which ends, begins or pads texts already"),
-        ("a", "'a'.* an ordinary token of texts"),
-        ("97", "'97'.* an ordinary token of texts"),
-    ],
-)
-def test_mask_tokens_that_cannot_be(
-    source: Source,
-    tokenizer: Callable[..., PreTrainedTokenizerFast],
-    wanted: str,
-    message: str,
-) -> None:
-    """Texts that can never end, or that lose the letter a."""
-    folder = source("llama", tokenizer=tokenizer(*SLOTS), vocab_size=300)
-    refused(folder, message, error=ConfigError, mask_token=wanted)
-
-
-def test_mask_id_without_a_tokenizer(source: Source) -> None:
-    """An id beyond the embedding, or the end-of-text id, taken for want of a vocabulary."""
-    folder = source("llama")
-    for wanted in ("320", "257", "<mask>"):
-        refused(folder, "without a tokenizer allowed: an id", error=ConfigError, mask_token=wanted)
-
-
-def test_eos_of_the_generation_defaults(source: Source, tmp_path: Path) -> None:
-    """Chat models that run on, because only `generation_config.json` knows all their ends."""
-    folder = source("llama")
-    edit_json(folder / "generation_config.json", eos_token_id=[257, 259])
-    convert(folder, tmp_path / "target")
-    assert opened(tmp_path / "target").config.eos_token_ids == (257, 259)
-
-
-# The proof
-
-
-def swapped(mapping: dict[str, str]) -> dict[str, str]:
-    return {
-        name: theirs.replace("gate_proj", "up_proj") if "gate_proj" in theirs
-        else theirs.replace("up_proj", "gate_proj")
-        for name, theirs in mapping.items()
-    }  # fmt: skip
-
-
-def test_a_wrong_mapping_is_refused(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proof that cannot fail: gate and up have one shape, and only logits tell them apart."""
-    folder, right = source("qwen3"), convert_module.map_tensors
-    monkeypatch.setattr(convert_module, "map_tensors", lambda *args: swapped(right(*args)))
-    message = "does not compute what .* logits of 'random tokens' differ by .*; nothing was written"
-    refused(folder, message)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "probe"),
-    [("rope_theta", 1.01e4, "random tokens"), ("llama_4_scaling_beta", 0.0, "end of the context")],
-)
-def test_wrong_angles_are_refused(
-    source: Source, monkeypatch: pytest.MonkeyPatch, name: str, value: float, probe: str
-) -> None:
-    """Weights in place but positions computed otherwise, perhaps only far from the start."""
-    rope = YARN | {"factor": 4.0, "original_max_position_embeddings": 128}
-    folder, right = source("ministral3", rope_parameters=rope), convert_module.our_config
-
-    def wrong(*args: Any, **options: Any) -> Any:
-        config = right(*args, **options)
-        config.rope_parameters[name] = value
-        return config
-
-    monkeypatch.setattr(convert_module, "our_config", wrong)
-    refused(folder, f"logits of '{probe}' differ")
-
-
-def test_weights_that_are_not_finite(source: Source) -> None:
-    """Two networks that agree on NaN taken for proved."""
-    folder = source("llama")
-    name = "model.layers.1.mlp.up_proj.weight"
-    edit_weights(folder, lambda w: w | {name: torch.full_like(w[name], torch.nan)})
-    refused(folder, "differ by nan")
-
-
-def test_a_tokenizer_that_does_not_survive(
-    source: Source,
-    tokenizer: Callable[..., PreTrainedTokenizerFast],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A tokenizer that reads texts otherwise once it was saved."""
-    folder, save = (
-        source("llama", tokenizer=tokenizer(*SLOTS)),
-        PreTrainedTokenizerFast.save_pretrained,
-    )
-
-    def spoil(self: PreTrainedTokenizerFast, path: Path) -> None:
-        save(self, path)
-        edit_json(path / "tokenizer.json", normalizer={"type": "Lowercase"})
-
-    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", spoil)
-    refused(folder, "the tokenizer does not survive saving: text was")
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "message", "error"),
-    [
-        ("llama", {"model_type": "gpt2"}, "model_type is 'gpt2'; allowed: llama, mistral", None),
-        ("llama", {"model_type": ["llama"]}, "model_type is .*; allowed: llama", None),
-        (
-            "mistral",
-            {"model_type": "mixtral", "num_local_experts": 8},
-            r"model_type is 'mixtral' \(a mixture of experts\); allowed: llama",
-            None,
-        ),
-        (
-            "llama",
-            {"architectures": ["LlamaForSequenceClassification"]},
-            "architectures is .*; allowed: LlamaForCausalLM",
-            None,
-        ),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantized", UnsupportedError),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'", UnsupportedError),
-        ("llama", {"hidden_size": "64"}, "the configuration cannot be read: .*hidden_size", None),
-        ("mistral", {"sliding_window": 64}, "sliding_window is 64, within the", UnsupportedError),
-        (
-            "qwen2",
-            {
-                "use_sliding_window": True,
-                "sliding_window": 64,
-                "layer_types": ["full_attention", "sliding_attention"],
-            },
-            "sliding_window is 64, within the context of 512",
-            UnsupportedError,
-        ),
-        (
-            "qwen3",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type is 'dynamic'; supported: default, linear, llama3, yarn$",
-            UnsupportedError,
-        ),
-        (
-            "llama",
-            {"rope_parameters": SHAPE["rope_parameters"] | {"partial_rotary_factor": 0.5}},
-            "partial_rotary_factor is 0.5",
-            UnsupportedError,
-        ),
-    ],
-)
-def test_sources_that_cannot_be_converted(
-    source: Source, family: str, changes: dict[str, Any], message: str, error: type | None
-) -> None:
-    """Another network taken for ours, or a traceback of transformers."""
-    folder = source(family)
-    edit_json(folder / "config.json", **changes)
-    refused(folder, message, error=error or CheckpointError)
-
-
 def without(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in weights.items() if key != name}
 
@@ -576,17 +201,6 @@ def test_tensors_that_are_not_floats(source: Source) -> None:
     refused(folder, "model.norm.weight is of type I8; allowed: F64", error=UnsupportedError)
 
 
-def test_damaged_files(source: Source) -> None:
-    """A truncated download or a pickle opened as far as it goes."""
-    folder = source("llama")
-    path = folder / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    refused(folder, "model.safetensors is not a whole safetensors file")
-    path.rename(folder / "pytorch_model.bin")
-    refused(folder, "found only pytorch_model.bin, and pickles are not opened")
-
-
 def test_destinations(source: Source, tmp_path: Path) -> None:
     """A folder overwritten, the source itself most of all."""
     folder = source("llama")
@@ -616,3 +230,54 @@ def test_dtypes_that_cannot_be(source: Source) -> None:
     for name in ("dtype", "proof_dtype"):
         options = {name: "float8_e4m3fn"}
         refused(folder, "dtype is 'float8_e4m3fn'; allowed: fl", error=ConfigError, **options)
+
+
+def test_a_head_stored_beside_a_tied_embedding(source: Source, tmp_path: Path) -> None:
+    """The embedding taken for the head, or the stored head for an extra tensor."""
+    folder = source("llama", tie_word_embeddings=True)
+    head = torch.randn(320, 64, generator=torch.Generator().manual_seed(1))
+    edit_weights(folder, lambda weights: weights | {"lm_head.weight": head})
+    convert(folder, tmp_path / "target", mask_token="300")
+    ids = torch.arange(50)
+    logits = opened(tmp_path / "target")(ids[None]).logits[0]
+    torch.testing.assert_close(logits, their_logits(folder, ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_element_types(source: Source, tmp_path: Path, dtype: torch.dtype) -> None:
+    """A type other than float32 and bfloat16 rounded, or named wrongly in the configuration."""
+    folder = source("llama", dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    convert(folder, tmp_path / "target", mask_token="300", proof_dtype=name)
+    theirs = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    ours = load_file(tmp_path / "target" / "model.safetensors")["encoder.embed_tokens.weight"]
+    assert ours.dtype == dtype
+    assert torch.equal(ours, theirs)
+    assert json.loads((tmp_path / "target" / "config.json").read_text())["dtype"] == name
+
+
+@pytest.mark.parametrize("writer", ["weights", "conversion.json"])
+def test_a_full_disk(source: Source, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
+    """A traceback of a library, or half a checkpoint that fills the disk for good."""
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = source("llama")
+    if writer == "weights":
+        monkeypatch.setattr(convert_module.io, "save_file", full)
+    else:
+        monkeypatch.setattr(Path, "write_text", full)
+    refused(folder, "target' cannot be written: the disk is full", error=CapacityError)
+
+
+def test_all_is_on_the_disk_before_the_folder_has_its_name(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut that leaves a folder of the right name with empty files."""
+    flushed: list[Path] = []
+    monkeypatch.setattr(whole_folder, "flush", flushed.append)
+    convert(source("llama"), tmp_path / "target")
+    assert {path.parent.name for path in flushed[:-1]} == {"target.partial"}
+    written = {path.name for path in (tmp_path / "target").iterdir()}
+    assert {path.name for path in flushed} == {*written, "target.partial"}

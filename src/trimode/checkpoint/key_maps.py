@@ -93,8 +93,19 @@ DTYPES: dict[str, torch.dtype] = {
 EMBEDDING, HEAD = "encoder.embed_tokens.weight", "diffusion_head.weight"
 """The two tensors of ours that have a row per token."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json")
-SPECIAL_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+VOCABULARY_FILES = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("tekken.json",),
+    ("vocab.json", "merges.txt"),
+)
+"""Files that hold a vocabulary, a group each. Given none, transformers makes up an empty one."""
+
+TOKENIZER_FILES = {"tokenizer_config.json"}.union(*VOCABULARY_FILES)
+"""A source with any of these has a tokenizer."""
+
+SPECIAL_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+"""Roles of configurations, generation defaults and tokenizers that a mask token must not have."""
 
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Configuration fields by which a mixture of experts is known."""

@@ -35,14 +35,23 @@ def publish(folder: Path) -> None:
     An older one is renamed aside until the new one is there.
     """
     temporary, aside = hidden(folder), folder.parent / f".{folder.name}.old"
-    for path in (*temporary.iterdir(), temporary):
-        flush(path)
+    settle(temporary)
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
         folder.rename(aside)
     temporary.rename(folder)
     shutil.rmtree(aside, ignore_errors=True)
     flush(folder.parent)
+
+
+def settle(folder: Path) -> None:
+    """Return when all that is in a folder is on the disk, readable by whom the folder is."""
+    readers = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        if path.is_file():  # safetensors writes for the owner alone, whatever the umask
+            path.chmod(readers)
+        flush(path)
+    flush(folder)
 
 
 def flush(path: Path) -> None:

@@ -106,6 +106,11 @@ class TriModeConfig(PreTrainedConfig):
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self._check()
+        if self.rope_parameters["rope_type"] in ("default", "linear"):  # where it would warn
+            self.ignore_keys_at_rope_validation = {
+                *type(self).ignore_keys_at_rope_validation,
+                "original_max_position_embeddings",
+            }
         _refuse_unread(kwargs, self.rope_parameters)
         try:
             super().__init__(
@@ -227,7 +232,9 @@ class NemotronLabsDiffusionConfig(TriModeConfig):
     """The published configuration (facts 1.1 and 1.2): the same network under NVIDIA's model type.
 
     The fields below are carried so that a written `config.json` opens in every engine that reads
-    this model type; the network does not use them.
+    this model type; the network does not use them. For the same reason `rope_parameters` always
+    has the two keys of the query scale, which Ministral 3 reads without a default; a beta of 0 is a
+    scale of 1.
     """
 
     model_type = "nemotron_labs_diffusion"
@@ -254,6 +261,13 @@ class NemotronLabsDiffusionConfig(TriModeConfig):
         dp_varying_mask_ratio: bool = False,
         **kwargs: Any,
     ) -> None:
+        rope = dict(rope_parameters or published_rope(1e6))
+        for key, neutral in (
+            ("llama_4_scaling_beta", 0.0),
+            ("original_max_position_embeddings", max_position_embeddings),
+        ):
+            if rope.get(key) is None:
+                rope[key] = neutral
         self.dlm_paradigm = dlm_paradigm
         self.ar_loss_weight = ar_loss_weight
         self.dlm_loss_weight = dlm_loss_weight
@@ -267,7 +281,7 @@ class NemotronLabsDiffusionConfig(TriModeConfig):
             num_key_value_heads=num_key_value_heads,
             head_dim=head_dim,
             max_position_embeddings=max_position_embeddings,
-            rope_parameters=rope_parameters or published_rope(1e6),
+            rope_parameters=rope,
             mask_token_id=mask_token_id,
             block_size=block_size,
             bos_token_id=bos_token_id,
