@@ -10,6 +10,7 @@ the time on the clock stands the processors' own (CPU s), which other programs d
 * `plain`: attention over the whole [2S, 2S] under a dense mask by torch's own kernel, logits of all
   2S places, torch's cross-entropy, plain autograd.
 * `trimode`: what `trimode train` runs.
+* `trimode, selective`: the same with `activation_checkpointing: selective`.
 * `trimode, checkpointed`: the same with `activation_checkpointing: true`.
 
 Memory is the most that a process held minus what it held before the first step, when the weights
@@ -108,7 +109,8 @@ def plain_loss_sums(model: TriModeModel, batch: TrainingBatch) -> LossSums:
 CONTESTANTS: dict[str, Callable[[TriModeModel, TrainingBatch], LossSums]] = {
     "plain": plain_loss_sums,
     "trimode": loss_sums,
-    "trimode, checkpointed": partial(loss_sums, is_checkpointed=True),
+    "trimode, selective": partial(loss_sums, checkpointing="selective"),
+    "trimode, checkpointed": partial(loss_sums, checkpointing=True),
 }
 
 

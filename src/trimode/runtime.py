@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trimode.checkpoint.adapter import load_adapter
+from trimode.checkpoint.adapter import find_adapter, load_adapter, merge_lora
 from trimode.checkpoint.io import load_model, load_tokenizer, resolve
+from trimode.conversation import Messages, answering
 from trimode.decoding import Event, GenerationParams, Sequence, Stats
 from trimode.engine import Engine
 from trimode.engine.engine import cells_needed
@@ -130,6 +131,20 @@ class TriModeLM:
             engine.step()
         generations = [self.generation(seq) for seq in sequences]
         return generations[0] if is_single else generations
+
+    def chat(self, messages: Messages, **options: Any) -> Generation:
+        """The assistant's answer to a conversation, by the tokenizer's chat template.
+
+        Args:
+            messages: `{"role": "user", "content": ...}` and so on; the last is not assistant's.
+            options: Of `generate`. The end of the assistant's turn ends the answer as well.
+
+        Raises:
+            RequestError: as `generate`; or there is no template, or it refuses the conversation.
+        """
+        generation = self.generate(**answering(self.tokenizer, messages, options))
+        assert isinstance(generation, Generation)
+        return generation
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """Continue one prompt, yielding text as it is made; the pieces join to `Generation.text`.
@@ -369,15 +384,20 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    lora: str | Path | None = None,
     drafter: str | Path | None = None,
 ) -> TriModeLM:
     """Open a checkpoint.
+
+    Adapters are PEFT LoRA folders, each given by its path or by its name inside the checkpoint.
 
     Args:
         path: A folder, or an id on the Hugging Face hub; None is the default model.
         device: Default: CUDA where there is one, else the CPU.
         dtype: Default: bfloat16 on CUDA, float32 on the CPU.
-        drafter: A PEFT LoRA folder for the drafter, e.g. `<path>/linear_spec_lora`.
+        lora: Merged into the weights, so that every mode sees it, e.g. `instruct_lora` of the
+            default model. If a tokenizer lies beside it, that one is used.
+        drafter: On for draft tokens only, e.g. `linear_spec_lora`.
 
     Raises:
         CheckpointError: it cannot be used, and why.
@@ -388,8 +408,15 @@ def load(
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_model(folder, device=device, dtype=dtype)
-    adapter = None if drafter is None else load_adapter(drafter, model=model)
-    return TriModeLM(model, load_tokenizer(folder), adapter=adapter)
+    tokenizer = load_tokenizer(folder)
+    if lora is not None:
+        lora = find_adapter(lora, checkpoint=folder)
+        merge_lora(lora, model=model)
+        tokenizer = load_tokenizer(lora, config=model.config) or tokenizer
+    adapter = None
+    if drafter is not None:
+        adapter = load_adapter(find_adapter(drafter, checkpoint=folder), model=model)
+    return TriModeLM(model, tokenizer, adapter=adapter)
 
 
 def _as_device(device: str | torch.device | None) -> torch.device:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimode.checkpoint.adapter import load_adapter, save_adapter
+from trimode.checkpoint.adapter import find_adapter, load_adapter, save_adapter
 from trimode.errors import CheckpointError
 from trimode.model import AdapterSwitch, TriModeModel
 from trimode.model.adapter import TARGETS, new_adapter
@@ -233,3 +233,22 @@ def test_saved_adapter_is_read_back_and_by_peft(
     wrapped = peft.PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
     torch.testing.assert_close(wrapped(ids).logits, wanted, rtol=0, atol=1e-10)
     assert wrapped.peft_config["default"].base_model_name_or_path == "somewhere"
+
+
+def test_an_adapter_is_found_by_its_name_inside_the_checkpoint(tmp_path: Path) -> None:
+    """A hub id whose adapter has no path that a user could know."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "adapter_config.json").write_text("{}")
+    assert find_adapter("mine", checkpoint=tmp_path) == tmp_path / "mine"
+    assert find_adapter(tmp_path / "mine", checkpoint=tmp_path / "other") == tmp_path / "mine"
+    with pytest.raises(CheckpointError, match="adapter yours: no such folder, .* which has mine"):
+        find_adapter("yours", checkpoint=tmp_path)
+
+
+def test_files_are_for_whom_the_folder_is(tiny_model: Model, tmp_path: Path) -> None:
+    """Weights that nobody but their maker can read: safetensors writes them so."""
+    model = tiny_model()
+    adapter = new_adapter(model.encoder.layers, rank=2, alpha=4.0, targets=("o_proj",), seed=0)
+    save_adapter(adapter, tmp_path / "lora", dtype=torch.float32)
+    for path in (tmp_path / "lora").iterdir():
+        assert path.stat().st_mode & 0o777 == (tmp_path / "lora").stat().st_mode & 0o666, path.name

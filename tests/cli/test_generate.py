@@ -250,7 +250,7 @@ class TestPrompt:
             (["--mode", "ar", "--block-length", "4"], "mode 'ar' has no blocks"),
             (["--dtype", "int8"], "dtype is 'int8'; allowed: float32"),
             (["--device", "tpu9"], "device is 'tpu9'; allowed: cpu"),
-            (["--drafter", "/no/such"], "drafter /no/such: no such folder"),
+            (["--drafter", "/no/such"], "adapter /no/such: no such folder"),
         ):
             assert main(words(folder, "x", *more)) == 2
             out, err = capsys.readouterr()

@@ -46,7 +46,7 @@ def test_json(
         "diffusion": {"block_length": 8, "threshold": 0.9, "temperature": 0.0},
         "linear": {"block_length": 8, "threshold": None, "temperature": 0.0},
     }
-    assert record["drafters"] == []
+    assert record["adapters"] == []
     assert record["has_model_card"]
     here = record["environment"]
     assert here["trimode"] == __version__
@@ -72,7 +72,7 @@ def test_text_of_shards_without_tokenizer(
     assert lines["parameters"].startswith(f"{num_parameters:,}, of them {259 * 64:,} in")
     assert f" tensors in {num_files} files, " in lines["on disk"]
     assert lines["tokenizer"] == "none"
-    assert lines["drafters"] == "linear_spec_lora"
+    assert lines["adapters"] == "linear_spec_lora"
 
 
 def test_loads_no_weights(

@@ -19,6 +19,7 @@ from fake_stream import write_data
 from safetensors.torch import load_file
 from test_resume import MODEL, STAGE
 
+from trimode.training.adapter_config import DrafterPart, LoraPart
 from trimode.training.config import (
     EvaluationPart,
     ModelPart,
@@ -26,7 +27,6 @@ from trimode.training.config import (
     SchedulePart,
     TrainConfig,
 )
-from trimode.training.drafter_config import DrafterPart
 from trimode.training.trainer import train
 
 JOINT = replace(STAGE, name="joint", diffusion_weight=0.3, block_lengths=(4, 8), draft_share=0.25)
@@ -67,6 +67,13 @@ def drafter_config(config: TrainConfig, output_dir: Path) -> TrainConfig:
     )
 
 
+def lora_config(config: TrainConfig, output_dir: Path) -> TrainConfig:
+    """Two joint steps of a LoRA for what `config` leaves behind."""
+    stage = replace(JOINT, name="sft", tokens=2 * 128, micro_batch_sequences=1)
+    config = drafter_config(config, output_dir)
+    return replace(config, stages=(stage,), drafter=None, lora=LoraPart(rank=4, alpha=16.0))
+
+
 def write_config(config: TrainConfig, path: Path) -> str:
     path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
     return str(path)
@@ -91,6 +98,7 @@ def config(folder: Path) -> TrainConfig:
     config = make_config(write_data(folder / "data"), folder / "one")
     train(config)
     train(drafter_config(config, folder / "drafter_one"))
+    train(lora_config(config, folder / "lora_one"))
     return config
 
 
@@ -119,6 +127,7 @@ def codes(
     assert torchrun.returncode == 0, torchrun.stderr[-3000:]
     path = write_config(config, folder / "run.yaml")
     drafter = write_config(drafter_config(config, folder / "drafter_two"), folder / "drafter.yaml")
+    lora = write_config(lora_config(config, folder / "lora_two"), folder / "lora.yaml")
     interrupted(folder / "one", folder / "one_to_two_by_two")
     interrupted(folder / "two", folder / "two_to_four")
 
@@ -131,6 +140,8 @@ def codes(
         ("one_to_two_by_two", [words(path, "one_to_two_by_two", tensor)] * 4),
         ("two_to_four", [words(path, "two_to_four")] * 4),
         ("drafter", [words(drafter, "drafter_two")] * 2),
+        ("lora", [words(lora, "lora_two")] * 2),
+        ("lora_tensor", [words(lora, "lora_tensor", tensor)] * 2),
         ("seeds", [words(path, "seeds", f"seed={rank}") for rank in (0, 0, 7)]),
         ("shares", [words(path, "shares", "stages.0.micro_batch_sequences=4")] * 2),
         ("no_data", [words(path, "no_data", f"data={folder}/nowhere")] * 2),
@@ -233,9 +244,18 @@ def test_drafter_on_two_ranks(codes: dict[str, list[int]], folder: Path) -> None
     assert_same_tensors(two, one, "linear_spec_lora/adapter_model.safetensors")
 
 
+def test_lora_on_two_ranks(codes: dict[str, list[int]], folder: Path) -> None:
+    """Factors that differ between ranks, or whose gradients are not summed."""
+    assert codes["lora"] == [0, 0], read(folder, "lora", "err")
+    one, two = folder / "lora_one", folder / "lora_two"
+    assert_close(curve(two), curve(one))
+    assert_same_tensors(two, one, "lora/adapter_model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("lora_tensor", "tensor_parallel is 2, but an adapter trains on whole layers only"),
         ("seeds", "rank 2 started with another config: seed is 7 on rank 2, but 0 on rank 0"),
         ("shares", "a batch has 4 sequences"),
         ("no_data", "data folder"),

@@ -22,6 +22,7 @@ from trimode.checkpoint.io import load_model, load_tokenizer, save_checkpoint
 from trimode.errors import CheckpointError, ConfigError, TriModeError
 from trimode.model import AdapterSwitch, DrafterAdapter
 from trimode.model.adapter import TARGETS
+from trimode.training.adapter_config import DrafterPart
 from trimode.training.config import (
     EvaluationPart,
     ExportPart,
@@ -32,7 +33,6 @@ from trimode.training.config import (
     TrainConfig,
 )
 from trimode.training.drafter import DrafterObjective, weights_checksum
-from trimode.training.drafter_config import DrafterPart
 from trimode.training.evaluate import DrafterReport
 from trimode.training.trainer import TrainResult, train
 
@@ -299,7 +299,7 @@ Change = Callable[[TrainConfig], TrainConfig]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: replace(c, model=ModelPart()), "a drafter needs the model it drafts for"),
+        (lambda c: replace(c, model=ModelPart()), "a drafter run needs the model that it is for"),
         (lambda c: replace(c, optimizer=OptimizerPart()), "optimizer.name is 'muon'"),
         (
             lambda c: replace(c, stages=(replace(c.stages[0], draft_share=0.5),)),
@@ -307,7 +307,7 @@ Change = Callable[[TrainConfig], TrainConfig]
         ),
         (
             lambda c: replace(c, activation_checkpointing=True),
-            "activation_checkpointing is true, but means nothing to a drafter run",
+            "activation_checkpointing is True, but means nothing to a drafter run",
         ),
         (
             lambda c: replace(c, model=replace(c.model, hidden_size=8)),
@@ -315,11 +315,11 @@ Change = Callable[[TrainConfig], TrainConfig]
         ),
         (
             lambda c: replace(c, drafter=DrafterPart(targets=("o_prj",))),
-            "drafter.targets holds 'o_prj', but allowed are q_proj",
+            "targets holds 'o_prj', but allowed are q_proj",
         ),
-        (lambda c: replace(c, drafter=DrafterPart(targets=())), "drafter.targets is empty"),
-        (lambda c: replace(c, drafter=DrafterPart(rank=0)), "drafter.rank is 0"),
-        (lambda c: replace(c, drafter=DrafterPart(eta=-1.0)), "drafter.eta is -1.0"),
+        (lambda c: replace(c, drafter=DrafterPart(targets=())), "targets is empty"),
+        (lambda c: replace(c, drafter=DrafterPart(rank=0)), "rank is 0"),
+        (lambda c: replace(c, drafter=DrafterPart(eta=-1.0)), "eta is -1.0"),
         (lambda c: replace(c, drafter=DrafterPart(sampled_share=1.5)), "sampled_share is 1.5"),
         (
             lambda c: replace(c, drafter=DrafterPart(lk_weight=0.0, ce_weight=0.0)),

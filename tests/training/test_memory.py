@@ -8,7 +8,7 @@ import torch
 from fake_stream import MASK, FakeStream
 from torch import Tensor
 
-from trimode.model import DenseAttention, TriModeConfig, TriModeModel
+from trimode.model import Checkpointing, DenseAttention, TriModeConfig, TriModeModel
 from trimode.training import chunked_attention, dual_stream
 from trimode.training.chunked_attention import ChunkedAttention
 from trimode.training.corruption import corrupt
@@ -52,7 +52,7 @@ def _batch() -> TrainingBatch:
 
 
 def _step(
-    model: TriModeModel, batch: TrainingBatch, *, is_checkpointed: bool
+    model: TriModeModel, batch: TrainingBatch, *, checkpointing: Checkpointing
 ) -> tuple[float, list[Tensor], int]:
     """Loss, gradients and the bytes kept for the backward, each storage once."""
     model.zero_grad()
@@ -64,7 +64,7 @@ def _step(
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        sums = loss_sums(model, batch, is_checkpointed=is_checkpointed)
+        sums = loss_sums(model, batch, checkpointing=checkpointing)
         loss = sums.total(count_targets(batch), diffusion_weight=0.3)
     loss.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -73,27 +73,33 @@ def _step(
 
 @pytest.mark.parametrize("has_noise", [True, False])
 @pytest.mark.parametrize("is_bf16", [True, False])
+@pytest.mark.parametrize(("checkpointing", "share"), [("selective", 0.75), (True, 0.35)])
 def test_checkpointing_changes_memory_and_nothing_else(
-    model: TriModeModel, has_noise: bool, is_bf16: bool
+    *,
+    model: TriModeModel,
+    has_noise: bool,
+    is_bf16: bool,
+    checkpointing: Checkpointing,
+    share: float,
 ) -> None:
     """A layer made again in another view or precision; a switch that keeps everything."""
     batch = _batch() if has_noise else TrainingBatch(_batch().rows, None)
     results = []
-    for is_checkpointed in (False, True):
+    for setting in (False, checkpointing):
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-            results.append(_step(model, batch, is_checkpointed=is_checkpointed))
+            results.append(_step(model, batch, checkpointing=setting))
     (loss, gradients, kept), (again_loss, again_gradients, again_kept) = results
     assert again_loss == loss
     for one, other in zip(gradients, again_gradients, strict=True):
         assert torch.equal(one, other)
     weights = sum(p.nbytes for p in model.parameters())
-    assert again_kept - weights < 0.35 * (kept - weights)
+    assert again_kept - weights < share * (kept - weights)
 
 
 def test_decoding_keeps_its_view(model: TriModeModel) -> None:
     """A switch that outlives the training forward would be a view stored on the model."""
     state = dict(vars(model))
-    _step(model, _batch(), is_checkpointed=True)
+    _step(model, _batch(), checkpointing=True)
     assert vars(model).keys() == state.keys()
     assert not any("checkpoint" in name for module in model.modules() for name in vars(module))
 

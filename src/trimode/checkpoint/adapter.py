@@ -1,4 +1,4 @@
-"""Drafter adapters on disk: PEFT LoRA folders (`adapter_config.json`, `adapter_model.safetensors`).
+"""Adapters on disk: PEFT LoRA folders (`adapter_config.json`, `adapter_model.safetensors`).
 
 PEFT itself is not needed to read or write them.
 """
@@ -19,7 +19,7 @@ from trimode.checkpoint import whole_folder
 from trimode.checkpoint.io import read_json
 from trimode.errors import CheckpointError
 from trimode.model import DrafterAdapter, TriModeModel
-from trimode.model.adapter import MLP_TARGETS, TARGETS, LoraPair, linear_of
+from trimode.model.adapter import MLP_TARGETS, TARGETS, LoraPair, linear_of, merge
 
 _NAME = re.compile(
     r"(?:base_model\.model\.)?(?:model\.)?encoder\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)"
@@ -44,15 +44,31 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 """LoRA variants that would change the arithmetic, and the values that leave them off."""
 
 
-def load_adapter(folder: str | Path, *, model: TriModeModel) -> DrafterAdapter:
-    """Read an adapter for `model`, on its device and in its dtype.
+def find_adapter(name: str | Path, *, checkpoint: Path) -> Path:
+    """The folder of an adapter: a path, or the name of a folder inside the checkpoint's.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    for folder in (Path(name), checkpoint / name):
+        if folder.is_dir():
+            return folder
+    inside = sorted(file.parent.name for file in checkpoint.glob("*/adapter_config.json"))
+    there = f"which has {', '.join(inside) or 'none'}"
+    raise CheckpointError(f"adapter {name}: no such folder, here or in {checkpoint}, {there}")
+
+
+def load_adapter(
+    folder: str | Path, *, model: TriModeModel, dtype: torch.dtype | None = None
+) -> DrafterAdapter:
+    """Read an adapter for `model`, on its device and in its dtype, or in `dtype`.
 
     Raises:
         CheckpointError: it is not a plain LoRA, or does not fit the network.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"drafter {folder}: no such folder")
+        raise CheckpointError(f"adapter {folder}: no such folder")
     config = read_json(folder / "adapter_config.json")
     rank, scale = _rank_and_scale(config, folder)
     pairs: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
@@ -81,7 +97,17 @@ def load_adapter(folder: str | Path, *, model: TriModeModel) -> DrafterAdapter:
             for key, halves in pairs.items()
         }
     )
-    return adapter.to(device=weight.device, dtype=weight.dtype).eval().requires_grad_(False)
+    adapter = adapter.to(device=weight.device, dtype=dtype or weight.dtype)
+    return adapter.eval().requires_grad_(False)
+
+
+def merge_lora(folder: str | Path, *, model: TriModeModel) -> None:
+    """Add the LoRA of a folder into the weights of `model`, for every view.
+
+    Raises:
+        CheckpointError: it is not a plain LoRA, or does not fit the network.
+    """
+    merge(load_adapter(folder, model=model, dtype=torch.float32), model.encoder.layers)
 
 
 def save_adapter(

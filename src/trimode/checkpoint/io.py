@@ -160,12 +160,14 @@ def load_model(
     return model.to(device).eval()
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the weights; None if the folder has none."""
+def load_tokenizer(
+    folder: Path, *, config: TriModeConfig | None = None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder, None if it has none; `config` is the model's if not there too."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, config=read_model_config(folder))
+        return AutoTokenizer.from_pretrained(folder, config=config or read_model_config(folder))
     except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
 

@@ -138,7 +138,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin is typing.Literal:
         if any(value == arg and type(value) is type(arg) for arg in args):
             return value
-        raise _wrong(key, value, "one of " + ", ".join(str(arg) for arg in args))
+        raise _wrong(key, value, "one of " + _type_name(hint))
     if dataclasses.is_dataclass(hint):
         return _convert_dataclass(value, typing.cast(type, hint), key)
     if origin in (list, tuple):
@@ -227,6 +227,8 @@ def _wrong(key: str, value: Any, allowed: str) -> ConfigError:
 
 
 def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(str(arg) for arg in typing.get_args(hint))
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 

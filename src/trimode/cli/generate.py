@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from trimode.errors import RequestError
@@ -65,15 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROMPT",
         help="text to continue; `-`, or none with something piped in, reads stdin as it is",
     )
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="PATH", help="a folder or hub id (default: built in)")
-    model.add_argument("--drafter", metavar="PATH", help="folder of a LoRA adapter for drafting")
-    model.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is)")
-    model.add_argument(
-        "--dtype",
-        metavar="D",
-        help="float32, bfloat16, ... (default: bfloat16 on cuda, else float32)",
-    )
+    add_model_arguments(parser)
     decoding = parser.add_argument_group("decoding")
     for name, flag in DECODING_FLAGS.items():
         decoding.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **flag)
@@ -95,17 +88,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `trimode.load` takes."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="PATH", help="a folder or hub id (default: built in)")
+    model.add_argument(
+        "--lora",
+        metavar="PATH",
+        help="PEFT LoRA folder to merge into the weights, or its name inside the model's folder",
+    )
+    model.add_argument(
+        "--drafter", metavar="PATH", help="the same for drafting: on for draft tokens only"
+    )
+    model.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is)")
+    model.add_argument(
+        "--dtype",
+        metavar="D",
+        help="float32, bfloat16, ... (default: bfloat16 on cuda, else float32)",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Generate; 0 unless the network broke down on the way."""
     if not 0 <= args.watch_delay <= 60_000:
         raise RequestError(f"--watch-delay is {args.watch_delay:g}; allowed: 0 to 60000 ms")
-    prompt = _read_prompt(args.prompt)
+    prompt = read_prompt(args.prompt)
 
     from trimode.runtime import load
 
-    lm = load(args.model, device=args.device, dtype=args.dtype, drafter=args.drafter)
+    lm = load(
+        args.model, device=args.device, dtype=args.dtype, lora=args.lora, drafter=args.drafter
+    )
     options = {name: getattr(args, name) for name in DECODING_FLAGS if hasattr(args, name)}
-    mode, block_length = _in_force(lm, options)
+    mode, block_length = in_force(lm, options)
     if args.json:
         generation = cast("Generation", lm.generate(prompt, **options))
         print(json.dumps(as_object(generation, mode=mode, block_length=block_length)))
@@ -178,7 +193,7 @@ def acceptance_line(stats: Stats) -> str:
     return f"acceptance length {mean:.2f} (accepted drafts plus the bonus token)"
 
 
-def _read_prompt(word: str | None) -> str:
+def read_prompt(word: str | None) -> str:
     """The prompt from the command line or from stdin, a newline at the end included."""
     if word is not None and word != "-":
         try:
@@ -200,7 +215,7 @@ def _read_prompt(word: str | None) -> str:
         ) from None
 
 
-def _in_force(lm: TriModeLM, options: dict[str, Any]) -> tuple[str, int | None]:
+def in_force(lm: TriModeLM, options: dict[str, Any]) -> tuple[str, int | None]:
     """Mode and block length, defaults filled in."""
     mode = options.get("mode", inspect.signature(lm.generate).parameters["mode"].default)
     if mode == "ar":
@@ -216,15 +231,20 @@ def _is_watchable() -> bool:
 
 def _print_as_it_comes(lm: TriModeLM, prompt: str, options: dict[str, Any]) -> Generation:
     """The prompt and its continuation on stdout; on a terminal without what could upset it."""
+    stream = lm.stream(prompt, **options)
+    print_pieces(itertools.chain([prompt], stream))
+    assert stream.generation is not None
+    return stream.generation
+
+
+def print_pieces(pieces: Iterable[str]) -> None:
+    """Text on stdout as it comes, and a final newline if it has none."""
     from trimode.cli.watch import printable
 
-    stream = lm.stream(prompt, **options)
     show = printable if sys.stdout.isatty() else str
     last = ""
-    for piece in itertools.chain([prompt], stream):
+    for piece in pieces:
         print(show(piece), end="", flush=True)
         last = piece or last
     if not last.endswith("\n"):
         print()
-    assert stream.generation is not None
-    return stream.generation

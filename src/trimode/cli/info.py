@@ -56,7 +56,7 @@ def describe(folder: Path) -> dict[str, Any]:
             "mask": config.mask_token_id,
         },
         "modes": _modes(config),
-        "drafters": sorted(file.parent.name for file in folder.glob("*/adapter_config.json")),
+        "adapters": sorted(file.parent.name for file in folder.glob("*/adapter_config.json")),
         "has_model_card": (folder / _MODEL_CARD).is_file(),
         "environment": _environment(),
     }
@@ -80,7 +80,7 @@ def as_text(record: dict[str, Any]) -> str:
         else f"{record['tokenizer']['size']:,} tokens ({config['vocab_size']:,} rows)",
         "special ids": ", ".join(f"{k} {v}" for k, v in record["special_token_ids"].items()),
         **{f"mode {name}": _as_words(knobs) for name, knobs in record["modes"].items()},
-        "drafters": ", ".join(record["drafters"]) or "none",
+        "adapters": ", ".join(record["adapters"]) or "none",
         "model card": "yes" if record["has_model_card"] else "none",
         "here": f"trimode {here['trimode']}, torch {here['torch']}, transformers"
         f" {here['transformers']}, Python {here['python']}, {here['device']},"

@@ -81,6 +81,8 @@ def _load(run: RunFolder, *, device: str | None) -> TriModeLM:
     if run.is_drafter:
         drafter = run.folder / "linear_spec_lora"
         return load(run.config["model"]["init"], device=device, drafter=drafter)
+    if run.config.get("lora") is not None:
+        return load(run.config["model"]["init"], device=device, lora=run.folder / "lora")
     return load(run.folder / "final", device=device)
 
 

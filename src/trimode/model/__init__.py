@@ -8,11 +8,12 @@ from trimode.model.attention import Attend, DenseAttention, RowAttention
 from trimode.model.cache import KVCache
 from trimode.model.configuration import NemotronLabsDiffusionConfig, TriModeConfig
 from trimode.model.masks import dense_mask, fed_mask
-from trimode.model.modeling import TriModeModel
+from trimode.model.modeling import Checkpointing, TriModeModel
 
 __all__ = [
     "AdapterSwitch",
     "Attend",
+    "Checkpointing",
     "DenseAttention",
     "DrafterAdapter",
     "KVCache",

@@ -1,7 +1,8 @@
-"""The drafter adapter: LoRA weights beside the network, switched on per token by an argument.
+"""Adapters: LoRA weights beside the network, switched on per token by an argument, or merged.
 
-The weights are never merged and never stored in the model, so a forward without them cannot be
-coloured by them. Files are `trimode.checkpoint`'s business.
+A drafter's are never merged and never stored in the model, so a forward without them cannot be
+coloured by them. A LoRA of the whole model is merged before the model is used. Files are
+`trimode.checkpoint`'s business.
 """
 
 from __future__ import annotations
@@ -85,6 +86,19 @@ def new_adapter(
             up = torch.zeros(linear.out_features, rank)
             pairs[index, target] = LoraPair(down * linear.in_features**-0.5, up, alpha / rank)
     return DrafterAdapter(pairs)
+
+
+@torch.no_grad()
+def merge(adapter: DrafterAdapter, layers: nn.ModuleList) -> None:
+    """Add an adapter into the weights of `layers`, for every view: `W += scale B A`, in float32.
+
+    Not for a drafter, which must not colour the AR view.
+    """
+    for layer_index, target, pair in adapter.items():
+        weight = linear_of(layers[layer_index], target).weight
+        work = torch.promote_types(weight.dtype, torch.float32)
+        update = pair.up.to(work) @ pair.down.to(work) * pair.scale
+        weight.copy_(weight.to(work) + update)
 
 
 @dataclass(frozen=True, slots=True)

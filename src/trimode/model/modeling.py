@@ -6,7 +6,8 @@ published ones (`encoder.*`, `diffusion_head.weight`).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from trimode.model.adapter import AdapterSwitch
 from trimode.model.attention import Attend, DenseAttention
 from trimode.model.configuration import NemotronLabsDiffusionConfig, TriModeConfig
 from trimode.model.masks import dense_mask
+
+Checkpointing = bool | Literal["selective"]
+"""What is made again in the backward instead of kept; see `TriModeModel.encode`."""
 
 
 class RMSNorm(nn.Module):
@@ -153,11 +157,17 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
-    def forward(self, x: Tensor, *, adapter: AdapterSwitch | None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, adapter: AdapterSwitch | None, is_selective: bool = False
+    ) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if adapter is not None:
             gate = adapter.add(self.layer_index, "gate_proj", x, gate)
             up = adapter.add(self.layer_index, "up_proj", x, up)
+        # What is made again ends before the product, which keeps nothing more.
+        return _run(self._down, gate, up, adapter, is_checkpointed=is_selective)
+
+    def _down(self, gate: Tensor, up: Tensor, adapter: AdapterSwitch | None) -> Tensor:
         inner = F.silu(gate) * up
         output = self.down_proj(inner)
         if adapter is not None:
@@ -176,10 +186,34 @@ class Layer(nn.Module):
         self.mlp = MLP(config, layer_index)
 
     def forward(
-        self, x: Tensor, angles: RotaryAngles, *, attend: Attend, adapter: AdapterSwitch | None
+        self,
+        x: Tensor,
+        angles: RotaryAngles,
+        *,
+        attend: Attend,
+        adapter: AdapterSwitch | None,
+        is_selective: bool = False,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), angles, attend=attend, adapter=adapter)
-        return x + self.mlp(self.post_attention_layernorm(x), adapter=adapter)
+        """is_selective: Make norms and the product of gate and up again in the backward."""
+        normed = _run(self.input_layernorm, x, is_checkpointed=is_selective)
+        x = x + self.self_attn(normed, angles, attend=attend, adapter=adapter)
+        normed = _run(self.post_attention_layernorm, x, is_checkpointed=is_selective)
+        return x + self.mlp(normed, adapter=adapter, is_selective=is_selective)
+
+
+def _run(
+    part: Callable[..., Tensor], *inputs: Any, is_checkpointed: bool, **options: Any
+) -> Tensor:
+    """`part` of `inputs`; if checkpointed, its backward keeps only these and runs it again."""
+    if not (is_checkpointed and torch.is_grad_enabled()):
+        return part(*inputs, **options)
+    again: Tensor = checkpoint(
+        *(part, *inputs),
+        use_reentrant=False,
+        preserve_rng_state=False,  # there is no dropout
+        **options,
+    )
+    return again
 
 
 class Encoder(nn.Module):
@@ -230,7 +264,7 @@ class TriModeModel(PreTrainedModel):
         *,
         attend: Attend,
         adapter: AdapterSwitch | None = None,
-        is_checkpointed: bool = False,
+        checkpointing: Checkpointing = False,
     ) -> Tensor:
         """The one forward pass, up to the head.
 
@@ -239,27 +273,26 @@ class TriModeModel(PreTrainedModel):
             position_ids: Same shape, int64. Absolute positions.
             attend: The attention pattern, and the K/V rows if there are any.
             adapter: The drafter adapter and the tokens it is on for; None if for none.
-            is_checkpointed: Keep only each layer's input for the backward and run the layer again
-                there: less memory, up to a third more work. Not the last layer, which would be run
-                again at once. `attend` must not write anything.
+            checkpointing: What the backward makes again. `selective`: norms and the product of gate
+                and up, hardly any work. True: that, and every layer from its input, which alone is
+                kept; least memory, up to a third more work. Not the last layer, which would be run
+                again at once. `attend` must not write anything then.
 
         Returns:
             [..., H]. `diffusion_head` of any of it gives logits over the vocabulary.
         """
         x = self.encoder.embed_tokens(input_ids)
         angles = self.rotary(position_ids, x.dtype)
+        is_rerun, is_selective = checkpointing is True, checkpointing is not False
         last = self.encoder.layers[-1]
         for layer in self.encoder.layers:
-            if is_checkpointed and layer is not last and torch.is_grad_enabled():
-                x = checkpoint(
-                    *(layer, x, angles),
-                    attend=attend,
-                    adapter=adapter,
-                    use_reentrant=False,
-                    preserve_rng_state=False,  # there is no dropout
-                )
-            else:
-                x = layer(x, angles, attend=attend, adapter=adapter)
+            x = _run(
+                *(layer, x, angles),
+                is_checkpointed=is_rerun and layer is not last,
+                attend=attend,
+                adapter=adapter,
+                is_selective=is_selective,
+            )
         return self.encoder.norm(x)
 
     def forward(

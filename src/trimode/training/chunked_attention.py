@@ -74,11 +74,11 @@ class ChunkedAttention:
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query: [B, T, N, D]; key, value: [B, T', G, D] -> [B, T, N, D]."""
         num_kv_heads, head_dim = key.shape[2:]
-        scaled = (query * head_dim**-0.5).to(self._dtype)
-        queries = scaled.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        # Queries are scaled chunk by chunk: a scaled copy of all of them would be kept as well.
+        queries = _grouped(query.to(self._dtype), num_kv_heads)
         keys, values = (x.to(self._dtype).transpose(1, 2) for x in (key, value))
         attended: Tensor = _ChunkedProducts.apply(
-            queries, keys, values, self._chunks, self._is_kept
+            queries, keys, values, head_dim**-0.5, self._chunks, self._is_kept
         )
         return attended
 
@@ -92,6 +92,7 @@ class _ChunkedProducts(torch.autograd.Function):
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
+        scale: float,
         chunks: list[_Chunk],
         is_kept: bool,
     ) -> Tensor:
@@ -101,17 +102,17 @@ class _ChunkedProducts(torch.autograd.Function):
         out, kept = _grouped(attended, groups), []
         is_kept = is_kept and any(ctx.needs_input_grad)
         for chunk in chunks:
-            weights = _weights(_rows(queries, chunk), _cut(keys, chunk), chunk.bias)
+            weights = _weights(_rows(queries, chunk) * scale, _cut(keys, chunk), chunk.bias)
             product = weights @ _cut(values, chunk)
             out[:, :, :, chunk.rows] = product.unflatten(2, (share, -1))
             if is_kept:
                 kept.append(weights)
         ctx.save_for_backward(queries, keys, values, *kept)
-        ctx.chunks = chunks
+        ctx.scale, ctx.chunks = scale, chunks
         return attended
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Of one chunk after the other; sums over chunks in float32 or wider."""
         queries, keys, values, *kept = ctx.saved_tensors
         upstream = _grouped(upstream, keys.shape[1])
@@ -119,7 +120,7 @@ class _ChunkedProducts(torch.autograd.Function):
         queries_grad = torch.empty_like(queries)
         keys_grad, values_grad = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
         for index, chunk in enumerate(ctx.chunks):
-            query, key = _rows(queries, chunk), _cut(keys, chunk)
+            query, key = _rows(queries, chunk) * ctx.scale, _cut(keys, chunk)
             grad = _rows(upstream, chunk)
             weights = kept[index] if kept else _weights(query, key, chunk.bias)
             _add_back(values_grad, chunk, weights.mT @ grad)
@@ -127,9 +128,10 @@ class _ChunkedProducts(torch.autograd.Function):
                 grad @ _cut(values, chunk).mT, weights, -1, weights.dtype
             )
             _add_back(keys_grad, chunk, scores_grad.mT @ query)
-            product = scores_grad @ key
+            product = (scores_grad @ key).mul_(ctx.scale)
             queries_grad[:, :, :, chunk.rows] = product.unflatten(2, (queries.shape[2], -1))
-        return queries_grad, keys_grad.to(keys.dtype), values_grad.to(values.dtype), None, None
+        keys_grad, values_grad = keys_grad.to(keys.dtype), values_grad.to(values.dtype)
+        return queries_grad, keys_grad, values_grad, None, None, None
 
 
 def _grouped(x: Tensor, num_kv_heads: int) -> Tensor:

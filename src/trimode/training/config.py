@@ -5,26 +5,18 @@ Reading it from YAML is the business of `trimode.cli.config_file`; the defaults 
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
-from trimode.errors import ConfigError
-from trimode.training.drafter_config import DrafterPart, check_drafter_run
+from trimode.training.adapter_config import (
+    DrafterPart,
+    LoraPart,
+    check_drafter_run,
+    check_lora_run,
+)
 from trimode.training.parallel_config import ParallelPart
-
-
-def _check(is_good: bool, message: str) -> None:
-    if not is_good:
-        raise ConfigError(message)
-
-
-def _check_finite(part: Any) -> None:
-    for part_field in fields(part):
-        value = getattr(part, part_field.name)
-        if isinstance(value, float):
-            _check(math.isfinite(value), f"{part_field.name} is {value}, but must be finite")
+from trimode.training.part_checks import changed_fields, check, check_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +43,11 @@ class ModelPart:
     block_size: int = 8
 
     def __post_init__(self) -> None:
-        _check_finite(self)
+        check_finite(self)
         if self.init is not None:
-            for part_field in fields(self):
-                is_shape = part_field.name != "init"
-                default = getattr(ModelPart(), part_field.name) if is_shape else self.init
-                value = getattr(self, part_field.name)
-                _check(
-                    value == default,
-                    f"{part_field.name} is {value!r} beside init {self.init!r}, whose own shape "
-                    "is used: remove it",
-                )
+            for name, value in changed_fields(self, beside={"init"}).items():
+                message = f"{name} is {value!r} beside init {self.init!r}, whose own shape is used"
+                check(False, f"{message}: remove it")
         for name in (
             "hidden_size",
             "intermediate_size",
@@ -73,16 +59,16 @@ class ModelPart:
             "block_size",
         ):
             value = getattr(self, name)
-            _check(value > 0, f"{name} is {value}, but must be positive")
+            check(value > 0, f"{name} is {value}, but must be positive")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        _check(
+        check(
             heads % kv_heads == 0,
             f"num_attention_heads is {heads}, but must be a multiple of num_key_value_heads "
             f"({kv_heads})",
         )
-        _check(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}, but must be even")
-        _check(self.block_size >= 2, f"block_size is {self.block_size}, but must be at least 2")
-        _check(
+        check(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}, but must be even")
+        check(self.block_size >= 2, f"block_size is {self.block_size}, but must be at least 2")
+        check(
             self.initializer_range > 0,
             f"initializer_range is {self.initializer_range}, but must be positive",
         )
@@ -127,39 +113,39 @@ class StagePart:
     loss_average: Literal["global", "sequence"] = "global"
 
     def __post_init__(self) -> None:
-        _check_finite(self)
+        check_finite(self)
         for name in ("tokens", "sequence_length", "batch_tokens", "micro_batch_sequences"):
             value = getattr(self, name)
-            _check(value > 0, f"{name} is {value}, but must be positive")
-        _check(
+            check(value > 0, f"{name} is {value}, but must be positive")
+        check(
             self.diffusion_weight >= 0,
             f"diffusion_weight is {self.diffusion_weight}, but must not be negative",
         )
         for name in ("draft_share", "diffusion_ramp"):
             value = getattr(self, name)
-            _check(0 <= value <= 1, f"{name} is {value}, but must lie between 0 and 1")
-        _check(
+            check(0 <= value <= 1, f"{name} is {value}, but must lie between 0 and 1")
+        check(
             self.late_half_life is None or self.late_half_life > 0,
             f"late_half_life is {self.late_half_life}, but must be positive or null",
         )
-        _check(bool(self.block_lengths), "block_lengths is empty, but must name at least one")
+        check(bool(self.block_lengths), "block_lengths is empty, but must name at least one")
         for block_length in self.block_lengths:
-            _check(
+            check(
                 2 <= block_length <= self.sequence_length,
                 f"block_lengths holds {block_length}, but a block must have from 2 to "
                 f"sequence_length ({self.sequence_length}) tokens",
             )
         rows, rest = divmod(self.batch_tokens, self.sequence_length)
-        _check(
+        check(
             rest == 0,
             f"batch_tokens is {self.batch_tokens}, but must be a multiple of sequence_length "
             f"({self.sequence_length})",
         )
-        _check(
+        check(
             not self.is_complementary or rows % 2 == 0,
             f"is_complementary is true, but a batch has {rows} sequences, which must be even",
         )
-        _check(
+        check(
             rows % self.micro_batch_sequences == 0,
             f"micro_batch_sequences is {self.micro_batch_sequences}, but must divide the {rows} "
             "sequences of a batch (batch_tokens / sequence_length)",
@@ -190,26 +176,26 @@ class OptimizerPart:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_finite(self)
+        check_finite(self)
         for name in ("weight_decay", "adam_eps"):
             value = getattr(self, name)
-            _check(value >= 0, f"{name} is {value}, but must not be negative")
-        _check(
+            check(value >= 0, f"{name} is {value}, but must not be negative")
+        check(
             self.learning_rate > 0,
             f"learning_rate is {self.learning_rate}, but must be positive",
         )
         rate = self.embedding_learning_rate
-        _check(
+        check(
             rate is None or rate > 0,
             f"embedding_learning_rate is {rate}, but must be positive or null",
         )
         for beta in self.adam_betas:
-            _check(0 <= beta < 1, f"adam_betas holds {beta}, but must lie in [0, 1)")
-        _check(
+            check(0 <= beta < 1, f"adam_betas holds {beta}, but must lie in [0, 1)")
+        check(
             0 <= self.muon_momentum < 1,
             f"muon_momentum is {self.muon_momentum}, but must lie in [0, 1)",
         )
-        _check(
+        check(
             self.max_grad_norm > 0,
             f"max_grad_norm is {self.max_grad_norm}, but must be positive",
         )
@@ -224,12 +210,12 @@ class SchedulePart:
     min_ratio: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_finite(self)
+        check_finite(self)
         for name in ("warmup_share", "decay_share", "min_ratio"):
             value = getattr(self, name)
-            _check(0 <= value <= 1, f"{name} is {value}, but must lie between 0 and 1")
+            check(0 <= value <= 1, f"{name} is {value}, but must lie between 0 and 1")
         total = self.warmup_share + self.decay_share
-        _check(total <= 1, f"warmup_share + decay_share is {total}, but must be at most 1")
+        check(total <= 1, f"warmup_share + decay_share is {total}, but must be at most 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +227,8 @@ class EvaluationPart:
     every_steps: int = 250
 
     def __post_init__(self) -> None:
-        _check(self.tokens > 0, f"tokens is {self.tokens}, but must be positive")
-        _check(
+        check(self.tokens > 0, f"tokens is {self.tokens}, but must be positive")
+        check(
             self.every_steps >= 0,
             f"every_steps is {self.every_steps}, but must be 0 (only at the end) or more",
         )
@@ -256,7 +242,7 @@ class ExportPart:
     max_shard_size: str = "5GB"
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             re.fullmatch(r"[1-9]\d*(?:\.\d+)?[KMG]i?B", self.max_shard_size) is not None,
             f"max_shard_size is {self.max_shard_size!r}, but must be like 5GB or 500MB",
         )
@@ -270,11 +256,13 @@ class TrainConfig:
         data: Folder written by `trimode prepare`.
         output_dir: Where checkpoints, `log.jsonl`, the resolved config and `final/` go.
         stages: Trained one after the other.
+        lora: Train a LoRA for both views on the frozen `model.init`; null trains all weights.
         drafter: Train a drafter on the frozen `model.init` and nothing else; null trains the model.
         parallel: How ranks started by `torchrun` share the work; means nothing to a single one.
         precision: `auto` is bf16 where it is fast (CUDA, CPUs with bf16 units), else fp32.
         compile: Compile the encoder with torch.compile.
-        activation_checkpointing: Keep each layer's input alone and run it again in the backward.
+        activation_checkpointing: `selective` makes again in the backward what takes no matrix
+            product; true keeps each layer's input alone and runs the layer again.
         device: `auto` is CUDA if there is one.
         max_seconds: Stop cleanly, with a checkpoint, after this long; null is no limit.
         checkpoint_every_s: Seconds between checkpoints, which are written at logged steps.
@@ -284,6 +272,7 @@ class TrainConfig:
     output_dir: str
     stages: tuple[StagePart, ...]
     model: ModelPart = field(default_factory=ModelPart)
+    lora: LoraPart | None = None
     drafter: DrafterPart | None = None
     optimizer: OptimizerPart = field(default_factory=OptimizerPart)
     schedule: SchedulePart = field(default_factory=SchedulePart)
@@ -293,44 +282,46 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     compile: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["selective"] = False
     seed: int = 0
     max_seconds: float | None = None
     checkpoint_every_s: float = 600.0
     log_every_steps: int = 10
 
     def __post_init__(self) -> None:
-        _check(bool(self.stages), "stages is empty, but must hold at least one stage")
+        check(bool(self.stages), "stages is empty, but must hold at least one stage")
         names = [stage.name for stage in self.stages]
-        _check(
+        check(
             len(set(names)) == len(names), f"stages are named {names}, but names must be different"
         )
-        _check_finite(self)
-        _check(0 <= self.seed < 2**63, f"seed is {self.seed}, but must lie in 0 .. 2^63 - 1")
-        _check(
+        check_finite(self)
+        check(0 <= self.seed < 2**63, f"seed is {self.seed}, but must lie in 0 .. 2^63 - 1")
+        check(
             self.max_seconds is None or self.max_seconds >= 0,
             f"max_seconds is {self.max_seconds}, but must not be negative",
         )
-        _check(
+        check(
             self.checkpoint_every_s >= 0,
             f"checkpoint_every_s is {self.checkpoint_every_s}, but must not be negative",
         )
-        _check(
+        check(
             self.log_every_steps > 0,
             f"log_every_steps is {self.log_every_steps}, but must be positive",
         )
+        if self.lora is not None:
+            check_lora_run(self)
         if self.drafter is not None:
             check_drafter_run(self)
         if self.model.init is None:
             longest = max(stage.sequence_length for stage in self.stages)
             context = self.model.max_position_embeddings
-            _check(
+            check(
                 longest <= context,
                 f"sequence_length is {longest}, but must be at most model.max_position_embeddings "
                 f"({context})",
             )
             last, block_size = self.stages[-1].sequence_length, self.model.block_size
-            _check(
+            check(
                 block_size <= last,
                 f"model.block_size is {block_size}, but must be at most the last stage's "
                 f"sequence_length ({last})",

@@ -62,9 +62,11 @@ def distribute_model(
     policy = MixedPrecisionPolicy(
         param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    # Beside an adapter the base is frozen, and what is not is the adapter: whole on every rank.
+    whole = {p for p in model.parameters() if p.requires_grad} if has_adapter else set()
     for layer in model.encoder.layers:
-        fully_shard(layer, mesh=mesh[DATA], mp_policy=policy)
-    fully_shard(model, mesh=mesh[DATA], reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh[DATA], mp_policy=policy, ignored_params=whole)
+    fully_shard(model, mesh=mesh[DATA], reshard_after_forward=False, ignored_params=whole)
     register_fsdp_forward_method(model, "encode")
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -69,9 +69,7 @@ def dual_stream_mod(rows: PackedRows) -> MaskMod:
     return may_attend
 
 
-def causal_attention(
-    rows: PackedRows, *, dtype: torch.dtype, is_checkpointed: bool = False
-) -> Attend:
+def causal_attention(rows: PackedRows, *, dtype: torch.dtype, is_rerun: bool = False) -> Attend:
     """The AR view of packed rows; see `training_attention`."""
     if has_flex(rows.clean_ids.device):
         return _flex_attention(causal_mod(rows), rows, num_parts=1, dtype=dtype)
@@ -79,12 +77,12 @@ def causal_attention(
         causal_mask(rows),
         part_len=rows.clean_ids.shape[1],
         dtype=dtype,
-        is_checkpointed=is_checkpointed,
+        is_rerun=is_rerun,
     )
 
 
 def dual_stream_attention(
-    rows: PackedRows, *, dtype: torch.dtype, is_checkpointed: bool = False
+    rows: PackedRows, *, dtype: torch.dtype, is_rerun: bool = False
 ) -> Attend:
     """Both views over `[noisy | clean]`; see `training_attention`."""
     if has_flex(rows.clean_ids.device):
@@ -93,7 +91,7 @@ def dual_stream_attention(
         dual_stream_mask(rows),
         part_len=rows.clean_ids.shape[1],
         dtype=dtype,
-        is_checkpointed=is_checkpointed,
+        is_rerun=is_rerun,
     )
 
 
@@ -112,7 +110,7 @@ def _flex_attention(
 
 
 def training_attention(
-    attn_mask: Tensor, *, part_len: int, dtype: torch.dtype, is_checkpointed: bool = False
+    attn_mask: Tensor, *, part_len: int, dtype: torch.dtype, is_rerun: bool = False
 ) -> Attend:
     """The fastest way to attend under any mask: chunks on the CPU, the dense kernel elsewhere.
 
@@ -123,7 +121,7 @@ def training_attention(
         attn_mask: [B, 1, T, T'] bool.
         part_len: S; T' is S or 2S.
         dtype: Of the weights; autocast, where it is on, has the last word.
-        is_checkpointed: Whether layers are run again in the backward. Then at most two layers keep
+        is_rerun: Whether whole layers are run again in the backward. Then at most two layers keep
             anything at a time, and they may keep their attention weights.
     """
     if attn_mask.device.type != "cpu":
@@ -134,7 +132,7 @@ def training_attention(
         chunk_len=_CPU_CHUNK_LEN,
         part_len=part_len,
         dtype=dtype,
-        is_kept=is_checkpointed,
+        is_kept=is_rerun,
     )
 
 

@@ -64,18 +64,20 @@ class _HeadLoss(torch.autograd.Function):
         table, total = weight.to(dtype), torch.zeros((), dtype=wide, device=states.device)
         states_grad = torch.empty_like(states) if needs_grad else None
         weight_grad = torch.zeros_like(weight) if needs_grad else None
-        chunk_len = chunk_rows(weight.shape[0], weight.device)
-        for start in range(0, len(states), chunk_len):
+        chunk_len = min(chunk_rows(weight.shape[0], weight.device), len(states))
+        products = table.new_empty(chunk_len, weight.shape[0])
+        for start in range(0, len(states), max(chunk_len, 1)):
             rows = slice(start, start + chunk_len)
             chunk, target, scale = states[rows].to(dtype), targets[rows, None], weights[rows, None]
-            logits = torch.mm(chunk, table.mT).to(wide)
-            log_sums = logits.logsumexp(1, keepdim=True)
-            total += ((log_sums - logits.gather(1, target)) * scale).sum()
+            product = torch.mm(chunk, table.mT, out=products[: len(chunk)])
+            logits = product.to(wide)
+            largest, right = logits.amax(1, keepdim=True), logits.gather(1, target)
+            sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
+            total += ((sums.log() + largest - right) * scale).sum()
             if states_grad is None or weight_grad is None:
                 continue
-            grad = logits.sub_(log_sums).exp_().mul_(scale)
-            grad.scatter_add_(1, target, -scale.to(wide))
-            grad = grad.to(dtype)
+            logits.mul_(scale / sums).scatter_add_(1, target, -scale.to(wide))
+            grad = product.copy_(logits)  # the same tensor where `dtype` is wide
             states_grad[rows] = torch.mm(grad, table)
             if dtype == weight_grad.dtype:
                 weight_grad.addmm_(grad.mT, chunk)  # in place: no second table of the head's size

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from trimode.model import TriModeModel
 from trimode.training.batches import LossTerms, StepBatch, make_batch
 from trimode.training.checkpoints import RunState
@@ -24,7 +26,7 @@ class JointObjective:
     Args:
         config: Without a `drafter` part.
         data: The training split.
-        model: The whole network, the same on every rank. Shared out here; all of it is trained.
+        model: The whole network, the same on every rank. Shared out here.
         precision: Of the evaluation.
         parallel: The ranks.
     """
@@ -40,11 +42,16 @@ class JointObjective:
         precision: Precision,
         parallel: Parallel,
     ) -> None:
-        self._held_out = open_heldout(config, model)
-        parallel.shard(model.train(), gather_dtype=precision.gather_dtype)
-        self.model = self.trainable = model
         self._config, self._data = config, data
         self._precision, self._parallel = precision, parallel
+        self._held_out = open_heldout(config, model)
+        self.model = model
+        self.trainable = self._place(model)
+
+    def _place(self, model: TriModeModel) -> nn.Module:
+        """Share `model` out over the ranks; returns what is trained: all of it."""
+        self._parallel.shard(model.train(), gather_dtype=self._precision.gather_dtype)
+        return model
 
     def make_batch(self, step: int) -> StepBatch:
         """The rows of a step and their noise."""
@@ -56,8 +63,8 @@ class JointObjective:
 
     def loss(self, micro_batch: TrainingBatch, batch: StepBatch) -> LossTerms:
         """The share of one micro-batch in the loss of its step."""
-        is_checkpointed = self._config.activation_checkpointing
-        sums = loss_sums(self.model, micro_batch, is_checkpointed=is_checkpointed)
+        checkpointing = self._config.activation_checkpointing
+        sums = loss_sums(self.model, micro_batch, checkpointing=checkpointing)
         counts = batch.counts
         reported = {"ar_loss": sums.ar.detach() / max(counts.num_ar_targets, 1)}
         if micro_batch.noise is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimode.model import AdapterSwitch, DrafterAdapter, TriModeModel
+from trimode.model import AdapterSwitch, Checkpointing, DrafterAdapter, TriModeModel
 from trimode.training.corruption import Corruption
 from trimode.training.dual_stream import causal_attention, dual_stream_attention
 from trimode.training.head_loss import head_loss_sum
@@ -99,7 +99,7 @@ def target_weights(is_target: Tensor, *, is_row_averaged: bool) -> Tensor:
 
 
 def loss_sums(
-    model: TriModeModel, batch: TrainingBatch, *, is_checkpointed: bool = False
+    model: TriModeModel, batch: TrainingBatch, *, checkpointing: Checkpointing = False
 ) -> LossSums:
     """Both loss sums of a batch in one forward.
 
@@ -108,19 +108,19 @@ def loss_sums(
     Args:
         model: The network.
         batch: On its device.
-        is_checkpointed: Make each layer's activations again in the backward (`encode`).
+        checkpointing: What the backward makes again (`encode`).
     """
     rows, noise = batch.rows, batch.noise
     if noise is None:
         hidden = model.encode(
             rows.clean_ids,
             rows.position_ids,
-            attend=causal_attention(rows, dtype=model.dtype, is_checkpointed=is_checkpointed),
-            is_checkpointed=is_checkpointed,
+            attend=causal_attention(rows, dtype=model.dtype, is_rerun=checkpointing is True),
+            checkpointing=checkpointing,
         )
         ar = _ar_sum(model, hidden, batch)
         return LossSums(ar=ar, diffusion=torch.zeros_like(ar))
-    noisy_hidden, clean_hidden = encode_dual_stream(model, batch, is_checkpointed=is_checkpointed)
+    noisy_hidden, clean_hidden = encode_dual_stream(model, batch, checkpointing=checkpointing)
     return LossSums(
         ar=_ar_sum(model, clean_hidden, batch),
         diffusion=_diffusion_sum(model, noisy_hidden, batch),
@@ -132,11 +132,11 @@ def encode_dual_stream(
     batch: TrainingBatch,
     *,
     adapter: DrafterAdapter | None = None,
-    is_checkpointed: bool = False,
+    checkpointing: Checkpointing = False,
 ) -> tuple[Tensor, Tensor]:
     """Hidden states of the noisy and of the clean half, [B, S, H] each.
 
-    The adapter, if there is one, is on for the noisy half only. `is_checkpointed` as in `encode`.
+    The adapter, if there is one, is on for the noisy half only. `checkpointing` as in `encode`.
     """
     rows, noise = batch.rows, batch.noise
     assert noise is not None, "a dual stream needs noise"
@@ -148,9 +148,9 @@ def encode_dual_stream(
     hidden = model.encode(
         torch.cat((noise.noisy_ids, rows.clean_ids), dim=1),
         torch.cat((rows.position_ids, rows.position_ids), dim=1),
-        attend=dual_stream_attention(rows, dtype=model.dtype, is_checkpointed=is_checkpointed),
+        attend=dual_stream_attention(rows, dtype=model.dtype, is_rerun=checkpointing is True),
         adapter=switch,
-        is_checkpointed=is_checkpointed,
+        checkpointing=checkpointing,
     )
     return hidden[:, :row_len], hidden[:, row_len:]
 

@@ -166,7 +166,8 @@ class Parallel:
             model: A `TriModeModel` in float32, the same on every rank, on any device.
             gather_dtype: Layers are gathered in this dtype (bfloat16 beside CUDA autocast: half
                 the traffic, and no rank keeps a second copy of the layers); None: in float32.
-            has_adapter: Whether a LoRA adapter will be given to its forwards.
+            has_adapter: The base is frozen under an adapter; parameters of the model that are not
+                frozen are the adapter's, which stays whole on every rank, where it is.
 
         Raises:
             ConfigError: Heads or inner size cannot be shared out.

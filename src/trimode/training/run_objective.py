@@ -1,4 +1,5 @@
-"""What a run trains, as the trainer sees it: `JointObjective` and `DrafterObjective` are two."""
+"""What a run trains, as the trainer sees it. There are three: `JointObjective` (all weights),
+`LoraObjective` (the same loss, a LoRA), `DrafterObjective` (a drafter)."""
 
 from __future__ import annotations
 

@@ -180,8 +180,7 @@ class _Run:
         if config.compile and parallel.is_distributed:  # what gathers a layer stays outside
             for layer in model.encoder.layers:
                 layer.forward = torch.compile(layer.forward)
-        make = JointObjective if config.drafter is None else DrafterObjective
-        self.objective = make(
+        self.objective = _objective_class(config)(
             config, data, model=model, precision=self.precision, parallel=parallel
         )
         self.optimizer = make_optimizer(
@@ -399,6 +398,14 @@ class _Run:
         )
         self._last_saved = time.monotonic()
         logger.info("checkpoint %s", folder)
+
+
+def _objective_class(config: TrainConfig) -> type[JointObjective] | type[DrafterObjective]:
+    if config.lora is not None:
+        from trimode.training.lora import LoraObjective  # needs PEFT, which is an extra
+
+        return LoraObjective
+    return JointObjective if config.drafter is None else DrafterObjective
 
 
 def _make_model(config: TrainConfig, data: TokenShards) -> TriModeModel:

@@ -1,0 +1,105 @@
+"""`trimode chat`: answer a message, or hold a conversation on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from trimode.cli.generate import (
+    DECODING_FLAGS,
+    add_model_arguments,
+    as_object,
+    in_force,
+    print_pieces,
+    read_prompt,
+    summary,
+)
+from trimode.errors import RequestError
+
+if TYPE_CHECKING:
+    from trimode.runtime import Generation, TriModeLM
+
+NAME = "chat"
+HELP = "answer a message, or talk"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = (
+        "Without MESSAGE on a terminal: a conversation, a line a message, until Ctrl-D. Answers go"
+        " to stdout, counts to stderr. The model's tokenizer must have a chat template."
+    )
+    parser.add_argument(
+        "message",
+        nargs="?",
+        metavar="MESSAGE",
+        help="answer this and end; `-`, or none with something piped in, reads stdin as it is",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="what the conversation begins with")
+    add_model_arguments(parser)
+    decoding = parser.add_argument_group("decoding")
+    for name, flag in DECODING_FLAGS.items():
+        decoding.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **flag)
+    parser.add_argument("--json", action="store_true", help="print one JSON object (with MESSAGE)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer; 0 unless the network broke down on the way."""
+    is_talk = args.message is None and sys.stdin is not None and sys.stdin.isatty()
+    if is_talk and args.json:
+        raise RequestError("--json prints one answer: give a MESSAGE, or pipe one in")
+    message = None if is_talk else read_prompt(args.message)
+
+    from trimode.runtime import load
+
+    lm = load(
+        args.model, device=args.device, dtype=args.dtype, lora=args.lora, drafter=args.drafter
+    )
+    options = {name: getattr(args, name) for name in DECODING_FLAGS if hasattr(args, name)}
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    if message is None:
+        return _talk(lm, messages, options)
+    messages.append({"role": "user", "content": message})
+    if args.json:
+        generation = lm.chat(messages, **options)
+        mode, block_length = in_force(lm, options)
+        print(json.dumps(as_object(generation, mode=mode, block_length=block_length)))
+    else:
+        generation = _answer(lm, messages, options)
+    return 1 if generation.finish_reason == "abort" else 0
+
+
+def _talk(lm: TriModeLM, messages: list[dict[str, str]], options: dict[str, Any]) -> int:
+    import readline  # noqa: F401  # line editing for `input`
+
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return 0
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            generation = _answer(lm, messages, options)
+        except RequestError as error:  # such as a full context; what was said stays on the screen
+            print(f"trimode: error: {error}", file=sys.stderr)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": generation.text})
+
+
+def _answer(lm: TriModeLM, messages: list[dict[str, str]], options: dict[str, Any]) -> Generation:
+    """The answer on stdout as it comes, its cost on stderr."""
+    from trimode.conversation import answering
+
+    stream = lm.stream(**answering(lm.tokenizer, messages, options))
+    print_pieces(stream)
+    assert stream.generation is not None
+    mode, block_length = in_force(lm, options)
+    for line in summary(stream.generation, mode=mode, block_length=block_length):
+        print(line, file=sys.stderr)
+    return stream.generation
