@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format results clean
 
 demo: $(STAMP)
 	GOMP_SPINCOUNT=3000 $(BIN)/python examples/three_modes.py
@@ -20,6 +20,23 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Every table that depends on the default model: benchmark, card, README, docs. About ten minutes on
+# a machine that does nothing else. The pairs are made from what is installed, once.
+MONTH := $(shell date +%Y%m)
+PAIRS := data/pocket_instruct_held_out.jsonl
+
+results: $(STAMP) $(PAIRS)
+	GOMP_SPINCOUNT=3000 $(BIN)/python benchmarks/bench_decode.py --drafter linear_spec_lora \
+		--output benchmarks/results/pocket_cpu_$(MONTH)
+	GOMP_SPINCOUNT=3000 $(BIN)/python benchmarks/bench_instruct.py \
+		--output benchmarks/results/instruct_cpu_$(MONTH)
+	$(BIN)/python benchmarks/model_card.py
+	$(BIN)/python benchmarks/fill_tables.py
+
+$(PAIRS): | $(STAMP)
+	test -f data/pocket/manifest.json || $(BIN)/trimode prepare configs/pocket_data.yaml
+	$(BIN)/python benchmarks/instruct_pairs.py data/pocket_instruct.jsonl
 
 # Touched again whenever what is to be installed changes.
 $(STAMP): pyproject.toml constraints.txt

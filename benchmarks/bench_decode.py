@@ -244,7 +244,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python " + " ".join(sys.argv),
-        "arguments": {k: str(v) for k, v in vars(arguments).items()},
+        "arguments": {k: _within(v) for k, v in vars(arguments).items()},
         "machine": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -255,6 +255,13 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
         "batch_size": 1,
         "dtype": "float32",
     }
+
+
+def _within(value: Any) -> str:
+    """An argument as text; a path inside the repository without what lies before it."""
+    root = Path(__file__).resolve().parents[1]
+    is_inside = isinstance(value, Path) and value.is_relative_to(root)
+    return str(value.relative_to(root) if is_inside else value)
 
 
 def table(

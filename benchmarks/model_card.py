@@ -1,17 +1,17 @@
-"""Write the default model's card from what its run, its data and its benchmark recorded.
+"""Write the default model's card from what its runs, its data and its benchmark recorded.
 
-    python benchmarks/model_card.py --run runs/pocket_cpu --data data/pocket \\
-        --benchmark benchmarks/results/pocket_cpu_202611.json
+    python benchmarks/model_card.py
 
 Nothing in the card is typed by hand but its prose; the samples are the first prompts, not picked.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from fill_tables import RESULTS, instruct_table, newest, read, views_table
 
 import trimode
 from trimode.checkpoint.io import DEFAULT_MODEL
@@ -57,43 +57,38 @@ def samples(lm: trimode.TriModeLM) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=Path("data/pocket"))
-    parser.add_argument("--benchmark", type=Path, required=True)
-    parser.add_argument("--hardware", default="2 CPU cores with AVX512-BF16, bf16 autocast")
-    arguments = parser.parse_args()
-    log = (arguments.run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in log]
-    config = json.loads((arguments.run / "config.json").read_text(encoding="utf-8"))["config"]
-    manifest = json.loads((arguments.data / "manifest.json").read_text(encoding="utf-8"))
-    benchmark = arguments.benchmark.with_suffix(".md").read_text(encoding="utf-8")
-    report = [record for record in records if record["kind"] == "held_out"][-1]["report"]
+    training = read(RESULTS / "pocket_training.json")
+    run, data = training["model"], training["data"]
+    config, report = run["config"], run["evaluations"][-1]["report"]
+    benchmark = newest("pocket_cpu").with_suffix(".md").read_text(encoding="utf-8")
     lm = trimode.load()
     shape, num_parameters = lm.model.config, sum(p.numel() for p in lm.model.parameters())
-    packages = sorted(manifest["packages"], key=lambda p: (p["split"] != "train", p["name"]))
+    packages = sorted(data["packages"], key=lambda p: (p["split"] != "train", p["name"]))
     card = TEMPLATE.read_text(encoding="utf-8").format(
         parameters=num_parameters / 1e6,
         num_parameters=num_parameters,
-        config=f"configs/{arguments.run.name}.yaml",
+        config=f"configs/{run['name']}.yaml",
         export=config["export"]["dtype"],
         shape=f"{shape.num_hidden_layers} layers, hidden {shape.hidden_size}, MLP"
         f" {shape.intermediate_size}, {shape.num_attention_heads} heads"
         f" ({shape.num_key_value_heads} K/V) of {shape.head_dim}, vocabulary {shape.vocab_size},"
         f" untied, block length {shape.block_size}",
         stages=stages(config),
-        available=manifest["train"]["num_tokens"],
-        hardware=arguments.hardware,
-        hours=[r for r in records if r["kind"] == "step"][-1]["seconds"] / 3600,
+        available=data["train"]["num_tokens"],
+        hardware=f"{run['environment']['threads']} threads, {run['environment']['device']}",
+        hours=run["seconds"] / 3600,
         ar_loss=report["ar_loss"],
         diffusion_loss=report["diffusion_loss"],
         last_offset=report["block_length"] - 1,
         agreement=", ".join(f"{value:.2f}" for value in report["agreement_by_offset"]),
-        num_documents=manifest["train"]["num_documents"],
-        megabytes=manifest["train"]["num_bytes"] / 1e6,
-        num_held_out=manifest["held_out"]["num_documents"],
+        num_documents=data["train"]["num_documents"],
+        megabytes=data["train"]["num_bytes"] / 1e6,
+        num_held_out=data["held_out"]["num_documents"],
         packages="\n".join(map(package_row, packages)),
         benchmark=benchmark.strip(),
+        views=views_table(),
+        read=run["evaluations"][-1]["tokens"] / 1e6,
+        instruct=instruct_table(),
         num_samples=NUM_SAMPLES,
         sample_tokens=SAMPLE_TOKENS,
         samples=samples(lm),

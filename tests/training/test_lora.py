@@ -225,6 +225,7 @@ def test_export_dtype_targets_and_tokenizer(run: TrainConfig, tmp_path: Path) ->
     assert (settings["r"], settings["lora_alpha"]) == (4, 6.0)
     assert settings["base_model_name_or_path"] == run.model.init
     assert (result.final_dir / "tokenizer_config.json").read_text() == "{}"
+    assert not (result.final_dir / "README.md").exists()
 
 
 Change = Callable[[TrainConfig], TrainConfig]

@@ -73,6 +73,7 @@ class LoraObjective(JointObjective):
             state_dict={name: weight.to(dtype) for name, weight in weights.items()},
             save_embedding_layers=False,
         )
+        (partial / "README.md").unlink(missing_ok=True)  # a card with nothing filled in
         tokenizer = Path(self._config.data) / "tokenizer"
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, partial, dirs_exist_ok=True)

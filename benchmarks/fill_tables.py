@@ -1,0 +1,145 @@
+"""Put measured tables into the pages that show them, so that no number is typed by hand.
+
+    python benchmarks/fill_tables.py
+
+A page marks a place by `<!-- table: NAME -->` and `<!-- end of table -->`; what is between them is
+replaced by what the files in `benchmarks/results` say. The names are those of `TABLES`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "training.md")
+
+_PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def newest(stem: str) -> Path:
+    """The newest result of a kind, by the month in its name."""
+    return max(RESULTS.glob(f"{stem}_*.json"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def decode_table() -> str:
+    """All modes beside transformers, and what they mean for who waits."""
+    path = newest("pocket_cpu")
+    found = read(path)
+    rows = {row["name"]: row for row in found["summary"]}
+    env = found["environment"]
+    lines = [
+        f"{env['machine']}, {env['threads']} threads, float32, batch 1, greedy,"
+        f" {len(found['runs'])} held-out prompts, {env['arguments']['new_tokens']} new tokens, all"
+        " contestants in one run",
+        f"(`make results`; raw figures and verdicts: `benchmarks/results/{path.stem}.md`):",
+        "",
+        "| | tokens/s | over transformers | TPF decode | TPF total | acceptance length | fed/new |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        cells = [name, f"{row['tokens_per_second']:.0f}"]
+        cells.append(f"{row['speed_over_transformers']:.2f}x")
+        for key in ("tpf_decode", "tpf_total", "acceptance_length", "tokens_fed_per_new_token"):
+            cells.append(f"{row[key]:.2f}" if row.get(key) is not None else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    equal = [
+        f"{one['pair'][0]} and {one['pair'][1]} {one['equal']} of {len(found['runs'])}"
+        for one in found["equal"]
+    ]
+    lines += ["", f"Equal texts: {'; '.join(equal)}."]
+    slower = [
+        f"`{name}` {row['tokens_per_second'] / rows['ar']['tokens_per_second']:.2f}x"
+        for name, row in rows.items()
+        if name not in ("transformers", "ar")
+    ]
+    lines.append(f"Tokens/s over `ar`: {', '.join(slower)}.")
+    return "\n".join(lines)
+
+
+def views_table() -> str:
+    """What each part of training did to both views."""
+    training = read(RESULTS / "pocket_training.json")
+    model = training["model"]
+    ends, tokens = [], 0
+    for stage in model["config"]["stages"]:
+        tokens += -(-stage["tokens"] // stage["batch_tokens"]) * stage["batch_tokens"]
+        ends.append((stage["name"], tokens))
+    lines = [
+        "| after | tokens | AR loss | diffusion loss | acceptance length, on the text |",
+        "|---|---|---|---|---|",
+    ]
+    for name, end in ends:
+        found = min(model["evaluations"], key=lambda one: abs(one["tokens"] - end))
+        lines.append(_loss_row(f"stage `{name}`", found))
+    if training["control"] is not None:
+        lines.append(_loss_row("AR alone, as many tokens", training["control"]["evaluations"][-1]))
+    rows = {row["name"]: row for row in read(newest("pocket_cpu"))["summary"]}
+    best = max(
+        (one["report"] for one in training["drafter"]["evaluations"]),
+        key=lambda report: report["with_adapter"]["round_acceptance_length"],
+    )
+    lines += [
+        "",
+        "| drafts by | acceptance length, held-out rounds | the same, decoding | TPF total |",
+        "|---|---|---|---|",
+    ]
+    for title, key, name in (
+        ("the diffusion view", "without_adapter", "linear"),
+        ("the same with the drafter", "with_adapter", "linear, drafter"),
+    ):
+        lines.append(
+            f"| {title} | {best[key]['round_acceptance_length']:.2f} |"
+            f" {rows[name]['acceptance_length']:.2f} | {rows[name]['tpf_total']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def instruct_table() -> str:
+    """The tuned model beside its base."""
+    return newest("instruct_cpu").with_suffix(".md").read_text(encoding="utf-8").strip()
+
+
+def train_table() -> str:
+    """The training step beside a plain one."""
+    return newest("train_cpu").with_suffix(".md").read_text(encoding="utf-8").strip()
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "decode": decode_table,
+    "views": views_table,
+    "instruct": instruct_table,
+    "train": train_table,
+}
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the results say."""
+    return _PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]]()}\n{place[3]}", text)
+
+
+def _loss_row(name: str, evaluation: dict[str, Any]) -> str:
+    report = evaluation["report"]
+    return (
+        f"| {name} | {evaluation['tokens'] / 1e6:.1f}M | {report['ar_loss']:.2f} |"
+        f" {report['diffusion_loss']:.2f} | {report['acceptance_length']:.2f} |"
+    )
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
