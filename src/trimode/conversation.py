@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from trimode.errors import RequestError
 
-_ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"
+_STAND_IN = "\N{OBJECT REPLACEMENT CHARACTER}"
 _ROLES = ("system", "user", "assistant")
 
 Messages = Sequence[Mapping[str, str]]
@@ -38,29 +37,61 @@ def answering(
             "a conversation needs a tokenizer with a chat template, and this model has none; give "
             "a model that was tuned on conversations, or a LoRA that was"
         )
+    if "prompt" in options:
+        raise RequestError("prompt is given beside messages; allowed: one of them")
+    plain = _checked(messages)
+    # The answer and one more message, so that it shows what comes between the two.
+    turns = [{"role": "assistant", "content": _STAND_IN}, {"role": "user", "content": _STAND_IN}]
+    parts = _render(tokenizer, [*plain, *turns]).rsplit(_STAND_IN, 2)
+    if len(parts) < 3:
+        raise RequestError("the chat template leaves out what assistant or user say")
+    prompt = _encode(tokenizer, _render(tokenizer, plain, add_generation_prompt=True))
+    arguments = {**options, "prompt": prompt}
+    marker = _first_special(tokenizer, parts[1])
+    if marker is not None:
+        arguments["stop_token_ids"] = _with(options.get("stop_token_ids"), marker)
+    elif parts[1].strip():
+        arguments["stop"] = _with(options.get("stop"), parts[1].strip().splitlines()[0])
+    return arguments
+
+
+def _checked(messages: Messages) -> list[dict[str, str]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise RequestError(f"messages is a {type(messages).__name__}; allowed: a list of mappings")
     for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping):
+            kind = type(message).__name__
+            raise RequestError(f"message {number} is a {kind}; allowed: a mapping")
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES or not isinstance(content, str):
             raise RequestError(
                 f"message {number} has role {role!r} and content of type "
                 f"{type(content).__name__}; allowed: {', '.join(_ROLES)}, and a string"
             )
+        if any("\ud800" <= sign <= "\udfff" for sign in content):
+            raise RequestError(f"message {number} is not valid Unicode; convert it first")
     if not messages or messages[-1]["role"] == "assistant":
         raise RequestError("there is nothing to answer: the last message must not be assistant's")
-    plain = [dict(message) for message in messages]
-    prompt = _render(tokenizer, plain, add_generation_prompt=True)
-    answered = _render(tokenizer, [*plain, {"role": "assistant", "content": _ANSWER}])
-    _, _, rest = answered.rpartition(_ANSWER)
-    ids = _encode(tokenizer, rest)
+    return [dict(message) for message in messages]
+
+
+def _first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """The special token that a text begins with, white space aside; None if it is other text."""
     added = tokenizer.added_tokens_decoder
-    is_token = bool(ids) and ids[0] in added and added[ids[0]].special
-    arguments = {**options, "prompt": _encode(tokenizer, prompt)}
-    if is_token:
-        arguments["stop_token_ids"] = [*(options.get("stop_token_ids") or ()), ids[0]]
-    elif rest.strip():
-        stop = options.get("stop") or ()
-        arguments["stop"] = [*([stop] if isinstance(stop, str) else stop), rest.strip()]
-    return arguments
+    for token_id in _encode(tokenizer, text):
+        if token_id in added and added[token_id].special:
+            return token_id
+        if tokenizer.decode([token_id]).strip():
+            return None
+    return None
+
+
+def _with(values: Any, one: Any) -> Any:
+    """A caller's list with one more; what is no list stays as it is, for `generate` to refuse."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if values is None or isinstance(values, str):
+        return [one] if values is None else [values, one]
+    return [*values, one] if isinstance(values, Sequence) else values
 
 
 def _render(
@@ -68,8 +99,9 @@ def _render(
 ) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise RequestError(f"the chat template refuses the conversation: {error}") from error
+    except Exception as error:  # a template is a program of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(f"the chat template refuses the conversation: {reason}") from error
     assert isinstance(text, str)
     return text
 

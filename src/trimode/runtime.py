@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trimode.checkpoint.adapter import find_adapter, load_adapter, merge_lora
+from trimode.checkpoint.adapter import check_use, find_adapter, load_adapter, merge_lora
 from trimode.checkpoint.io import load_model, load_tokenizer, resolve
 from trimode.conversation import Messages, answering
 from trimode.decoding import Event, GenerationParams, Sequence, Stats
@@ -415,7 +415,9 @@ def load(
         tokenizer = load_tokenizer(lora, config=model.config) or tokenizer
     adapter = None
     if drafter is not None:
-        adapter = load_adapter(find_adapter(drafter, checkpoint=folder), model=model)
+        drafter = find_adapter(drafter, checkpoint=folder)
+        check_use(drafter, "drafter")
+        adapter = load_adapter(drafter, model=model)
     return TriModeLM(model, tokenizer, adapter=adapter)
 
 

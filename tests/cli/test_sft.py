@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -202,6 +203,9 @@ def test_message_from_stdin(folder: Path, capsys: Capture, monkeypatch: pytest.M
         ([{"role": "assistant", "content": "x"}], "there is nothing to answer"),
         ([{"role": "tool", "content": "x"}], "message 1 has role 'tool'"),
         ([{"role": "user", "content": None}], "content of type NoneType"),
+        (["hi"], "message 1 is a str; allowed: a mapping"),
+        ("hi", "messages is a str; allowed: a list of mappings"),
+        ([{"role": "user", "content": "\udcff"}], "message 1 is not valid Unicode"),
     ],
 )
 def test_bad_conversations(folder: Path, messages: Any, message: str) -> None:
@@ -228,3 +232,64 @@ def test_ends_of_turns(folder: Path) -> None:
     assert found["stop"] == ["a", "[end]"]
     assert "stop_token_ids" not in found
     assert lm.decode(found["prompt"]) == "[user] x [end]\n[assistant]"
+    odd = [{"role": "user", "content": "\ufffc x \ufffc"}]
+    assert answering(lm.tokenizer, odd, {})["stop"] == ["[end]"]
+
+
+@pytest.mark.parametrize(
+    ("close", "expected"),
+    [
+        ("<|im_end|>", "token"),
+        (" <|im_end|>\n", "token"),
+        ("\n\n<|im_end|>", "token"),
+        ("", "Q:"),
+        ("\n", "Q:"),
+        (" over <|im_end|>", "over <|im_end|>Q:"),
+    ],
+)
+def test_what_ends_a_turn(folder: Path, close: str, expected: str) -> None:
+    """A marker behind white space taken for text that never matches; turns without a marker that
+    run into the next one."""
+    lm = trimode.load(folder / "full" / "final")
+    assert lm.tokenizer is not None
+    lm.tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}"
+        + close.replace("\n", "{{ '\\n' }}")
+        + "{% endfor %}{{ 'A: ' if add_generation_prompt }}"
+    )
+    found = answering(lm.tokenizer, [{"role": "user", "content": "x"}], {})
+    if expected == "token":
+        end = lm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert found["stop_token_ids"] == [end]
+    else:
+        assert found["stop"] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 / 0 }}", "the chat template refuses the conversation: division by zero"),
+        ("{{ raise_exception('no') }}", "refuses the conversation: no"),
+        ("U: {{ messages[0].content }}", "leaves out what assistant or user say"),
+    ],
+)
+def test_templates_that_misbehave(folder: Path, template: str, message: str) -> None:
+    """A traceback from somebody's Jinja, or the whole conversation as a stop string."""
+    lm = trimode.load(folder / "full" / "final")
+    assert lm.tokenizer is not None
+    lm.tokenizer.chat_template = template
+    with pytest.raises(RequestError, match=message):
+        lm.chat([{"role": "user", "content": "x"}])
+
+
+def test_arguments_of_chat(folder: Path) -> None:
+    """Stops given as arrays lost, and bad ones a riddle."""
+    lm = trimode.load(folder / "full" / "final")
+    ask = [{"role": "user", "content": "71: sea?"}]
+    end = lm.tokenizer.convert_tokens_to_ids("<|im_end|>")  # type: ignore[union-attr]
+    found = answering(lm.tokenizer, ask, {"stop_token_ids": np.array([0])})
+    assert found["stop_token_ids"] == [0, end]
+    with pytest.raises(RequestError, match="stop_token_ids is 3; allowed: a list"):
+        lm.chat(ask, stop_token_ids=3)
+    with pytest.raises(RequestError, match="prompt is given beside messages"):
+        lm.chat(ask, prompt="x")

@@ -49,3 +49,29 @@ def test_bf16_products_keep_a_float32_sum() -> None:
     exact = F.cross_entropy(head(states), targets, reduction="sum")
     assert total.dtype == torch.float32
     assert float(total) == pytest.approx(float(exact.detach()), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("is_frozen", "is_evaluating", "num_products"), [(False, True, 1), (True, False, 2)]
+)
+def test_no_gradient_is_made_in_vain(
+    monkeypatch: pytest.MonkeyPatch, is_frozen: bool, is_evaluating: bool, num_products: int
+) -> None:
+    """An evaluation, or a LoRA run, that makes the gradient of a head which nobody updates."""
+    head = nn.Linear(8, 17, bias=False).requires_grad_(not is_frozen)
+    states = torch.randn(20, 8, requires_grad=True)
+    made = []
+    for name in ("mm", "zeros_like", "empty_like"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *a, plain=plain, name=name, **k: made.append(name) or plain(*a, **k)
+        )
+    with torch.set_grad_enabled(not is_evaluating):
+        total = head_loss_sum(head, states, torch.randint(17, (20,)), torch.ones(20))
+    assert made.count("mm") == num_products
+    assert "zeros_like" not in made
+    assert ("empty_like" in made) == (not is_evaluating)
+    if not is_evaluating:
+        total.backward()
+        assert states.grad is not None
+        assert head.weight.grad is None

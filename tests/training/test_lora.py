@@ -3,6 +3,7 @@ is PEFT's and ours."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,14 +16,15 @@ import peft
 import pytest
 import torch
 from fake_stream import write_data
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import trimode
-from trimode.checkpoint.adapter import merge_lora
+from trimode.checkpoint.adapter import merge_lora, save_adapter
 from trimode.checkpoint.io import load_model, load_tokenizer, save_checkpoint
-from trimode.errors import ConfigError
+from trimode.errors import CapacityError, CheckpointError, ConfigError
 from trimode.model import NemotronLabsDiffusionConfig
+from trimode.model.adapter import TARGETS, new_adapter
 from trimode.model.modeling import NemotronLabsDiffusionModel
 from trimode.training.adapter_config import DrafterPart, LoraPart
 from trimode.training.config import (
@@ -228,6 +230,65 @@ def test_export_dtype_targets_and_tokenizer(run: TrainConfig, tmp_path: Path) ->
     assert not (result.final_dir / "README.md").exists()
 
 
+def test_full_disk_keeps_the_folder_before(
+    run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that was there, lost to one that could not be written."""
+    run = replace(run, output_dir=str(tmp_path / "run"), stages=(replace(STAGE, tokens=256),))
+    before = tensors(train(run))
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("trimode.training.lora.save_tensors", full)
+    with pytest.raises(CapacityError, match="the disk is full; what was there is kept"):
+        train(replace(run, seed=1), is_resumed=False)
+    left = load_file(tmp_path / "run" / "lora" / "adapter_model.safetensors")
+    assert all(weight.equal(left[name]) for name, weight in before.items())
+    monkeypatch.undo()
+    other = tensors(train(replace(run, seed=1), is_resumed=False))
+    assert not any(weight.equal(other[name]) for name, weight in before.items())
+
+
+def test_merging_is_exact_in_a_narrow_dtype(
+    run: TrainConfig, learned: tuple[TrainResult, list[dict[str, Any]]]
+) -> None:
+    """Factors or their product rounded before the sum is."""
+    assert learned[0].final_dir is not None
+    wide, narrow = model_of(run, torch.float64), model_of(run, torch.bfloat16)
+    start = {name: weight.double() for name, weight in narrow.state_dict().items()}
+    before = {name: weight.clone() for name, weight in wide.state_dict().items()}
+    for model in (wide, narrow):
+        merge_lora(learned[0].final_dir, model=model)
+    moved = 0
+    for name, weight in wide.state_dict().items():
+        exact = start[name] + (weight - before[name])
+        is_off = narrow.state_dict()[name] != exact.bfloat16()  # at halves, float32 may tip over
+        assert is_off.double().mean() < 1e-3, name
+        moved += not weight.equal(before[name])
+    assert moved == 2 * 7
+
+
+def test_an_adapter_has_one_use(
+    run: TrainConfig, learned: tuple[TrainResult, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """A drafter merged into the AR view, which it must never colour."""
+    lora = learned[0].final_dir
+    with pytest.raises(CheckpointError, match="is a lora, and was given as drafter"):
+        trimode.load(run.model.init, drafter=lora)
+    adapter = new_adapter(model_of(run).encoder.layers, rank=2, alpha=4.0, targets=TARGETS, seed=0)
+    save_adapter(adapter, tmp_path / "mine", dtype=torch.float32)
+    with pytest.raises(CheckpointError, match="is a drafter, and was given as lora"):
+        trimode.load(run.model.init, lora=tmp_path / "mine")
+    assert trimode.load(run.model.init, drafter=tmp_path / "mine").adapter is not None
+    save_file(load_file(tmp_path / "mine" / "adapter_model.safetensors"), tmp_path / "plain")
+    published = tmp_path / "linear_spec_lora"
+    (tmp_path / "mine").rename(published)
+    (tmp_path / "plain").rename(published / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="is a drafter, and was given as lora"):
+        trimode.load(run.model.init, lora=published)
+
+
 Change = Callable[[TrainConfig], TrainConfig]
 
 
@@ -236,6 +297,10 @@ Change = Callable[[TrainConfig], TrainConfig]
     [
         (lambda c: replace(c, model=ModelPart()), "a LoRA run needs the model that it is for"),
         (lambda c: replace(c, optimizer=OptimizerPart()), "optimizer.name is 'muon'"),
+        (
+            lambda c: replace(c, optimizer=replace(c.optimizer, muon_momentum=0.5)),
+            "muon_momentum is 0.5, but means nothing to adamw",
+        ),
         (lambda c: replace(c, drafter=DrafterPart()), "lora and drafter are both there"),
         (lambda c: replace(c, lora=LoraPart(rank=0)), "rank is 0"),
         (lambda c: replace(c, lora=LoraPart(targets=())), "targets is empty"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from trimode.checkpoint import whole_folder
@@ -40,8 +40,23 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "megatron_config": (None,),
     "trainable_token_indices": (None,),
+    "layers_to_transform": (None, []),
+    "exclude_modules": (None, []),
+    "target_parameters": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
 }
 """LoRA variants that would change the arithmetic, and the values that leave them off."""
+
+
+_USE = "trimode_use"
+"""Key of the tensors' metadata that says what an adapter is for; absent in those of others."""
+
+_PUBLISHED_DRAFTER = "linear_spec_lora"
 
 
 def find_adapter(name: str | Path, *, checkpoint: Path) -> Path:
@@ -101,12 +116,36 @@ def load_adapter(
     return adapter.eval().requires_grad_(False)
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, *, use: str) -> None:
+    """Write `adapter_model.safetensors`, with what it is for (`lora` or `drafter`) beside it."""
+    metadata = {"format": "pt", _USE: use}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
+
+
+def check_use(folder: Path, use: str) -> None:
+    """Refuse a drafter as `lora`, which would colour the AR view, and a LoRA as `drafter`.
+
+    Raises:
+        CheckpointError: it is for the other use, as far as can be told.
+    """
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+            found = (tensors.metadata() or {}).get(_USE)
+    except (SafetensorError, OSError):
+        return  # whoever reads the tensors says what is wrong
+    if found is None and folder.name == _PUBLISHED_DRAFTER:
+        found = "drafter"
+    if found not in (None, use):
+        raise CheckpointError(f"{folder} is a {found}, and was given as {use}; give it as {found}")
+
+
 def merge_lora(folder: str | Path, *, model: TriModeModel) -> None:
     """Add the LoRA of a folder into the weights of `model`, for every view.
 
     Raises:
-        CheckpointError: it is not a plain LoRA, or does not fit the network.
+        CheckpointError: it is a drafter, is not a plain LoRA, or does not fit the network.
     """
+    check_use(Path(folder), "lora")
     merge(load_adapter(folder, model=model, dtype=torch.float32), model.encoder.layers)
 
 
@@ -143,7 +182,7 @@ def save_adapter(
         **{name: allowed[0] for name, allowed in _PLAIN.items()},
     }
     temporary = whole_folder.start(folder)
-    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, temporary, use="drafter")
     text = json.dumps(config, indent=2) + "\n"
     (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
     whole_folder.publish(folder)

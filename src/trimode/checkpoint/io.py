@@ -75,12 +75,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_model_config(folder: Path) -> TriModeConfig:
     """The configuration of a checkpoint folder, of a model type that this package reads."""
+    if (folder / "adapter_config.json").exists() and not (folder / CONFIG_NAME).exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter, not a model; give it as lora or drafter beside its model"
+        )
     content = read_json(folder / CONFIG_NAME)
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_CLASSES:
         raise CheckpointError(
             f"{folder / CONFIG_NAME}: model_type is {model_type!r}; "
-            f"allowed: {', '.join(MODEL_CLASSES)}"
+            f"allowed: {', '.join(MODEL_CLASSES)}; an AR model is made one by `trimode convert`"
         )
     try:
         return MODEL_CLASSES[model_type].config_class.from_dict(content)

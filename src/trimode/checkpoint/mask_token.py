@@ -72,7 +72,10 @@ def _wanted_token(wanted: str, vocab: dict[str, int], source: Source) -> str:
     by_id = {token_id: token for token, token_id in vocab.items()}
     token = by_id.get(int(wanted)) if wanted.isdecimal() else wanted
     if token is None or token not in vocab:
-        raise ConfigError(f"mask token is {wanted!r}; allowed: a token of the vocabulary or its id")
+        raise ConfigError(
+            f"mask token is {wanted!r}; allowed: a token of the vocabulary or its id, 0 to"
+            f" {max(by_id)}; left out, a free slot is chosen"
+        )
     if vocab[token] in source.special_ids:
         raise ConfigError(
             f"mask token is {wanted!r}, which begins, ends or pads texts, or is the unknown token"

@@ -77,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(record))
         return 0
     how = f"exported {result.final_dir}" if result.is_finished else "stopped; run again to go on"
-    heldout = "" if result.heldout is None else f"; held out: {result.heldout.line()}"
+    if result.state.best_step is not None and result.is_finished:
+        best = f"step {result.state.best_step}, acceptance length {result.state.best_score:.3f}"
+        how += f", the best of its evaluations ({best})"
+    heldout = "" if result.heldout is None else f"; last held out: {result.heldout.line()}"
     print(f"step {result.state.step}, {result.state.tokens} tokens: {how}{heldout}")
     return 0

@@ -36,9 +36,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # Beside a float32 residual stream, a weight gathered in bfloat16 is widened.
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype))
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        # One dtype, the wider: beside a float32 residual stream a weight may be gathered in
+        # bfloat16, beside a float32 weight autocast gives queries and keys in it.
+        dtype = torch.promote_types(self.weight.dtype, x.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
 
 
 class Rotary:

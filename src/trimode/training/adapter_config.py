@@ -146,8 +146,8 @@ def _check_adapter_run(config: TrainConfig, what: str) -> None:
     )
     check(
         config.optimizer.name == "adamw",
-        f"optimizer.name is {config.optimizer.name!r}, but the low-rank factors of a {what} run "
-        "need adamw",
+        f"optimizer.name is {config.optimizer.name!r} (the default), but the low-rank factors of a "
+        f"{what} run need adamw: set optimizer.name to adamw",
     )
 
 

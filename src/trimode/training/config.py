@@ -18,6 +18,8 @@ from trimode.training.adapter_config import (
 from trimode.training.parallel_config import ParallelPart
 from trimode.training.part_checks import changed_fields, check, check_finite
 
+_MUON_MOMENTUM = 0.95
+
 
 @dataclass(frozen=True, slots=True)
 class ModelPart:
@@ -171,7 +173,7 @@ class OptimizerPart:
     embedding_learning_rate: float | None = None
     adam_betas: tuple[float, float] = (0.9, 0.95)
     adam_eps: float = 1e-8
-    muon_momentum: float = 0.95
+    muon_momentum: float = _MUON_MOMENTUM
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
 
@@ -194,6 +196,10 @@ class OptimizerPart:
         check(
             0 <= self.muon_momentum < 1,
             f"muon_momentum is {self.muon_momentum}, but must lie in [0, 1)",
+        )
+        check(
+            self.name == "muon" or self.muon_momentum == _MUON_MOMENTUM,
+            f"muon_momentum is {self.muon_momentum}, but means nothing to adamw: remove it",
         )
         check(
             self.max_grad_norm > 0,
@@ -236,7 +242,8 @@ class EvaluationPart:
 
 @dataclass(frozen=True, slots=True)
 class ExportPart:
-    """The Hugging Face folder written at the end, `output_dir/final`."""
+    """What is written at the end: `output_dir/final`, a Hugging Face folder; of a LoRA or a drafter
+    the adapter's folder, which has no shards."""
 
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     max_shard_size: str = "5GB"
@@ -254,7 +261,7 @@ class TrainConfig:
 
     Args:
         data: Folder written by `trimode prepare`.
-        output_dir: Where checkpoints, `log.jsonl`, the resolved config and `final/` go.
+        output_dir: Where checkpoints, `log.jsonl`, the resolved config and the result go.
         stages: Trained one after the other.
         lora: Train a LoRA for both views on the frozen `model.init`; null trains all weights.
         drafter: Train a drafter on the frozen `model.init` and nothing else; null trains the model.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
+from trimode.checkpoint.io import resolve
 from trimode.errors import ConfigError
 from trimode.model import TriModeConfig, TriModeModel
 from trimode.training.config import TrainConfig
@@ -67,6 +69,13 @@ def check_against_model(
             f"mask_token_id of the data {config.data!r} is {data.mask_token_id}, but that of "
             f"model.init {init!r} is {model_config.mask_token_id}"
         )
+    if data.eos_token_id not in model_config.eos_token_ids:
+        raise ConfigError(
+            f"eos_token_id of the data {config.data!r} is {data.eos_token_id}, but model.init "
+            f"{init!r} ends a text with {list(model_config.eos_token_ids) or 'nothing'}: prepare "
+            "the data with that model's tokenizer, or put its eos_token_id right"
+        )
+    check_same_vocabulary(Path(config.data) / "tokenizer", resolve(init))
     longest = max(stage.sequence_length for stage in config.stages)
     context = model_config.max_position_embeddings
     if longest > context:
@@ -74,6 +83,36 @@ def check_against_model(
             f"sequence_length is {longest}, but must be at most max_position_embeddings of "
             f"model.init {init!r} ({context})"
         )
+
+
+def check_same_vocabulary(ours: Path, theirs: Path) -> None:
+    """Refuse two tokenizers whose ids mean different tokens; special tokens may differ in name.
+
+    Raises:
+        ConfigError: Names the first id that differs.
+    """
+    files = [folder / "tokenizer.json" for folder in (ours, theirs)]
+    if not all(file.is_file() for file in files):
+        return  # nothing to compare
+    one, other = map(_ordinary_tokens, files)
+    differing = [i for i in sorted(one.keys() & other.keys()) if one[i] != other[i]]
+    if differing:
+        i = differing[0]
+        raise ConfigError(
+            f"the data's tokenizer in {str(ours)!r} is not that of model.init {str(theirs)!r}: id "
+            f"{i} is {one[i]!r} there and {other[i]!r} here; prepare the data with "
+            f"tokenizer={theirs}"
+        )
+
+
+def _ordinary_tokens(file: Path) -> dict[int, str]:
+    """Tokens by id, special and other added ones left out."""
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tree["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: pairs of token and score, by id
+        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+    added = {token["id"] for token in tree.get("added_tokens", ())}
+    return {i: token for token, i in vocabulary.items() if i not in added}
 
 
 def open_heldout(config: TrainConfig, model: TriModeModel) -> TokenShards:
@@ -88,6 +127,11 @@ def open_heldout(config: TrainConfig, model: TriModeModel) -> TokenShards:
         raise ConfigError(
             f"the {split} split of {config.data!r} has {data.num_tokens} tokens, but one row of the"
             f" last stage needs {row_len}; choose another evaluation.split or hold out more"
+        )
+    if data.num_documents == 0:
+        raise ConfigError(
+            f"the {split} split of {config.data!r} is empty: prepare more, hold more out "
+            "(held_out_share), or set evaluation.split to train"
         )
     if model.config.block_size > row_len:
         raise ConfigError(

@@ -7,6 +7,7 @@ every block of its rows (`draft_round`) and learns from the places that the roun
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,8 @@ from trimode.training.packing import RowSampler
 from trimode.training.parallel import Parallel
 from trimode.training.precision import Precision
 from trimode.training.shards import TokenShards
+
+logger = logging.getLogger(__name__)
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -83,6 +86,7 @@ class DrafterObjective:
         self._precision, self._parallel = precision, parallel
         self._held_out = open_heldout(config, model)
         self._without_adapter: DraftQuality | None = None
+        self._best_score: float | None = None
         self._folder = Path(config.output_dir) / "linear_spec_lora"
 
     def make_batch(self, step: int) -> StepBatch:
@@ -141,6 +145,7 @@ class DrafterObjective:
         if state.best_score is None or score > state.best_score:
             self._export()
             state = replace(state, best_score=score, best_step=state.step)
+        self._best_score = state.best_score
         return report, state
 
     def finish(self) -> Path:
@@ -155,6 +160,13 @@ class DrafterObjective:
                     f"the weights of the base {self._config.model.init!r} changed in memory while "
                     f"its drafter was trained; do not use {str(self._folder)!r}"
                 )
+            )
+        best, bare = self._best_score, self._without_adapter
+        if best is not None and bare is not None and best <= bare.round_acceptance_length:
+            logger.warning(
+                "the adapter drafts no better than the base alone (%.3f against %.3f): train "
+                "longer, or with another learning rate",
+                *(best, bare.round_acceptance_length),
             )
         return self._folder
 

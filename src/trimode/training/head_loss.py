@@ -45,7 +45,10 @@ def head_loss_sum(head: nn.Linear, states: Tensor, targets: Tensor, weights: Ten
     dtype = head.weight.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    total: Tensor = _HeadLoss.apply(states, head.weight, targets, weights, dtype)
+    # Within `forward` autograd is off, and what it knows of gradients there ignores `no_grad`.
+    is_learning = torch.is_grad_enabled()
+    wants = (is_learning and states.requires_grad, is_learning and head.weight.requires_grad)
+    total: Tensor = _HeadLoss.apply(states, head.weight, targets, weights, dtype, wants)
     return total
 
 
@@ -58,12 +61,12 @@ class _HeadLoss(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor,
         dtype: torch.dtype,
+        wants: tuple[bool, bool],
     ) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
-        needs_grad = any(ctx.needs_input_grad)
         table, total = weight.to(dtype), torch.zeros((), dtype=wide, device=states.device)
-        states_grad = torch.empty_like(states) if needs_grad else None
-        weight_grad = torch.zeros_like(weight) if needs_grad else None
+        states_grad = torch.empty_like(states) if wants[0] else None
+        weight_grad = torch.zeros_like(weight) if wants[1] else None
         chunk_len = min(chunk_rows(weight.shape[0], weight.device), len(states))
         products = table.new_empty(chunk_len, weight.shape[0])
         for start in range(0, len(states), max(chunk_len, 1)):
@@ -74,11 +77,14 @@ class _HeadLoss(torch.autograd.Function):
             largest, right = logits.amax(1, keepdim=True), logits.gather(1, target)
             sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
             total += ((sums.log() + largest - right) * scale).sum()
-            if states_grad is None or weight_grad is None:
+            if not any(wants):
                 continue
             logits.mul_(scale / sums).scatter_add_(1, target, -scale.to(wide))
             grad = product.copy_(logits)  # the same tensor where `dtype` is wide
-            states_grad[rows] = torch.mm(grad, table)
+            if states_grad is not None:
+                states_grad[rows] = torch.mm(grad, table)
+            if weight_grad is None:
+                continue
             if dtype == weight_grad.dtype:
                 weight_grad.addmm_(grad.mT, chunk)  # in place: no second table of the head's size
             else:
@@ -87,10 +93,10 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # Scaled in place and let go of: at this moment of a step the memory is fullest.
         if ctx.grads is None:
             raise RuntimeError("head_loss_sum: the graph was already gone back through")
-        states_grad, weight_grad = ctx.grads
-        ctx.grads = None
-        return states_grad.mul_(upstream), weight_grad.mul_(upstream), None, None, None
+        grads, ctx.grads = ctx.grads, None
+        scaled = [None if grad is None else grad.mul_(upstream) for grad in grads]
+        return (*scaled, None, None, None, None)

@@ -12,9 +12,11 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from trimode.checkpoint import whole_folder
+from trimode.checkpoint.adapter import save_tensors
 from trimode.errors import ConfigError
 from trimode.model import TriModeModel
 from trimode.training.drafter import weights_checksum
@@ -73,6 +75,7 @@ class LoraObjective(JointObjective):
             state_dict={name: weight.to(dtype) for name, weight in weights.items()},
             save_embedding_layers=False,
         )
+        save_tensors(load_file(partial / "adapter_model.safetensors"), partial, use="lora")
         (partial / "README.md").unlink(missing_ok=True)  # a card with nothing filled in
         tokenizer = Path(self._config.data) / "tokenizer"
         if tokenizer.is_dir():

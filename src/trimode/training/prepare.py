@@ -81,6 +81,8 @@ def prepare(config: PrepareConfig, *, progress: Progress | None = None) -> Manif
     output = Path(config.output_dir).resolve()
     chat = ChatFormat.load(config) if config.kind == "chat" else None
     text_of = chat.text_of if chat is not None else plain_text_of(config.text_field)
+    if config.tokenizer is not None and chat is None:
+        load_tokenizer(config.tokenizer, mask_token=config.mask_token)  # refused before the work
     sources = open_sources(config, text_of=text_of)
     mark = fingerprint(config, sources)
     with Workspace.opened(output) as work:

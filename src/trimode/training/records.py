@@ -59,7 +59,7 @@ def _jsonl_record(number: int, line: bytes) -> Record:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        where = f"{error.msg} at character {error.pos + 1}"
+        where = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
         return Record(number, None, f"not a line of JSON in UTF-8 ({where})")
     except (ValueError, RecursionError) as error:  # bytes, numbers or nesting it cannot take
         return Record(number, None, f"not a line of JSON in UTF-8 ({error})")

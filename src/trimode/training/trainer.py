@@ -210,6 +210,8 @@ class _Run:
             )
             logger.info("resuming from %s", checkpoint.folder)
         self._tokens_logged = self.state.tokens
+        if self.config.compile:
+            logger.info("compiling: the first steps of every stage take long")
         if self.parallel.is_main:
             self._write_start(is_fresh=checkpoint is None)
         logger.info(
