@@ -21,7 +21,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every table that depends on the default model: benchmark, card, README, docs. About ten minutes on
+# Every table that depends on the default model: benchmark, card, README, docs. About 15 minutes on
 # a machine that does nothing else. The pairs are made from what is installed, once.
 MONTH := $(shell date +%Y%m)
 PAIRS := data/pocket_instruct_held_out.jsonl
@@ -29,6 +29,8 @@ PAIRS := data/pocket_instruct_held_out.jsonl
 results: $(STAMP) $(PAIRS)
 	GOMP_SPINCOUNT=3000 $(BIN)/python benchmarks/bench_decode.py --drafter linear_spec_lora \
 		--output benchmarks/results/pocket_cpu_$(MONTH)
+	GOMP_SPINCOUNT=3000 $(BIN)/python benchmarks/bench_branching.py --num-prompts 16 \
+		--output benchmarks/results/branching_cpu_$(MONTH)
 	GOMP_SPINCOUNT=3000 $(BIN)/python benchmarks/bench_instruct.py \
 		--output benchmarks/results/instruct_cpu_$(MONTH)
 	$(BIN)/python benchmarks/model_card.py

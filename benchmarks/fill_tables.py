@@ -66,6 +66,25 @@ def decode_table() -> str:
     return "\n".join(lines)
 
 
+def branching_table() -> str:
+    """Some of the family of speculation: both ends of the published one, and what beats them."""
+    rows = {row["name"]: row for row in read(newest("branching_cpu"))["summary"]}
+    shown = ("ar", "linear, K 4", "linear, K 8", "quadratic, K 2", "quadratic, K 4")
+    shown += ("quadratic, K 8", "branching, K 2, m 2", "branching, K 4, m 2", "branching, K 4, m 4")
+    shown += ("branching, K 4, m 7", "branching, K 8, m 4", "branching, K 8, m 8")
+    lines = [
+        "| | TPF total | rounds of one forward | fed/new | tokens/s over ar |",
+        "|---|---|---|---|---|",
+    ]
+    for row in (rows[name] for name in shown):
+        free = "-" if row["free_drafts"] is None else f"{100 * row['free_drafts']:.0f} %"
+        lines.append(
+            f"| {row['name']} | {row['tpf_total']:.2f} | {free} |"
+            f" {row['tokens_fed_per_new_token']:.1f} | {row['speed_over_ar']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
 def views_table() -> str:
     """What each part of training did to both views."""
     training = read(RESULTS / "pocket_training.json")
@@ -116,6 +135,7 @@ def train_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "decode": decode_table,
+    "branching": branching_table,
     "views": views_table,
     "instruct": instruct_table,
     "train": train_table,

@@ -187,6 +187,77 @@ def greedy_linear(
     return Written(new_ids, nfe=nfe)
 
 
+def greedy_branching(
+    model: TriModeModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    block_length: int,
+    branches: int,
+    has_guesses: bool,
+    adapter: DrafterAdapter | None = None,
+    stops: Collection[int] = (),
+) -> Written:
+    """Facts 3.4 and its family, greedy: the prefill, a verify each round, and a draft each round
+    whose outcome had no group.
+
+    A group's draft is made here when the outcome is known, in a forward of its own that sees what
+    the group would have seen: the accepted tokens, then its guess or a mask.
+    """
+    mask = model.config.mask_token_id
+    new_ids = [int(next_logits(model, prompt)[-1].argmax())]
+    nfe, draft = 1, None
+    while len(new_ids) < max_new_tokens and not set(new_ids) & set(stops):
+        prefix, left = [*prompt, *new_ids[:-1]], max_new_tokens - len(new_ids)
+        if draft is None and left > 1:
+            masks = [mask] * (block_length - 1)
+            draft = _proposals(model, prefix, [new_ids[-1], *masks], adapter)
+            nfe += 1
+        proposals = (draft or [])[: left - 1]
+        block = [new_ids[-1], *(first for first, _, _, _ in proposals)]
+        chosen = next_logits(model, [*prefix, *block])[len(prefix) :].argmax(-1).tolist()
+        nfe += 1
+        accepted = 0
+        while accepted < len(proposals) and block[accepted + 1] == chosen[accepted]:
+            accepted += 1
+        groups: list[tuple[float, int, int | None]] = []
+        reached = 1.0
+        for place, (_, sure, second, second_sure) in enumerate(proposals):
+            groups.append((reached * (1 - sure), place, None))
+            if has_guesses:
+                groups.append((reached * second_sure, place, second))
+            reached *= sure
+        groups.append((reached, len(proposals), None))
+        groups = [group for group in groups if group[1] + 1 < left]
+        groups = sorted(groups, key=lambda group: -group[0])[:branches]
+        for token_id in chosen[: accepted + 1]:
+            new_ids.append(token_id)
+            if token_id in stops:
+                break
+        begins = {bonus for _, place, bonus in groups if place == accepted}
+        begin = chosen[accepted] if chosen[accepted] in begins else None
+        draft = None
+        if begin in begins:
+            masks = [mask] * (block_length - 1)
+            first = mask if begin is None else begin
+            draft = _proposals(model, [*prefix, *block[: accepted + 1]], [first, *masks], adapter)
+    return Written(new_ids, nfe=nfe)
+
+
+def _proposals(
+    model: TriModeModel,
+    prefix: Sequence[int],
+    block: Sequence[int],
+    adapter: DrafterAdapter | None,
+) -> list[tuple[int, float, int, float]]:
+    """First and second choice, each with its probability, at every token of a block but one."""
+    logits = next_logits(model, prefix, block, adapter=adapter)[len(prefix) + 1 :]
+    best, token = logits.softmax(-1).topk(2)
+    return [
+        (int(t[0]), float(p[0]), int(t[1]), float(p[1])) for t, p in zip(token, best, strict=True)
+    ]
+
+
 def _reveal(
     model: TriModeModel,
     prefix: Sequence[int],

@@ -295,7 +295,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"mode": "quadratic"}, "mode is 'quadratic'; allowed: ar, diffusion, linear"),
+            ({"mode": "cubic"}, "mode is 'cubic'; allowed: ar, diffusion, linear, branching"),
             ({"mode": "ar", "block_length": 4}, "block_length is 4; mode 'ar' has no blocks"),
             ({"mode": "ar", "steps": 4}, "steps is 4"),
             ({"mode": "linear", "block_length": 1}, "block_length is 1"),

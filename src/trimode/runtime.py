@@ -82,6 +82,9 @@ class TriModeLM:
         block_length: int | None = None,
         threshold: float | None = None,
         steps: int | None = None,
+        branches: int | None = None,
+        guesses: bool | None = None,
+        draft_cutoff: float | None = None,
         temperature: float = 0.0,
         top_p: float | None = None,
         top_k: int | None = None,
@@ -95,10 +98,12 @@ class TriModeLM:
 
         Args:
             prompt: A string or token ids; or a list of either, which need not be equally long.
-            mode: `ar`, `diffusion` or `linear`. For one seed `ar` and `linear` give the same text.
-            max_new_tokens, block_length, threshold, steps, temperature, top_p, top_k, ignore_eos,
-            stop_token_ids: See `trimode.decoding.params.GenerationParams`. `block_length` is by
-                default the model's own; it means nothing in mode `ar` and is refused there.
+            mode: `ar`, `diffusion`, `linear`, `branching` or `quadratic`. For one seed all but
+                `diffusion` give the same text.
+            max_new_tokens, block_length, threshold, steps, branches, guesses, draft_cutoff,
+            temperature, top_p, top_k, ignore_eos, stop_token_ids: See
+                `trimode.decoding.params.GenerationParams`. `block_length` is by default the model's
+                own; it means nothing in mode `ar` and is refused there.
             seed: One for all prompts, one each, or None to draw (see `Generation.seed`).
             stop: String or strings that end the text.
             on_event: Called with (index of the prompt, event) as things happen.
@@ -117,6 +122,9 @@ class TriModeLM:
             block_length=block_length,
             threshold=threshold,
             steps=steps,
+            branches=branches,
+            guesses=guesses,
+            draft_cutoff=draft_cutoff,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,

@@ -42,9 +42,11 @@ def test_json(
     assert record["tokenizer"]["size"] == 259
     assert record["special_token_ids"] == {"bos": 256, "eos": [257], "mask": 258}
     assert record["modes"] == {
-        "ar": {"block_length": None, "threshold": None, "temperature": 0.0},
-        "diffusion": {"block_length": 8, "threshold": 0.9, "temperature": 0.0},
-        "linear": {"block_length": 8, "threshold": None, "temperature": 0.0},
+        "ar": {"block_length": None, "threshold": None, "branches": None, "temperature": 0.0},
+        "diffusion": {"block_length": 8, "threshold": 0.9, "branches": None, "temperature": 0.0},
+        "linear": {"block_length": 8, "threshold": None, "branches": None, "temperature": 0.0},
+        "branching": {"block_length": 8, "threshold": None, "branches": 4, "temperature": 0.0},
+        "quadratic": {"block_length": 8, "threshold": None, "branches": 8, "temperature": 0.0},
     }
     assert record["adapters"] == []
     assert record["has_model_card"]

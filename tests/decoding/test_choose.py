@@ -255,3 +255,41 @@ def test_all_pairs_of_the_plain_law_sum_to_one(model: TriModeModel) -> None:
     law = enumerated_law(model, **LAW)
     assert sum(law.values()) == pytest.approx(1)
     assert law.keys() < set(itertools.product(range(7), repeat=2))
+
+
+@pytest.mark.parametrize(
+    "law", [{"temperature": 0.0}, {"temperature": 1.3}, LAW, {"temperature": 1.0, "top_k": 1}]
+)
+def test_the_runner_up_is_the_choice_once_the_first_is_banned(law: dict[str, Any]) -> None:
+    """Prevents: a second choice under other noise, or of another row of a mixed batch."""
+    torch.manual_seed(0)
+    logits = torch.randn(40, 8, dtype=torch.float64) * 2
+    options = {"mode": "ar", "max_new_tokens": 1, "block_length": 4, "seed": 5}
+    params = [GenerationParams(**options, **(law if w % 3 else {})) for w in range(40)]
+    banned, positions = torch.tensor([7]), list(range(40))
+
+    def run(some: torch.Tensor, *, wants_runner_up: bool) -> Choice:
+        return choose(
+            some.clone(),
+            params=params,
+            positions=positions,
+            banned=banned,
+            wants_confidence=True,
+            wants_runner_up=wants_runner_up,
+        )
+
+    found, plain = run(logits, wants_runner_up=True), run(logits, wants_runner_up=False)
+    assert (found.token_ids, found.confidences) == (plain.token_ids, plain.confidences)
+    assert plain.runner_ups == []
+    probabilities = logits[:, :7].softmax(-1)
+    for w, second in enumerate(found.runner_ups):
+        if found.runner_up_confidences[w] == 0:  # the filters have left one token
+            assert params[w].top_k
+            continue
+        assert second != found.token_ids[w]
+        assert found.runner_up_confidences[w] == pytest.approx(float(probabilities[w, second]))
+        if not params[w].top_p:  # a ban changes what top-p keeps
+            without = logits.clone()
+            without[w, found.token_ids[w]] = -torch.inf
+            assert run(without, wants_runner_up=False).token_ids[w] == second
+    assert any(found.runner_up_confidences)

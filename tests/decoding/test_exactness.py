@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.reference import greedy_branching
 from trimode.decoding import GenerationParams, Sequence, speculation
 from trimode.engine import Engine
 from trimode.engine.runner import Runner
@@ -74,6 +75,85 @@ def test_linear_writes_what_ar_writes(
             assert [g.finish_reason for g in found] == [g.finish_reason for g in expected]
 
 
+BRANCHINGS: list[dict[str, Any]] = [
+    {"mode": "quadratic", "block_length": 2},
+    {"mode": "quadratic", "block_length": 4},
+    {"mode": "branching", "block_length": 4},
+    {"mode": "branching", "block_length": 4, "branches": 1},
+    {"mode": "branching", "block_length": 4, "branches": 7},
+    {"mode": "branching", "block_length": 8, "branches": 3, "guesses": False},
+    {"mode": "branching", "block_length": 8, "branches": 5, "draft_cutoff": 0.2},
+    {"mode": "linear", "block_length": 8, "draft_cutoff": 0.3},
+]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_branching_writes_what_ar_writes(
+    alone: TriModeLM, adapted: TriModeLM, law: dict[str, Any], ignore_eos: bool
+) -> None:
+    """Prevents: a draft made for one outcome used for another, a guess committed, groups that see
+    or are seen by what they must not."""
+    expected = generate(alone, mode="ar", ignore_eos=ignore_eos, **law)
+    for options in BRANCHINGS if ignore_eos else BRANCHINGS[2:3]:
+        for lm in (alone, adapted):
+            found = generate(lm, ignore_eos=ignore_eos, **law, **options)
+            assert texts(found) == texts(expected), options
+            assert [g.finish_reason for g in found] == [g.finish_reason for g in expected]
+
+
+@pytest.mark.parametrize(("branches", "guesses"), [(1, True), (2, False), (4, True), (7, True)])
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_branching_takes_the_forwards_of_its_slow_twin(
+    alone: TriModeLM, adapted: TriModeLM, branches: int, guesses: bool, is_adapted: bool
+) -> None:
+    """Prevents: groups ranked, fed or picked otherwise than said; drafts that see too little."""
+    lm = adapted if is_adapted else alone
+    for prompt in PROMPTS:
+        [found] = generate(
+            lm,
+            prompt,
+            seed=0,
+            mode="branching",
+            block_length=4,
+            branches=branches,
+            guesses=guesses,
+            max_new_tokens=20,
+        )
+        expected = greedy_branching(
+            lm.model,
+            prompt,
+            max_new_tokens=20,
+            block_length=4,
+            branches=branches,
+            has_guesses=guesses,
+            adapter=lm.adapter,
+        )
+        assert found.token_ids == expected.new_ids
+        assert found.stats.num_forwards == expected.nfe
+
+
+def test_quadratic_is_one_forward_a_round(adapted: TriModeLM) -> None:
+    """Prevents: a length without a group. Only the first draft has a forward of its own."""
+    for prompt in PROMPTS:
+        [found] = generate(adapted, prompt, seed=0, mode="quadratic", block_length=4)
+        stats = found.stats
+        assert stats.forwards["draft"] == 1
+        assert stats.forwards["verify"] == len(stats.acceptance_lengths)
+        expected = greedy_branching(
+            adapted.model,
+            prompt,
+            max_new_tokens=16,
+            block_length=4,
+            branches=4,
+            has_guesses=False,
+            adapter=adapted.adapter,
+        )
+        assert (found.token_ids, stats.num_forwards) == (expected.new_ids, expected.nfe)
+        full = [n for n in stats.acceptance_lengths if n]
+        assert stats.tokens_fed["verify"] <= len(full) * 4 * (4 + 1)
+
+
 @pytest.mark.parametrize("block_length", [2, 4, 8])
 def test_every_acceptance_length_happens_and_is_exact(
     alone: TriModeLM, adapted: TriModeLM, block_length: int
@@ -93,7 +173,7 @@ def test_every_acceptance_length_happens_and_is_exact(
     assert lengths == set(range(1, block_length + 1))
 
 
-@pytest.mark.parametrize("mode", ["ar", "linear", "diffusion"])
+@pytest.mark.parametrize("mode", ["ar", "linear", "diffusion", "branching", "quadratic"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_does_not_depend_on_its_batch(
     adapted: TriModeLM, mode: str, temperature: float
@@ -109,7 +189,7 @@ def test_a_row_does_not_depend_on_its_batch(
 
 
 def _mixed(lm: TriModeLM) -> list[Sequence]:
-    modes = ["ar", "linear", "diffusion", "linear", "ar"]
+    modes = ["ar", "branching", "diffusion", "linear", "quadratic"]
     return [
         lm.sequence(
             prompt,
@@ -142,7 +222,7 @@ def test_modes_mix_in_one_engine_and_rows_are_reused(adapted: TriModeLM, num_row
     for seq in _mixed(adapted):
         _run(adapted.engine([seq]))
         expected.append((seq.new_ids, seq.stats.forwards))
-    engine = Engine(adapted.model, num_rows=num_rows, num_cells=64, adapter=adapted.adapter)
+    engine = Engine(adapted.model, num_rows=num_rows, num_cells=128, adapter=adapted.adapter)
     sequences = _mixed(adapted)
     for seq in sequences:
         engine.submit(seq)
@@ -166,7 +246,7 @@ def test_modes_switched_at_any_round_write_what_ar_writes(
         for step in range(1000):
             if engine.is_idle:
                 break
-            seq.mode = "linear" if step // period % 2 else "ar"
+            seq.mode = ("ar", "linear", "branching", "quadratic")[step // period % 4]
             engine.step()
         assert seq.new_ids == expected.new_ids
         assert all(seq.stats.forwards[kind] for kind in ("decode", "draft", "verify"))

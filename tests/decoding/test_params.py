@@ -73,6 +73,9 @@ def test_a_bad_value_is_one_clear_error(
         {"top_p": 1, "top_k": 10**9, "temperature": 100},
         {"threshold": 0, "steps": 4},
         {"threshold": 1.0, "steps": 1},
+        {"mode": "branching", "branches": 0, "guesses": True},
+        {"mode": "branching", "branches": 7, "block_length": 4, "draft_cutoff": 1},
+        {"mode": "branching", "block_length": 2},
     ],
 )
 def test_the_ends_of_every_range_are_allowed(options: dict[str, Any]) -> None:
@@ -103,3 +106,41 @@ def test_the_threshold_in_force(
 def test_mode_names_are_the_modes() -> None:
     """Prevents: a mode that is allowed and not built, or the reverse."""
     assert set(MODE_NAMES) == set(MODES)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"mode": "ar"}, (0, False)),
+        ({"mode": "linear"}, (0, False)),
+        ({"mode": "branching"}, (4, True)),
+        ({"mode": "branching", "block_length": 2}, (3, True)),
+        ({"mode": "branching", "branches": 2, "guesses": False}, (2, False)),
+        ({"mode": "quadratic"}, (8, False)),
+    ],
+)
+def test_the_branches_in_force(options: dict[str, Any], expected: tuple[int, bool]) -> None:
+    """Prevents: a default that a short block has no outcomes for; quadratic with guesses."""
+    params = GenerationParams(**(GOOD | {"block_length": 8} | options))
+    assert params.branching(params.mode) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "linear", "branches": 2}, "branches is 2; allowed: None, since mode 'linear'"),
+        ({"mode": "quadratic", "guesses": True}, "guesses is True; allowed: None, since mode"),
+        ({"mode": "branching", "branches": 8}, "branches is 8; allowed: None, or 0 to 2 *"),
+        ({"mode": "branching", "steps": 2}, "steps is 2; allowed: None, since drafts behind"),
+        ({"mode": "quadratic", "threshold": 0.5}, "threshold is 0.5; allowed: None, since"),
+        ({"mode": "ar", "draft_cutoff": 0.5}, "draft_cutoff is 0.5; allowed: None, or 0 to 1 in"),
+        ({"mode": "linear", "draft_cutoff": 1.5}, "draft_cutoff is 1.5; allowed: None, or 0 to 1"),
+    ],
+)
+def test_knobs_of_speculation_are_refused_where_they_mean_nothing(
+    options: dict[str, Any], message: str
+) -> None:
+    """Prevents: a knob ignored in silence."""
+    with pytest.raises(RequestError) as caught:
+        GenerationParams(**(GOOD | {"block_length": 4} | options))
+    assert str(caught.value).startswith(message)

@@ -100,12 +100,12 @@ def test_num_committable_is_the_plain_causal_head_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
-@pytest.mark.parametrize("mode", ["ar", "linear", "diffusion"])
+@pytest.mark.parametrize("mode", ["ar", "linear", "diffusion", "branching", "quadratic"])
 def test_abort_frees_the_row_for_the_next(lm: TriModeLM, mode: str, num_steps: int) -> None:
     """Prevents: a row lost, or left with cells that the next owner sees."""
     expected = make(lm, [5, 6], mode=mode)
     run(lm.engine([expected]))
-    engine = Engine(lm.model, num_rows=1, num_cells=32, adapter=lm.adapter)
+    engine = Engine(lm.model, num_rows=1, num_cells=64, adapter=lm.adapter)
     first, second = make(lm, [1, 2, 3, 4], mode=mode), make(lm, [5, 6], mode=mode)
     engine.submit(first)
     engine.submit(second)
@@ -157,7 +157,7 @@ def test_capacity_is_refused_with_numbers(lm: TriModeLM) -> None:
     assert [seq.finish_reason for seq in run(engine)] == ["length"]
 
 
-@pytest.mark.parametrize("mode", ["ar", "linear", "diffusion"])
+@pytest.mark.parametrize("mode", ["ar", "linear", "diffusion", "branching", "quadratic"])
 @pytest.mark.parametrize("block_length", [2, 5, 16])
 def test_the_cells_of_a_row_are_enough(lm: TriModeLM, mode: str, block_length: int) -> None:
     """Prevents: a last block that does not fit where capacity said it would."""

@@ -20,7 +20,10 @@ NAME = "generate"
 HELP = "continue a prompt, in any mode"
 
 DECODING_FLAGS: dict[str, dict[str, Any]] = {
-    "mode": {"metavar": "MODE", "help": "ar, diffusion or linear (default linear)"},
+    "mode": {
+        "metavar": "MODE",
+        "help": "ar, diffusion, linear, branching or quadratic (default linear)",
+    },
     "max_new_tokens": {"type": int, "metavar": "N", "help": "at most so many (default 128)"},
     "block_length": {
         "type": int,
@@ -37,6 +40,20 @@ DECODING_FLAGS: dict[str, dict[str, Any]] = {
         "type": int,
         "metavar": "N",
         "help": "passes per block; alone it turns the threshold off",
+    },
+    "branches": {
+        "type": int,
+        "metavar": "M",
+        "help": "branching: next drafts that a verify forward carries (default 4)",
+    },
+    "guesses": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "branching: whether they may begin with a guess of the bonus token (default)",
+    },
+    "draft_cutoff": {
+        "type": float,
+        "metavar": "X",
+        "help": "speculation: end a draft before its first token less probable than this",
     },
     "temperature": {"type": float, "metavar": "T", "help": "0 is greedy (default 0.0)"},
     "top_p": {"type": float, "metavar": "P", "help": "likeliest tokens of this probability in all"},
@@ -152,7 +169,7 @@ def as_object(generation: Generation, *, mode: str, block_length: int | None) ->
         "forwards": {**stats.forwards, "total": stats.num_forwards},
         "tokens_per_forward": {"decode": stats.tpf_decode, "total": stats.tpf_total},
     }
-    if mode == "linear":
+    if mode not in ("ar", "diffusion"):
         record["acceptance_lengths"] = stats.acceptance_lengths
     record["seconds"] = stats.seconds
     record["tokens_per_second"] = stats.tokens_per_second

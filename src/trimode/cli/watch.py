@@ -39,6 +39,8 @@ LEGENDS = {
     "ar": ("prompt", "AR choice"),
     "diffusion": ("masked", "just revealed", "revealed", "AR choice"),
     "linear": ("masked", "drafted", "accepted", "rejected", "AR choice"),
+    "branching": ("masked", "drafted", "accepted", "rejected", "AR choice"),
+    "quadratic": ("masked", "drafted", "accepted", "rejected", "AR choice"),
 }
 
 _UNSAFE = re.compile(

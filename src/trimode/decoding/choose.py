@@ -23,12 +23,16 @@ class Choice:
     Attributes:
         token_ids: [W] chosen tokens.
         confidences: [W] probability of each at temperature 1 after the ban, unfiltered.
+        runner_ups: [W] what would have been chosen without them; empty if unwanted.
+        runner_up_confidences: [W] as `confidences`; 0 where the law allows no second token.
         is_finite: [W] False where the logits held a NaN or an infinity, so the choice means
             nothing.
     """
 
     token_ids: list[int]
     confidences: list[float]
+    runner_ups: list[int]
+    runner_up_confidences: list[float]
     is_finite: list[bool]
 
 
@@ -39,6 +43,7 @@ def choose(
     positions: Sequence[int],
     banned: Tensor,
     wants_confidence: bool,
+    wants_runner_up: bool = False,
 ) -> Choice:
     """Choose one token for each wanted position.
 
@@ -48,30 +53,47 @@ def choose(
         positions: [W] absolute position each answer is for.
         banned: [number banned] int64. Ids never chosen: the mask token and padded rows.
         wants_confidence: Whether anybody needs `confidences`; ones are returned otherwise.
+        wants_runner_up: Whether anybody needs the second choices.
     """
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
     logits[:, banned] = -torch.inf
     best, token_ids = logits.max(dim=-1)  # max propagates NaN
     is_finite = best.isfinite()
+    scores = logits
     hot = [w for w, p in enumerate(params) if p.temperature > 0]
     if hot:
         rows = torch.tensor(hot, device=logits.device)
-        token_ids[rows] = _sample(
-            logits[rows], [params[w] for w in hot], [positions[w] for w in hot]
-        )
-    confidences = torch.ones_like(best)
+        noisy = _noisy_scores(logits[rows], [params[w] for w in hot], [positions[w] for w in hot])
+        token_ids[rows] = noisy.argmax(dim=-1)
+        if wants_runner_up:
+            scores = logits.index_copy(0, rows, noisy)
+    columns = [token_ids, torch.ones_like(best), is_finite]
     if wants_confidence:
-        chosen = logits.gather(-1, token_ids[:, None])[:, 0]
-        confidences = (chosen - logits.logsumexp(dim=-1)).exp()
-    ids, probs, finite = torch.stack(
-        (token_ids.double(), confidences.double(), is_finite.double())
-    ).tolist()
-    return Choice([int(i) for i in ids], probs, [bool(f) for f in finite])
+        columns[1] = _probabilities(logits, token_ids)
+    if wants_runner_up:
+        scores = scores.scatter(-1, token_ids[:, None], -torch.inf)
+        score, second_ids = scores.max(dim=-1)
+        columns += [second_ids, _probabilities(logits, second_ids) * score.isfinite()]
+    ids, probs, finite, *seconds = torch.stack([c.double() for c in columns]).tolist()
+    second_ids_, second_probs = seconds or ([], [])
+    return Choice(
+        token_ids=[int(i) for i in ids],
+        confidences=probs,
+        runner_ups=[int(i) for i in second_ids_],
+        runner_up_confidences=second_probs,
+        is_finite=[bool(f) for f in finite],
+    )
 
 
-def _sample(logits: Tensor, params: list[GenerationParams], positions: list[int]) -> Tensor:
-    """[W] int64: argmax of the filtered law plus keyed noise, for temperatures above 0."""
+def _probabilities(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """[W]: of one token each, at temperature 1, unfiltered."""
+    chosen = logits.gather(-1, token_ids[:, None])[:, 0]
+    return (chosen - logits.logsumexp(dim=-1)).exp()
+
+
+def _noisy_scores(logits: Tensor, params: list[GenerationParams], positions: list[int]) -> Tensor:
+    """[W, V]: the filtered law plus keyed noise, for temperatures above 0."""
     device = logits.device
     temperature = torch.tensor([p.temperature for p in params], device=device, dtype=logits.dtype)
     scores = filter_logits(
@@ -81,7 +103,7 @@ def _sample(logits: Tensor, params: list[GenerationParams], positions: list[int]
     )
     keys = [noise_key(p.seed, position) for p, position in zip(params, positions, strict=True)]
     noise = gumbel(torch.tensor(keys, device=device), logits.shape[-1])
-    return (scores + noise.to(scores.dtype)).argmax(dim=-1)
+    return scores + noise.to(scores.dtype)
 
 
 def filter_logits(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from trimode.decoding.autoregressive import autoregressive
 from trimode.decoding.block_diffusion import block_diffusion
 from trimode.decoding.sequence import Sequence
-from trimode.decoding.speculation import linear
+from trimode.decoding.speculation import speculate
 from trimode.decoding.step import Readout, Step, causal_step
 
 Steps = Generator[Step, Readout, None]
@@ -15,7 +15,9 @@ Steps = Generator[Step, Readout, None]
 MODES: dict[str, Callable[[Sequence], Steps]] = {
     "ar": autoregressive,
     "diffusion": block_diffusion,
-    "linear": linear,
+    "linear": speculate,
+    "branching": speculate,
+    "quadratic": speculate,
 }
 """Each yields the steps of one round and returns in the common state, so modes may change between
 rounds."""

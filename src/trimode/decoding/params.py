@@ -9,7 +9,11 @@ from typing import Any
 
 from trimode.errors import RequestError
 
-MODE_NAMES = ("ar", "diffusion", "linear")
+MODE_NAMES = ("ar", "diffusion", "linear", "branching", "quadratic")
+SPECULATIVE = ("linear", "branching", "quadratic")
+"""Modes that write what `ar` writes, in rounds of drafting and verifying."""
+
+DEFAULT_BRANCHES = 4
 
 DEFAULT_THRESHOLDS = {"diffusion": 0.9, "linear": 0.0}
 """Where neither `threshold` nor `steps` is given; 0 reveals all in one pass."""
@@ -22,19 +26,26 @@ class GenerationParams:
     """How one prompt is to be continued.
 
     Attributes:
-        mode: `ar`, `diffusion` or `linear`.
+        mode: `ar`, `diffusion`, `linear`, `branching` or `quadratic`, which is branching over
+            every length, without guesses.
         max_new_tokens: At most so many tokens are emitted, at least 1.
-        block_length: Diffusion block length K; in `linear`, the tokens of one draft including the
-            last emitted one, so K - 1 are proposed. At least 1 in `diffusion`, 2 in `linear`.
+        block_length: Diffusion block length K; in speculation, the tokens of one draft including
+            the last emitted one, so K - 1 are proposed. At least 1 in `diffusion`, else 2.
         threshold: Reveal every masked position whose confidence reaches this, and always the best.
             `diffusion`: None and no `steps` means 0.9. `linear`: None means one pass per draft.
         steps: Passes per block, 1 to `block_length`, spread evenly. Alone it turns the threshold
             off; with a threshold it is the floor of what every pass reveals.
+        branches: `branching`: groups that a verify forward carries for the next round, 0 to
+            2 K - 1; None means 4.
+        guesses: `branching`: whether groups may begin with a guess of the bonus token; None means
+            they may.
+        draft_cutoff: Speculation: a draft ends before its first token less probable than this;
+            None verifies whole drafts.
         temperature: 0 is greedy; else 1e-5 to 1e5, where float32 can still divide.
         top_k: Keep the k likeliest tokens; None keeps all.
         top_p: Keep the smallest likeliest set of at least this probability, in (0, 1]; None keeps
             all.
-        seed: Fixes the text, whatever the mode among `ar` and `linear` and whatever the batch.
+        seed: Fixes the text, the same in `ar` and all speculation, and in any batch.
         stop: Strings that end the text; they are cut off.
         stop_token_ids: Tokens that end the text, beside the model's EOS; they are kept in
             `token_ids`.
@@ -50,6 +61,9 @@ class GenerationParams:
     seed: int
     threshold: float | None = None
     steps: int | None = None
+    branches: int | None = None
+    guesses: bool | None = None
+    draft_cutoff: float | None = None
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -64,7 +78,7 @@ class GenerationParams:
                 raise RequestError(f"{name} is {value!r}; allowed: {allowed}")
 
         check("mode", lambda v: v in MODE_NAMES, ", ".join(MODE_NAMES))
-        least = 2 if self.mode == "linear" else 1
+        least = 2 if self.mode in SPECULATIVE else 1
         check("max_new_tokens", lambda v: _is_int(v) and v >= 1, "an integer of at least 1")
         check(
             "block_length", lambda v: _is_int(v) and v >= least, f"an integer of at least {least}"
@@ -101,6 +115,41 @@ class GenerationParams:
             lambda v: v is None or (_is_int(v) and 1 <= v <= self.block_length),
             f"None, or 1 to block_length={self.block_length}",
         )
+
+        self._check_speculation(check)
+
+    def _check_speculation(self, check: Callable[[str, Callable[[Any], bool], str], None]) -> None:
+        if self.mode != "branching":
+            only = f"None, since mode {self.mode!r} has no such choice"
+            check("branches", lambda v: v is None, only)
+            check("guesses", lambda v: v is None, only)
+        else:
+            most = 2 * self.block_length - 1
+            check(
+                "branches",
+                lambda v: v is None or (_is_int(v) and 0 <= v <= most),
+                f"None, or 0 to 2 * block_length - 1 = {most}",
+            )
+            check("guesses", lambda v: v is None or isinstance(v, bool), "None, True or False")
+        if self.mode in ("branching", "quadratic"):
+            one_pass = "None, since drafts behind a verify forward are made in one pass"
+            check("threshold", lambda v: v is None, one_pass)
+            check("steps", lambda v: v is None, one_pass)
+        check(
+            "draft_cutoff",
+            lambda v: v is None or (self.mode in SPECULATIVE and _is_number(v) and 0 <= v <= 1),
+            f"None, or 0 to 1 in {', '.join(SPECULATIVE)}",
+        )
+
+    def branching(self, mode: str) -> tuple[int, bool]:
+        """Groups that a verify forward carries in `mode`, and whether they may hold guesses."""
+        if mode == "quadratic":
+            return self.block_length, False
+        if mode == "branching":
+            most = 2 * self.block_length - 1
+            branches = min(DEFAULT_BRANCHES, most) if self.branches is None else self.branches
+            return branches, self.guesses is not False
+        return 0, False
 
     def reveal_threshold(self, mode: str) -> float | None:
         """The threshold in force in `mode`, which may change mid-text; None where only `steps`

@@ -29,6 +29,39 @@ class Event:
     num_accepted: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Proposals for the tokens after `last`, made before the round that verifies them.
+
+    Attributes:
+        start: Position of `last`, which they follow.
+        token_ids: At most K - 1.
+        confidences: Probability of each when it was chosen.
+        runner_ups: The drafter's second choices; empty if they were not wanted.
+        runner_up_confidences: As `confidences`.
+    """
+
+    start: int
+    token_ids: list[int]
+    confidences: list[float]
+    runner_ups: list[int]
+    runner_up_confidences: list[float]
+
+    @classmethod
+    def nothing(cls, start: int) -> Draft:
+        """No proposals."""
+        return cls(start, [], [], [], [])
+
+    def num_sure(self, cutoff: float | None) -> int:
+        """How many of the first tokens are all at least as confident as `cutoff`."""
+        if cutoff is None:
+            return len(self.token_ids)
+        return next(
+            (i for i, confidence in enumerate(self.confidences) if confidence < cutoff),
+            len(self.token_ids),
+        )
+
+
 class Sequence:
     """A prompt being continued. Modes act on it through `commit`, `emit` and `event` only.
 
@@ -46,6 +79,7 @@ class Sequence:
         finish_reason: None while running, then `stop`, `length` or `abort`.
         stop_text_len: Characters of text before the stop string that ended it; None if none did.
         num_committable: How many fed tokens of the latest step may be committed; set by the engine.
+        num_cells: Cells of the row it owns; set by the engine.
     """
 
     def __init__(
@@ -71,6 +105,8 @@ class Sequence:
         self.finish_reason: str | None = None
         self.stop_text_len: int | None = None
         self.num_committable = 0
+        self.num_cells = 0
+        self._draft: Draft | None = None
         self._detokenize = detokenize
         self._on_event = on_event
 
@@ -87,6 +123,20 @@ class Sequence:
     def num_remaining(self) -> int:
         """How many tokens may still be emitted."""
         return self.params.max_new_tokens - len(self.new_ids)
+
+    def keep_draft(self, draft: Draft) -> None:
+        """Have a draft for the next round, whatever its mode does with it."""
+        self._draft = draft
+
+    def take_draft(self) -> Draft | None:
+        """The draft that was kept, if nothing has been committed since."""
+        draft, self._draft = self._draft, None
+        return draft if draft is not None and draft.start == self.length else None
+
+    def num_spare_groups(self, num_tokens: int) -> int:
+        """Groups of a block each that a step has cells for, behind `num_tokens` others."""
+        free = self.num_cells - self.length - num_tokens
+        return max(free // self.params.block_length, 0)
 
     def commit(self, num_tokens: int) -> None:
         """Keep the K/V of the first `num_tokens` fed in the latest step."""

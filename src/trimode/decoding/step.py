@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trimode.model.masks import TRUNK
 
@@ -26,6 +26,7 @@ class Step:
         wanted: Indexes into the fed tokens whose answer is wanted. A trunk token answers for the
             position after its own (the AR law), any other token for its own (the diffusion law).
         wants_confidence: Whether the probability of each answer is wanted too.
+        wants_runner_up: Whether the second choice for each, and its probability, is wanted too.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Step:
     is_drafter_on: Sequence[bool]
     wanted: Sequence[int]
     wants_confidence: bool = False
+    wants_runner_up: bool = False
 
     @property
     def answer_positions(self) -> list[int]:
@@ -56,12 +58,16 @@ class Readout:
 
     Attributes:
         token_ids: Chosen token for each.
-        confidences: Probability of it at temperature 1 after the ban, unfiltered; empty if
+        confidences: Probability of it at temperature 1 after the ban, unfiltered; means nothing if
             unwanted.
+        runner_ups: What would have been chosen without it, under the same noise; empty if unwanted.
+        runner_up_confidences: As `confidences`.
     """
 
     token_ids: list[int]
     confidences: list[float]
+    runner_ups: list[int] = field(default_factory=list)
+    runner_up_confidences: list[float] = field(default_factory=list)
 
 
 def causal_step(kind: str, token_ids: Sequence[int], *, start: int, wanted: Sequence[int]) -> Step:
@@ -78,7 +84,13 @@ def causal_step(kind: str, token_ids: Sequence[int], *, start: int, wanted: Sequ
 
 
 def block_step(
-    kind: str, token_ids: Sequence[int], *, start: int, wanted: Sequence[int], is_drafter_on: bool
+    kind: str,
+    token_ids: Sequence[int],
+    *,
+    start: int,
+    wanted: Sequence[int],
+    is_drafter_on: bool,
+    wants_runner_up: bool = False,
 ) -> Step:
     """A block from position `start` in the diffusion view: bidirectional within itself."""
     num_tokens = len(token_ids)
@@ -90,4 +102,5 @@ def block_step(
         is_drafter_on=[is_drafter_on] * num_tokens,
         wanted=wanted,
         wants_confidence=True,
+        wants_runner_up=wants_runner_up,
     )

@@ -127,6 +127,7 @@ class Engine:
             seq, started_s = self._waiting.popleft()
             steps = life(seq)
             row = self._free_rows.pop(0)
+            seq.num_cells = self._num_cells
             self._running.append(_Running(seq, row, steps, next(steps), started_s))
 
     def _release(self, running: _Running) -> None:
@@ -155,5 +156,8 @@ def _resume(running: _Running, readout: Readout | None) -> None:
 
 
 def cells_needed(seq: Sequence) -> int:
-    """Cells a sequence may touch: a last block starts at most at the last token."""
-    return len(seq.prompt_ids) + seq.params.max_new_tokens + seq.params.block_length
+    """Cells a sequence may touch: a last block starts at most at the last token, groups lie behind
+    it."""
+    params = seq.params
+    num_groups, _ = params.branching(seq.mode)
+    return len(seq.prompt_ids) + params.max_new_tokens + params.block_length * (1 + num_groups)

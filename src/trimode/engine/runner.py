@@ -73,13 +73,20 @@ class Runner:
             positions=[p for feed in packed for p in feed.step.answer_positions],
             banned=self._banned,
             wants_confidence=any(feed.step.wants_confidence for feed in packed),
+            wants_runner_up=any(feed.step.wants_runner_up for feed in packed),
         )
         readouts: list[Readout | None] = [None] * len(feeds)
         start = 0
         for i, feed in zip(order, packed, strict=True):
             stop = start + len(feed.step.wanted)
             if all(choice.is_finite[start:stop]):
-                readouts[i] = Readout(choice.token_ids[start:stop], choice.confidences[start:stop])
+                answers = slice(start, stop)
+                readouts[i] = Readout(
+                    choice.token_ids[answers],
+                    choice.confidences[answers],
+                    choice.runner_ups[answers],
+                    choice.runner_up_confidences[answers],
+                )
             else:
                 self._cache.scrub(feed.row)
             start = stop
