@@ -29,10 +29,12 @@ PAIRS := data/pocket_instruct_held_out.jsonl
 results: $(STAMP) $(PAIRS)
 	GOMP_SPINCOUNT=3000 $(BIN)/python benchmarks/bench_decode.py --drafter linear_spec_lora \
 		--output benchmarks/results/pocket_cpu_$(MONTH)
-	GOMP_SPINCOUNT=3000 $(BIN)/python benchmarks/bench_branching.py --num-prompts 16 \
+	GOMP_SPINCOUNT=3000 $(BIN)/python benchmarks/bench_branching.py --num-prompts 12 \
 		--output benchmarks/results/branching_cpu_$(MONTH)
 	GOMP_SPINCOUNT=3000 $(BIN)/python benchmarks/bench_instruct.py \
 		--output benchmarks/results/instruct_cpu_$(MONTH)
+	$(BIN)/python benchmarks/bench_reveal.py --output benchmarks/results/reveal_cpu_$(MONTH)
+	$(BIN)/python benchmarks/bench_revise.py --output benchmarks/results/revise_cpu_$(MONTH)
 	$(BIN)/python benchmarks/model_card.py
 	$(BIN)/python benchmarks/fill_tables.py
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import BOS, EOS, MASK
 from trimode.decoding import GenerationParams
+from trimode.detokenize import GrowingText
 from trimode.errors import ConfigError, RequestError
 from trimode.model import TriModeModel
-from trimode.runtime import MAX_BATCH, GrowingText, TriModeLM, load
+from trimode.runtime import MAX_BATCH, TriModeLM, load
 
 MODES = ("ar", "diffusion", "linear")
 
@@ -71,14 +72,14 @@ class TestStream:
 
     def test_half_characters_wait(self, lm: TriModeLM) -> None:
         """Prevents: U+FFFD in the middle of a stream where a character was on its way."""
-        growing = GrowingText(lm)
+        growing = GrowingText(lm.tokenizer)
         pieces = [growing.push([byte]) for byte in "aé😀\x00€".encode()]
         assert pieces == ["a", "", "é", "", "", "", "😀", "\x00", "", "", "€"]
         assert growing.rest == ""
 
     def test_broken_bytes_wait_no_longer_than_they_must(self, lm: TriModeLM) -> None:
         """Prevents: a stream that stays silent while a model babbles bytes that are no text."""
-        growing = GrowingText(lm)
+        growing = GrowingText(lm.tokenizer)
         pieces = [growing.push([byte]) for byte in (0x41, 0x80, 0x80, 0xF0, 0x9F, 0x42)]
         assert pieces == ["A", "", "\ufffd", "\ufffd", "", "\ufffdB"]
         growing.push([0xE2])
@@ -86,7 +87,7 @@ class TestStream:
 
     def test_special_tokens_leave_no_trace(self, lm: TriModeLM) -> None:
         """Prevents: `<|eos|>` in the text, or a half character cut in two by a skipped token."""
-        growing = GrowingText(lm)
+        growing = GrowingText(lm.tokenizer)
         assert growing.push([EOS]) + growing.push([BOS, 0xC3]) == ""
         assert growing.push([EOS]) == ""
         assert growing.push([0xA9]) == "é"

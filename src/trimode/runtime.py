@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import re
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
@@ -18,17 +18,20 @@ from trimode.checkpoint.adapter import check_use, find_adapter, load_adapter, me
 from trimode.checkpoint.io import load_model, load_tokenizer, resolve
 from trimode.conversation import Messages, answering
 from trimode.decoding import Event, GenerationParams, Sequence, Stats
+from trimode.decoding.reveal import degenerate_reason
+from trimode.detokenize import GrowingText, decode, free_len
 from trimode.engine import Engine
 from trimode.engine.engine import cells_needed
 from trimode.errors import ConfigError, RequestError
 from trimode.model import DrafterAdapter, TriModeModel
+from trimode.revision import Revision, revise_text
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Items[int]
 
 MAX_BATCH = 32
 """Prompts of one `generate` call that run together; the rest wait."""
-
-_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,8 @@ class TriModeLM:
         block_length: int | None = None,
         threshold: float | None = None,
         steps: int | None = None,
+        policy: str | None = None,
+        entropy_bound: float | None = None,
         branches: int | None = None,
         guesses: bool | None = None,
         draft_cutoff: float | None = None,
@@ -100,8 +105,8 @@ class TriModeLM:
             prompt: A string or token ids; or a list of either, which need not be equally long.
             mode: `ar`, `diffusion`, `linear`, `branching` or `quadratic`. For one seed all but
                 `diffusion` give the same text.
-            max_new_tokens, block_length, threshold, steps, branches, guesses, draft_cutoff,
-            temperature, top_p, top_k, ignore_eos, stop_token_ids: See
+            max_new_tokens, block_length, threshold, steps, policy, entropy_bound, branches,
+            guesses, draft_cutoff, temperature, top_p, top_k, ignore_eos, stop_token_ids: See
                 `trimode.decoding.params.GenerationParams`. `block_length` is by default the model's
                 own; it means nothing in mode `ar` and is refused there.
             seed: One for all prompts, one each, or None to draw (see `Generation.seed`).
@@ -122,6 +127,8 @@ class TriModeLM:
             block_length=block_length,
             threshold=threshold,
             steps=steps,
+            policy=policy,
+            entropy_bound=entropy_bound,
             branches=branches,
             guesses=guesses,
             draft_cutoff=draft_cutoff,
@@ -153,6 +160,10 @@ class TriModeLM:
         generation = self.generate(**answering(self.tokenizer, messages, options))
         assert isinstance(generation, Generation)
         return generation
+
+    def revise(self, text: str, **options: Any) -> Revision:
+        """Replace the least likely tokens of a text; see `trimode.revision.revise_text`."""
+        return revise_text(self.model, self.tokenizer, text, **options)
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """Continue one prompt, yielding text as it is made; the pieces join to `Generation.text`.
@@ -200,6 +211,9 @@ class TriModeLM:
             )
             on_own_event = _bind(on_event, index)
             sequences.append(self.sequence(prompts[index], checked, on_event=on_own_event))
+        reason = degenerate_reason(sequences[0].params)  # the same for all
+        if reason is not None:
+            logger.warning("%s", reason)
         return is_single, sequences
 
     def sequence(
@@ -287,9 +301,7 @@ class TriModeLM:
     def decode(self, token_ids: Items[int]) -> str:
         """Text of token ids, without special tokens."""
         assert self.tokenizer is not None
-        return self.tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return decode(self.tokenizer, token_ids)
 
 
 class Stream(Iterator[str]):
@@ -302,7 +314,8 @@ class Stream(Iterator[str]):
         self._lm = lm
         self._seq = seq
         self._engine: Engine | None = lm.engine([seq])
-        self._text = GrowingText(lm)
+        assert lm.tokenizer is not None
+        self._text = GrowingText(lm.tokenizer)
         self._num_taken = 0
         self._held = ""
         self._num_yielded = 0
@@ -342,49 +355,9 @@ class Stream(Iterator[str]):
             return self._lm.generation(self._seq).text[self._num_yielded :]
         self._held += self._text.push(self._seq.new_ids[self._num_taken :])
         self._num_taken = len(self._seq.new_ids)
-        free_len = _free_len(self._held, self._seq.params.stop)
-        piece, self._held = self._held[:free_len], self._held[free_len:]
+        length = free_len(self._held, self._seq.params.stop)
+        piece, self._held = self._held[:length], self._held[length:]
         return piece
-
-
-class GrowingText:
-    """Text of a growing list of tokens, handed out once no later token can change it.
-
-    What may change: a half character at the end (decoded as U+FFFD), and a run of single-byte
-    tokens, which sentencepiece tokenizers decode as a whole. Only the newest tokens are decoded.
-    """
-
-    def __init__(self, lm: TriModeLM) -> None:
-        assert lm.tokenizer is not None
-        self._lm = lm
-        self._tokenizer = lm.tokenizer
-        self._window: list[int] = []  # the newest tokens, after some of known text for context
-        self._num_known = 0  # tokens of the window, from its start, whose text is out
-        self._num_shown = 0  # characters of the window's text that are out
-
-    def push(self, token_ids: Items[int]) -> str:
-        """Take the next tokens; returns the text they settle, possibly none."""
-        if not token_ids:
-            return ""
-        self._window += token_ids
-        text = self._lm.decode(self._window)
-        if _BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(self._window[-1]))):
-            return ""
-        if text.endswith("\ufffd"):
-            piece = text[self._num_shown : -1]
-            self._num_shown += len(piece)
-            return piece
-        piece = text[self._num_shown :]
-        if piece:
-            self._window = self._window[self._num_known :]
-            self._num_known = len(self._window)
-            self._num_shown = len(self._lm.decode(self._window))
-        return piece
-
-    @property
-    def rest(self) -> str:
-        """Text of the tokens pushed so far that `push` did not hand out."""
-        return self._lm.decode(self._window)[self._num_shown :]
 
 
 def load(
@@ -490,11 +463,3 @@ def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
     if not isinstance(items, Items):
         raise RequestError(f"{name} is {values!r}; allowed: a list")
     return tuple(map(_plain, items))
-
-
-def _free_len(text: str, stop: Items[str]) -> int:
-    """Characters of `text` that cannot belong to a stop string, whatever follows."""
-    for start in range(len(text)):
-        if any(string.startswith(text[start : start + len(string)]) for string in stop):
-            return start
-    return len(text)

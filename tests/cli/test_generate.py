@@ -23,7 +23,7 @@ from trimode.checkpoint.io import save_checkpoint
 from trimode.cli import generate
 from trimode.cli.main import main
 from trimode.decoding import GenerationParams
-from trimode.decoding.params import DEFAULT_THRESHOLDS
+from trimode.decoding.params import DEFAULT_ENTROPY_BOUND, DEFAULT_THRESHOLDS, POLICIES
 from trimode.model import TriModeModel
 from trimode.runtime import Generation, TriModeLM, load
 
@@ -274,6 +274,21 @@ class TestFlags:
             assert told.endswith(f"(default {parameters[name].default})")
         told = generate.DECODING_FLAGS["threshold"]["help"]
         assert f"default {DEFAULT_THRESHOLDS['diffusion']} in diffusion" in told
+        told = generate.DECODING_FLAGS["entropy_bound"]["help"]
+        assert told.endswith(f"(default {DEFAULT_ENTROPY_BOUND})")
+        told = generate.DECODING_FLAGS["policy"]["help"]
+        assert all(policy in told for policy in POLICIES)
+
+    def test_a_degenerate_setting_is_one_line_on_stderr(
+        self, folder: Path, capsys: Capture
+    ) -> None:
+        """Prevents: a warning in the JSON, several of them, or none."""
+        more = ["--mode", "diffusion", "--policy", "leftmost", "--json", "x"]
+        assert main(words(folder, *more)) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["mode"] == "diffusion"
+        assert err.count("\n") == 1
+        assert err.startswith("trimode: warning: policy 'leftmost' has no steps for the 7 masked")
 
     def test_only_what_is_given_is_passed_on(
         self, monkeypatch: pytest.MonkeyPatch, lm: TriModeLM, capsys: Capture
@@ -291,6 +306,7 @@ class TestFlags:
         monkeypatch.setattr("trimode.runtime.load", lambda *args, **kwargs: model)
         assert main(["generate", "--json", "x"]) == 0
         flags = "--mode diffusion --max-new-tokens 5 --block-length 4 --threshold 0.5 --steps 2"
+        flags += " --policy threshold --entropy-bound 0.5"
         flags += " --temperature 0.7 --top-p 0.9 --top-k 5 --seed 1 --stop a --stop b --ignore-eos"
         assert main(["generate", "--json", "x", *flags.split()]) == 0
         capsys.readouterr()
@@ -301,6 +317,8 @@ class TestFlags:
             "block_length": 4,
             "threshold": 0.5,
             "steps": 2,
+            "policy": "threshold",
+            "entropy_bound": 0.5,
             "temperature": 0.7,
             "top_p": 0.9,
             "top_k": 5,

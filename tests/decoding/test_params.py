@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trimode.decoding import MODES, GenerationParams
-from trimode.decoding.params import MODE_NAMES
+from trimode.decoding.params import MODE_NAMES, POLICIES, POLICY_ALIASES
 from trimode.errors import RequestError
 
 GOOD: dict[str, Any] = {"mode": "linear", "max_new_tokens": 4, "block_length": 4, "seed": 0}
@@ -101,6 +101,82 @@ def test_the_threshold_in_force(
     """Prevents: `steps` ignored because a default threshold reveals everything first."""
     options = GOOD | {"mode": mode, "threshold": threshold, "steps": steps}
     assert GenerationParams(**options).reveal_threshold(mode) == expected
+
+
+D: dict[str, Any] = {"mode": "diffusion"}
+
+
+@pytest.mark.parametrize(
+    ("options", "policy", "threshold", "bound"),
+    [
+        ({}, "confidence_threshold", 0.9, None),
+        ({"steps": 2}, "steps", None, None),
+        ({"steps": 2, "threshold": 0.5}, "confidence_threshold", 0.5, None),
+        ({"policy": "confidence_threshold"}, "confidence_threshold", 0.9, None),
+        ({"policy": "confidence_threshold", "steps": 2}, "steps", None, None),
+        ({"policy": "threshold", "threshold": 0}, "confidence_threshold", 0, None),
+        ({"policy": "steps", "steps": 4}, "steps", None, None),
+        ({"policy": "low_confidence", "steps": 1}, "steps", None, None),
+        ({"policy": "entropy_bound"}, "entropy_bound", None, 0.1),
+        ({"policy": "eb_sampler", "entropy_bound": 0}, "entropy_bound", None, 0),
+        ({"policy": "entropy_bound", "entropy_bound": 2, "steps": 2}, "entropy_bound", None, 2),
+        ({"policy": "sequential"}, "leftmost", None, None),
+        ({"policy": "random", "steps": 3}, "random", None, None),
+    ],
+)
+def test_the_policy_in_force(
+    options: dict[str, Any], policy: str, threshold: float | None, bound: float | None
+) -> None:
+    """Prevents: an alias that leads nowhere, and a default knob that outlives its policy."""
+    params = GenerationParams(**(GOOD | D | options))
+    found = (params.reveal_policy, params.reveal_threshold("diffusion"))
+    assert found == (policy, threshold)
+    assert params.reveal_entropy_bound == bound
+
+
+def test_every_alias_is_of_a_policy() -> None:
+    """Prevents: an alias of an alias, or one that hides a policy of ours."""
+    assert set(POLICY_ALIASES.values()) <= set(POLICIES)
+    assert not set(POLICY_ALIASES) & set(POLICIES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (D | {"policy": "entropy"}, "policy is 'entropy'; allowed: None, confidence_threshold, "),
+        (D | {"policy": ["steps"]}, "policy is ['steps']; allowed: None, confidence_threshold, "),
+        (D | {"policy": ""}, "policy is ''; allowed: None, confidence_threshold, "),
+        ({"policy": "steps", "steps": 2}, "policy is 'steps'; allowed: None, since mode 'linear'"),
+        ({"mode": "ar", "policy": "leftmost"}, "policy is 'leftmost'; allowed: None, since mode"),
+        ({"entropy_bound": 0.1}, "entropy_bound is 0.1; allowed: None but with policy"),
+        (D | {"entropy_bound": 0.1}, "entropy_bound is 0.1; allowed: None but with policy"),
+        (
+            D | {"policy": "entropy_bound", "entropy_bound": -1},
+            "entropy_bound is -1; allowed: None, or a finite number of at least 0",
+        ),
+        (D | {"policy": "entropy_bound", "entropy_bound": math.inf}, "entropy_bound is inf; allow"),
+        (D | {"policy": "entropy_bound", "entropy_bound": math.nan}, "entropy_bound is nan; allow"),
+        (D | {"policy": "entropy_bound", "entropy_bound": "1"}, "entropy_bound is '1'; allowed: "),
+        (
+            D | {"policy": "entropy_bound", "threshold": 0.5},
+            "threshold is 0.5; allowed: None, since policy 'entropy_bound' has no threshold",
+        ),
+        (
+            D | {"policy": "steps", "threshold": 0.5, "steps": 2},
+            "threshold is 0.5; allowed: None, since policy 'steps' has no threshold",
+        ),
+        (D | {"policy": "sequential", "threshold": 0.5}, "threshold is 0.5; allowed: None, since"),
+        (D | {"policy": "random", "threshold": 0.5}, "threshold is 0.5; allowed: None, since"),
+        (D | {"policy": "steps"}, "steps is None; allowed: 1 to block_length=4"),
+        (D | {"policy": "low_confidence"}, "steps is None; allowed: 1 to block_length=4"),
+    ],
+)
+def test_knobs_of_another_policy_are_refused(options: dict[str, Any], message: str) -> None:
+    """Prevents: a knob that means nothing under the policy ignored in silence."""
+    with pytest.raises(RequestError) as caught:
+        GenerationParams(**(GOOD | options))
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
 
 
 def test_mode_names_are_the_modes() -> None:

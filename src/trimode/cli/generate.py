@@ -41,6 +41,17 @@ DECODING_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "passes per block; alone it turns the threshold off",
     },
+    "policy": {
+        "metavar": "NAME",
+        "help": "diffusion: which positions a pass reveals: confidence_threshold (default), steps,"
+        " entropy_bound, leftmost or random",
+    },
+    "entropy_bound": {
+        "type": float,
+        "metavar": "X",
+        "help": "--policy entropy_bound: nats that the entropies revealed in a pass, less the"
+        " largest, may sum to (default 0.1)",
+    },
     "branches": {
         "type": int,
         "metavar": "M",

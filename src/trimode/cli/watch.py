@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from trimode.cli.generate import acceptance_line, forwards_line, tokens_per_forward_line
-from trimode.runtime import GrowingText
+from trimode.detokenize import GrowingText
 
 if TYPE_CHECKING:
     from trimode.decoding import Event, Stats
@@ -126,7 +126,7 @@ class Canvas:
         self._mask = mask
         self._settled = Text().append(printable(prompt), STYLES["prompt"])
         self._prompt_len = len(prompt)
-        self._growing = GrowingText(lm)
+        self._growing = GrowingText(lm.tokenizer)
         self._last: tuple[int, ...] = ()  # the newest emitted token
         self._block: list[tuple[int, str]] = []  # tokens after it and what became of each
 
@@ -146,12 +146,12 @@ class Canvas:
     def text(self) -> Text:
         """Everything, the block included."""
         text = self._settled.copy()
-        growing = GrowingText(self._lm)
+        growing = GrowingText(self._lm.tokenizer)
         growing.push(self._last)  # context, and perhaps the first half of a character
         for token_id, state in self._block:
             if state == "masked" or token_id == self._lm.model.config.mask_token_id:
                 text.append(printable(growing.rest) + self._mask, STYLES["masked"])
-                growing = GrowingText(self._lm)
+                growing = GrowingText(self._lm.tokenizer)
             else:
                 text.append(printable(growing.push((token_id,))), STYLES[state])
         return text.append(printable(growing.rest), STYLES["masked"])

@@ -17,8 +17,14 @@ def block_diffusion(seq: Sequence) -> Generator[Step, Readout, None]:
     the last block.
     """
     canvas = [seq.last] + [seq.mask_token_id] * (seq.params.block_length - 1)
-    threshold = seq.params.reveal_threshold("diffusion")
-    yield from denoise(seq, canvas, kind="denoise", is_drafter_on=False, threshold=threshold)
+    yield from denoise(
+        seq,
+        canvas,
+        kind="denoise",
+        is_drafter_on=False,
+        threshold=seq.params.reveal_threshold("diffusion"),
+        policy=seq.params.reveal_policy,
+    )
     seq.emit(canvas[1:])
     if seq.is_finished:
         return

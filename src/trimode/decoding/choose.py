@@ -22,9 +22,10 @@ class Choice:
 
     Attributes:
         token_ids: [W] chosen tokens.
-        confidences: [W] probability of each at temperature 1 after the ban, unfiltered.
+        confidences: [W] probability of each at temperature 1 after the ban, unfiltered; where the
+            request has an entropy bound, exp(-entropy) of that law: also 1 for what is certain.
         runner_ups: [W] what would have been chosen without them; empty if unwanted.
-        runner_up_confidences: [W] as `confidences`; 0 where the law allows no second token.
+        runner_up_confidences: [W] probability of each; 0 where the law allows no second token.
         is_finite: [W] False where the logits held a NaN or an infinity, so the choice means
             nothing.
     """
@@ -49,7 +50,7 @@ def choose(
 
     Args:
         logits: [W, V]. Overwritten.
-        params: [W] whose temperature, filters and seed apply.
+        params: [W] whose temperature, filters, seed and entropy bound apply.
         positions: [W] absolute position each answer is for.
         banned: [number banned] int64. Ids never chosen: the mask token and padded rows.
         wants_confidence: Whether anybody needs `confidences`; ones are returned otherwise.
@@ -71,6 +72,11 @@ def choose(
     columns = [token_ids, torch.ones_like(best), is_finite]
     if wants_confidence:
         columns[1] = _probabilities(logits, token_ids)
+        bounded = [w for w, p in enumerate(params) if p.reveal_entropy_bound is not None]
+        if bounded:
+            rows = torch.tensor(bounded, device=logits.device)
+            certainties = (-_entropies(logits[rows])).exp()
+            columns[1] = columns[1].double().index_copy(0, rows, certainties)
     if wants_runner_up:
         scores = scores.scatter(-1, token_ids[:, None], -torch.inf)
         score, second_ids = scores.max(dim=-1)
@@ -90,6 +96,11 @@ def _probabilities(logits: Tensor, token_ids: Tensor) -> Tensor:
     """[W]: of one token each, at temperature 1, unfiltered."""
     chosen = logits.gather(-1, token_ids[:, None])[:, 0]
     return (chosen - logits.logsumexp(dim=-1)).exp()
+
+
+def _entropies(logits: Tensor) -> Tensor:
+    """[W] float64: entropy of the law at temperature 1, unfiltered, in nats."""
+    return torch.special.entr(logits.double().softmax(dim=-1)).sum(dim=-1)
 
 
 def _noisy_scores(logits: Tensor, params: list[GenerationParams], positions: list[int]) -> Tensor:

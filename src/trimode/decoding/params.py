@@ -3,6 +3,7 @@ checks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,22 @@ DEFAULT_BRANCHES = 4
 
 DEFAULT_THRESHOLDS = {"diffusion": 0.9, "linear": 0.0}
 """Where neither `threshold` nor `steps` is given; 0 reveals all in one pass."""
+
+POLICIES = ("confidence_threshold", "steps", "entropy_bound", "leftmost", "random")
+"""How a pass of block diffusion picks the positions it reveals (`trimode.decoding.reveal`)."""
+
+POLICY_ALIASES = {
+    "threshold": "confidence_threshold",
+    "low_confidence_dynamic": "confidence_threshold",
+    "low_confidence": "steps",
+    "low_confidence_static": "steps",
+    "eb_sampler": "entropy_bound",
+    "sequential": "leftmost",
+}
+"""Other engines' name for a policy -> ours. Only names that mean the same there: `entropy`, which
+elsewhere is a schedule in order of entropy without a bound, is none of ours."""
+
+DEFAULT_ENTROPY_BOUND = 0.1
 
 MAX_SEED = 2**64 - 1
 
@@ -34,7 +51,12 @@ class GenerationParams:
         threshold: Reveal every masked position whose confidence reaches this, and always the best.
             `diffusion`: None and no `steps` means 0.9. `linear`: None means one pass per draft.
         steps: Passes per block, 1 to `block_length`, spread evenly. Alone it turns the threshold
-            off; with a threshold it is the floor of what every pass reveals.
+            off; with a threshold or an entropy bound it is the floor of what every pass reveals.
+        policy: `diffusion`: one of `POLICIES` or of their aliases; None means
+            `confidence_threshold`, which with `steps` alone is `steps`. Without `steps`, `leftmost`
+            and `random` reveal one token a pass.
+        entropy_bound: `policy="entropy_bound"`: what the entropies of the positions revealed in a
+            pass, less the largest, may sum to, in nats; None means 0.1.
         branches: `branching`: groups that a verify forward carries for the next round, 0 to
             2 K - 1; None means 4.
         guesses: `branching`: whether groups may begin with a guess of the bonus token; None means
@@ -61,6 +83,8 @@ class GenerationParams:
     seed: int
     threshold: float | None = None
     steps: int | None = None
+    policy: str | None = None
+    entropy_bound: float | None = None
     branches: int | None = None
     guesses: bool | None = None
     draft_cutoff: float | None = None
@@ -115,8 +139,27 @@ class GenerationParams:
             lambda v: v is None or (_is_int(v) and 1 <= v <= self.block_length),
             f"None, or 1 to block_length={self.block_length}",
         )
-
+        self._check_policy(check)
         self._check_speculation(check)
+
+    def _check_policy(self, check: Callable[[str, Callable[[Any], bool], str], None]) -> None:
+        if self.mode != "diffusion":
+            check("policy", lambda v: v is None, f"None, since mode {self.mode!r} has no policies")
+        names = (*POLICIES, *POLICY_ALIASES)
+        check("policy", lambda v: v is None or v in names, f"None, {', '.join(names)}")
+        policy = self.reveal_policy
+        if policy != "entropy_bound":
+            check("entropy_bound", lambda v: v is None, "None but with policy 'entropy_bound'")
+        check(
+            "entropy_bound",
+            lambda v: v is None or (_is_number(v) and 0 <= v < math.inf),
+            "None, or a finite number of at least 0",
+        )
+        if policy != "confidence_threshold":
+            none = f"None, since policy {policy!r} has no threshold"
+            check("threshold", lambda v: v is None, none)
+        if policy == "steps":
+            check("steps", lambda v: v is not None, f"1 to block_length={self.block_length}")
 
     def _check_speculation(self, check: Callable[[str, Callable[[Any], bool], str], None]) -> None:
         if self.mode != "branching":
@@ -151,9 +194,27 @@ class GenerationParams:
             return branches, self.guesses is not False
         return 0, False
 
+    @property
+    def reveal_policy(self) -> str:
+        """The policy in force in `diffusion`, by our name."""
+        name = self.policy or "confidence_threshold"
+        name = POLICY_ALIASES.get(name, name)
+        if name == "confidence_threshold" and self.threshold is None and self.steps is not None:
+            return "steps"
+        return name
+
+    @property
+    def reveal_entropy_bound(self) -> float | None:
+        """The entropy bound in force in `diffusion`; None where the policy has none."""
+        if self.reveal_policy != "entropy_bound":
+            return None
+        return DEFAULT_ENTROPY_BOUND if self.entropy_bound is None else self.entropy_bound
+
     def reveal_threshold(self, mode: str) -> float | None:
-        """The threshold in force in `mode`, which may change mid-text; None where only `steps`
-        decides."""
+        """The threshold in force in `mode`, which may change mid-text; None where only `steps` or
+        another policy decides."""
+        if mode == "diffusion" and self.reveal_policy != "confidence_threshold":
+            return None
         if self.threshold is not None or self.steps is not None:
             return self.threshold
         return DEFAULT_THRESHOLDS[mode]

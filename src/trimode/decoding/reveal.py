@@ -5,10 +5,13 @@ Shared by the diffusion mode and by drafting: a draft is a block denoised with t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from collections.abc import Sequence as Numbers
 from dataclasses import dataclass
 
+from trimode.decoding.noise import noise_key
+from trimode.decoding.params import GenerationParams
 from trimode.decoding.sequence import Sequence
 from trimode.decoding.step import Readout, Step, block_step
 
@@ -36,6 +39,76 @@ def select(confidences: Numbers[float], *, threshold: float | None, floor: int) 
     return sorted(chosen)
 
 
+def within_entropy_bound(entropies: Numbers[float], *, bound: float, floor: int) -> list[int]:
+    """Indexes to reveal: the most certain, while their entropies less the largest sum to at most
+    `bound`; `floor` of them at least. Ties go to the earlier position.
+
+    What several tokens chosen at once miss of each other is at most that sum, so it bounds the
+    error of the pass whatever its number of tokens. The first alone always fits.
+
+    Source: EB-Sampler, arXiv 2505.24857.
+    """
+    ranked = sorted(range(len(entropies)), key=lambda i: (entropies[i], i))
+    num_chosen, error = 1, 0.0
+    for i in ranked[:-1]:
+        error += entropies[i]  # the next one has the largest so far
+        if error > bound:
+            break
+        num_chosen += 1
+    return sorted(ranked[: max(num_chosen, floor)])
+
+
+def leftmost(num_masked: int, *, floor: int) -> list[int]:
+    """Indexes to reveal: the first `floor`."""
+    return list(range(min(floor, num_masked)))
+
+
+def drawn(positions: Numbers[int], *, seed: int, floor: int) -> list[int]:
+    """Indexes to reveal: the first `floor` in an order that seed and absolute positions fix.
+
+    The order is that of the noise generators' states, integers made on the host: the same on every
+    device and in any batch.
+    """
+    ranked = sorted(range(len(positions)), key=lambda i: noise_key(seed, positions[i]))
+    return sorted(ranked[:floor])
+
+
+def chosen_by(
+    policy: str,
+    readout: Readout,
+    *,
+    positions: Numbers[int],
+    params: GenerationParams,
+    threshold: float | None,
+    floor: int,
+) -> list[int]:
+    """Indexes to reveal of the masked positions that `readout` answers for.
+
+    Args:
+        policy: One of `trimode.decoding.params.POLICIES`.
+        readout: With confidences, unless the policy is blind (`BLIND`).
+        positions: Absolute, of each answer.
+        params: Whose seed and entropy bound apply.
+        threshold: In force; None for all policies but `confidence_threshold`.
+        floor: Reveal at least so many.
+    """
+    if policy == "entropy_bound":
+        assert params.reveal_entropy_bound is not None
+        entropies = [-math.log(max(c, _TINY)) for c in readout.confidences]
+        return within_entropy_bound(entropies, bound=params.reveal_entropy_bound, floor=floor)
+    if policy == "leftmost":
+        return leftmost(len(positions), floor=floor)
+    if policy == "random":
+        return drawn(positions, seed=params.seed, floor=floor)
+    return select(readout.confidences, threshold=threshold, floor=floor)
+
+
+BLIND = ("leftmost", "random")
+"""Policies that do not look at what the network says."""
+
+_TINY = 1e-300
+
+
 @dataclass(slots=True)
 class Filled:
     """What stands in a canvas and with which probability when it was revealed.
@@ -57,6 +130,7 @@ def denoise(
     kind: str,
     is_drafter_on: bool,
     threshold: float | None,
+    policy: str = "confidence_threshold",
     wants_runner_up: bool = False,
 ) -> Generator[Step, Readout, Filled]:
     """Fill all of `canvas` but its first token, which is clean, in place.
@@ -71,6 +145,7 @@ def denoise(
         kind: Of the forwards, for the counts.
         is_drafter_on: Whether the drafter adapter is on.
         threshold: In force for `select`.
+        policy: Which positions a pass reveals (`chosen_by`).
         wants_runner_up: Whether the second choices are wanted.
 
     Source: arXiv 2607.05722 via facts 3.2.
@@ -88,11 +163,20 @@ def denoise(
             start=seq.length,
             wanted=masked,
             is_drafter_on=is_drafter_on,
+            wants_confidence=policy not in BLIND,
             wants_runner_up=wants_runner_up,
         )
         floor = floors[num_passes] if num_passes < len(floors) else 1
         num_passes += 1
-        for i in select(readout.confidences, threshold=threshold, floor=floor):
+        revealed = chosen_by(
+            policy,
+            readout,
+            positions=[seq.length + i for i in masked],
+            params=params,
+            threshold=threshold,
+            floor=floor,
+        )
+        for i in revealed:
             canvas[masked[i]] = readout.token_ids[i]
             is_masked[masked[i]] = False
             filled.confidences[masked[i]] = readout.confidences[i]
@@ -109,3 +193,37 @@ def _first_stop(seq: Sequence, canvas: list[int], is_masked: list[bool]) -> int:
         if not is_masked[i] and canvas[i] in seq.stop_token_ids:
             return i
     return len(canvas)
+
+
+def degenerate_reason(params: GenerationParams) -> str | None:
+    """Why these settings defeat the purpose of their mode, for a warning; None if they do not."""
+    num_masked = params.block_length - 1
+    if params.mode == "diffusion" and num_masked <= 1:
+        return (
+            f"block_length is {params.block_length}: a block has {num_masked} masked positions, so"
+            " diffusion writes one token a forward whatever the policy, as mode 'ar' does"
+        )
+    if params.mode == "diffusion" and params.threshold == 0:
+        return "threshold is 0: a block is revealed in one pass, its tokens blind to each other"
+    slowest = _why_one_a_pass(params)
+    if params.mode not in ("diffusion", "linear") or num_masked <= 1 or slowest is None:
+        return None
+    if params.mode == "linear":
+        return f"{slowest}: a draft takes as many forwards as it has tokens, so it cannot pay"
+    return f"{slowest}: a forward reveals one token, so mode 'ar' takes no more forwards"
+
+
+def _why_one_a_pass(params: GenerationParams) -> str | None:
+    """What lets a pass reveal one position only, by construction; None if nothing does."""
+    steps, num_masked = params.steps, params.block_length - 1
+    if steps is not None and steps < num_masked:
+        return None
+    policy = params.reveal_policy
+    if policy == "confidence_threshold" and (params.threshold or 0) >= 1:
+        return f"threshold is {params.threshold:g}, which a probability hardly ever reaches"
+    if policy == "entropy_bound" and params.reveal_entropy_bound == 0:
+        return "entropy_bound is 0, which only tokens without any doubt meet"
+    if policy in ("steps", "leftmost", "random"):
+        many = "no steps" if steps is None else f"steps {steps}"
+        return f"policy {policy!r} has {many} for the {num_masked} masked positions of a block"
+    return None

@@ -25,7 +25,7 @@ class Step:
         is_drafter_on: [T] whether the drafter adapter is on for each.
         wanted: Indexes into the fed tokens whose answer is wanted. A trunk token answers for the
             position after its own (the AR law), any other token for its own (the diffusion law).
-        wants_confidence: Whether the probability of each answer is wanted too.
+        wants_confidence: Whether how sure each answer is, is wanted too.
         wants_runner_up: Whether the second choice for each, and its probability, is wanted too.
     """
 
@@ -58,8 +58,8 @@ class Readout:
 
     Attributes:
         token_ids: Chosen token for each.
-        confidences: Probability of it at temperature 1 after the ban, unfiltered; means nothing if
-            unwanted.
+        confidences: Probability of it at temperature 1 after the ban, unfiltered; for a request
+            with an entropy bound instead exp(-entropy) of that law. Means nothing if unwanted.
         runner_ups: What would have been chosen without it, under the same noise; empty if unwanted.
         runner_up_confidences: As `confidences`.
     """
@@ -90,6 +90,7 @@ def block_step(
     start: int,
     wanted: Sequence[int],
     is_drafter_on: bool,
+    wants_confidence: bool = True,
     wants_runner_up: bool = False,
 ) -> Step:
     """A block from position `start` in the diffusion view: bidirectional within itself."""
@@ -101,6 +102,6 @@ def block_step(
         groups=[BLOCK] * num_tokens,
         is_drafter_on=[is_drafter_on] * num_tokens,
         wanted=wanted,
-        wants_confidence=True,
+        wants_confidence=wants_confidence,
         wants_runner_up=wants_runner_up,
     )

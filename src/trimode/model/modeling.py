@@ -21,6 +21,7 @@ from trimode.errors import ConfigError
 from trimode.model.adapter import AdapterSwitch
 from trimode.model.attention import Attend, DenseAttention
 from trimode.model.configuration import NemotronLabsDiffusionConfig, TriModeConfig
+from trimode.model.linear import Linear
 from trimode.model.masks import dense_mask
 
 Checkpointing = bool | Literal["selective"]
@@ -36,6 +37,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype is self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # One dtype, the wider: beside a float32 residual stream a weight may be gathered in
         # bfloat16, beside a float32 weight autocast gives queries and keys in it.
         dtype = torch.promote_types(self.weight.dtype, x.dtype)
@@ -113,10 +116,10 @@ class Attention(nn.Module):
         bias = config.attention_bias
         self.layer_index = layer_index
         self.head_dim = dim
-        self.q_proj = nn.Linear(hidden, num_heads * dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, num_kv_heads * dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, num_kv_heads * dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * dim, hidden, bias=config.has_output_bias)
+        self.q_proj = Linear(hidden, num_heads * dim, bias=bias)
+        self.k_proj = Linear(hidden, num_kv_heads * dim, bias=bias)
+        self.v_proj = Linear(hidden, num_kv_heads * dim, bias=bias)
+        self.o_proj = Linear(num_heads * dim, hidden, bias=config.has_output_bias)
         if config.use_qk_norm:
             self.q_norm = RMSNorm(dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(dim, config.rms_norm_eps)
@@ -154,9 +157,9 @@ class MLP(nn.Module):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.layer_index = layer_index
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.gate_proj = Linear(hidden, inner, bias=bias)
+        self.up_proj = Linear(hidden, inner, bias=bias)
+        self.down_proj = Linear(inner, hidden, bias=bias)
 
     def forward(
         self, x: Tensor, *, adapter: AdapterSwitch | None, is_selective: bool = False
@@ -242,7 +245,7 @@ class TriModeModel(PreTrainedModel):
     def __init__(self, config: TriModeConfig) -> None:
         super().__init__(config)
         self.encoder = Encoder(config)
-        self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.diffusion_head: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
         self.post_init()
 
