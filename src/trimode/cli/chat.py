@@ -8,10 +8,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from trimode.cli.generate import (
-    DECODING_FLAGS,
+    add_decoding_arguments,
     add_model_arguments,
     as_object,
+    given_options,
     in_force,
+    load_model,
     print_pieces,
     read_prompt,
     summary,
@@ -39,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="what the conversation begins with")
     add_model_arguments(parser)
-    decoding = parser.add_argument_group("decoding")
-    for name, flag in DECODING_FLAGS.items():
-        decoding.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **flag)
+    add_decoding_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object (with MESSAGE)")
 
 
@@ -52,12 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("--json prints one answer: give a MESSAGE, or pipe one in")
     message = None if is_talk else read_prompt(args.message)
 
-    from trimode.runtime import load
-
-    lm = load(
-        args.model, device=args.device, dtype=args.dtype, lora=args.lora, drafter=args.drafter
-    )
-    options = {name: getattr(args, name) for name in DECODING_FLAGS if hasattr(args, name)}
+    lm, options = load_model(args), given_options(args)
     messages = [] if args.system is None else [{"role": "system", "content": args.system}]
     if message is None:
         return _talk(lm, messages, options)

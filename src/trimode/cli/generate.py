@@ -95,9 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text to continue; `-`, or none with something piped in, reads stdin as it is",
     )
     add_model_arguments(parser)
-    decoding = parser.add_argument_group("decoding")
-    for name, flag in DECODING_FLAGS.items():
-        decoding.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **flag)
+    add_decoding_arguments(parser)
     output = parser.add_argument_group("output")
     how = output.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print one JSON object")
@@ -113,6 +111,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_WATCH_DELAY_MS,
         metavar="MS",
         help="pause after every picture, left out of tokens/s (default %(default)g)",
+    )
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare `DECODING_FLAGS`."""
+    decoding = parser.add_argument_group("decoding")
+    for name, flag in DECODING_FLAGS.items():
+        decoding.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **flag)
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The decoding arguments that were given, as `TriModeLM.generate` takes them."""
+    return {name: getattr(args, name) for name in DECODING_FLAGS if hasattr(args, name)}
+
+
+def load_model(args: argparse.Namespace) -> TriModeLM:
+    """What the arguments of `add_model_arguments` ask for."""
+    from trimode.runtime import load
+
+    return load(
+        args.model, device=args.device, dtype=args.dtype, lora=args.lora, drafter=args.drafter
     )
 
 
@@ -142,12 +161,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"--watch-delay is {args.watch_delay:g}; allowed: 0 to 60000 ms")
     prompt = read_prompt(args.prompt)
 
-    from trimode.runtime import load
-
-    lm = load(
-        args.model, device=args.device, dtype=args.dtype, lora=args.lora, drafter=args.drafter
-    )
-    options = {name: getattr(args, name) for name in DECODING_FLAGS if hasattr(args, name)}
+    lm, options = load_model(args), given_options(args)
     mode, block_length = in_force(lm, options)
     if args.json:
         generation = cast("Generation", lm.generate(prompt, **options))

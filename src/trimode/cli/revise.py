@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from trimode.cli.generate import add_model_arguments, load_model
 from trimode.errors import RequestError
 
 NAME = "revise"
@@ -22,8 +24,6 @@ _COLOURS = {"+": "32", "-": "31", "@": "36"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    from trimode.cli.generate import add_model_arguments
-
     parser.epilog = (
         "On stdout: a unified diff, nothing if nothing is to be replaced; on stderr: each token and"
         " what replacing it brings. The file stays as it is without --write."
@@ -50,11 +50,7 @@ def run(args: argparse.Namespace) -> int:
     lines = _lines(args.lines)
     text = _read(args.file)
 
-    from trimode.runtime import load
-
-    lm = load(
-        args.model, device=args.device, dtype=args.dtype, lora=args.lora, drafter=args.drafter
-    )
+    lm = load_model(args)
     names = ("budget", "min_gain")
     options = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     revision = lm.revise(text, lines=lines, **options)
@@ -67,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         for edit in revision.edits:
             print(
                 f"-- line {edit.line}: {edit.old!r} -> {edit.new!r}, probability"
-                f" {2.718281828**edit.log_prob:.1e}, gain {edit.gain:.1f} nats",
+                f" {math.exp(edit.log_prob):.1e}, gain {edit.gain:.1f} nats",
                 file=sys.stderr,
             )
     if args.write and revision.edits:

@@ -98,8 +98,7 @@ def _ar_view(
     for start in range(0, len(ids) - 1, 256):  # never all logits at once
         logits = model.diffusion_head(hidden[start : min(start + 256, len(ids) - 1)]).float()
         targets = torch.tensor(ids[start + 1 : start + 1 + len(logits)], device=logits.device)
-        scores = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        log_probs += scores.tolist()
+        log_probs += _log_probs(logits, targets).tolist()
         likeliest += _without(logits, banned).argmax(-1).tolist()
     return log_probs, likeliest
 
@@ -145,8 +144,13 @@ def _gain(
     changed = [*ids[:index], new_id, *ids[index + 1 : stop]]
     hidden = _causal_states(model, changed)[index - 1 : stop - 1]
     targets = torch.tensor(changed[index:], device=hidden.device)
-    scores = model.diffusion_head(hidden).float().log_softmax(-1).gather(1, targets[:, None])
+    scores = _log_probs(model.diffusion_head(hidden).float(), targets)
     return float(scores.sum()) - sum(log_probs[index:stop])
+
+
+def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """[T]: of one token each."""
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 def _causal_states(model: TriModeModel, ids: list[int]) -> Tensor:
