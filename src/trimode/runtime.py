@@ -120,27 +120,8 @@ class TriModeLM:
             RequestError: an argument is not valid, or a prompt does not fit the context.
             CapacityError: it does not fit into memory.
         """
-        is_single, sequences = self._sequences(
-            prompt,
-            mode=mode,
-            max_new_tokens=max_new_tokens,
-            block_length=block_length,
-            threshold=threshold,
-            steps=steps,
-            policy=policy,
-            entropy_bound=entropy_bound,
-            branches=branches,
-            guesses=guesses,
-            draft_cutoff=draft_cutoff,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-            stop_token_ids=stop_token_ids,
-            ignore_eos=ignore_eos,
-            on_event=on_event,
-        )
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        is_single, sequences = self._sequences(**arguments)
         engine = self.engine(sequences)
         while not engine.is_idle:
             engine.step()

@@ -128,30 +128,33 @@ def params_of(**options: Any) -> GenerationParams:
     return GenerationParams(**(defaults | options))
 
 
-def test_certainty_is_entropy_where_it_is_wanted_and_only_there() -> None:
-    """Prevents: an entropy with the banned or the filters in it, NaN of a certain law, and one
-    request's policy changing another's confidences."""
+def test_entropies_are_of_the_unfiltered_law() -> None:
+    """Prevents: an entropy with the banned or the filters in it, and NaN of a certain law."""
     logits = [[math.log(p) for p in (0.5, 0.25, 0.25, 0.9)], [0.0, 0.0, 0.0, 5.0]]
     logits.append([2000.0, 0.0, 0.0, 0.0])
-    bound, plain = params_of(policy="entropy_bound"), params_of()
-    hot = params_of(policy="entropy_bound", temperature=0.5, top_k=1)
-
-    def confidences(*params: GenerationParams) -> list[float]:
-        return choose(
+    for params in (params_of(), params_of(temperature=0.5, top_k=1)):
+        found = choose(
             torch.tensor(logits, dtype=torch.float64),
-            params=params,
+            params=[params] * 3,
             positions=[1, 2, 3],
             banned=torch.tensor([3]),
-            wants_confidence=True,
-        ).confidences
+            wants_entropy=True,
+        )
+        assert found.entropies == pytest.approx([1.5 * math.log(2), math.log(3), 0.0])
+        assert found.confidences == found.log_probs == found.runner_ups == []
 
-    expected = [math.exp(-1.5 * math.log(2)), 1 / 3, 1.0]
-    assert confidences(bound, bound, bound) == pytest.approx(expected)
-    assert confidences(hot, hot, hot) == pytest.approx(expected)
-    assert confidences(plain, plain, plain) == pytest.approx([0.5, 1 / 3, 1.0])
-    mixed = confidences(plain, bound, plain)
-    assert mixed[0] == confidences(plain, plain, plain)[0]
-    assert mixed[1] == confidences(bound, bound, bound)[1]
+
+def test_log_probs_are_of_the_targets_and_unfiltered() -> None:
+    """Prevents: the log-probability of the choice, of a filtered law, or of another row."""
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25, 0.9]] * 3, dtype=torch.float64))
+    found = choose(
+        logits,
+        params=[params_of(), params_of(temperature=2.0, top_k=1), params_of()],
+        positions=[1, 2, 3],
+        banned=torch.tensor([3]),
+        targets=[1, 2, None],
+    )
+    assert found.log_probs[:2] == pytest.approx([math.log(0.25)] * 2)
 
 
 POLICY_OPTIONS: list[dict[str, Any]] = [

@@ -22,19 +22,25 @@ class Choice:
 
     Attributes:
         token_ids: [W] chosen tokens.
-        confidences: [W] probability of each at temperature 1 after the ban, unfiltered; where the
-            request has an entropy bound, exp(-entropy) of that law: also 1 for what is certain.
-        runner_ups: [W] what would have been chosen without them; empty if unwanted.
-        runner_up_confidences: [W] probability of each; 0 where the law allows no second token.
         is_finite: [W] False where the logits held a NaN or an infinity, so the choice means
             nothing.
+        confidences: [W] probability of each at temperature 1 after the ban, unfiltered.
+        runner_ups: [W] what would have been chosen without them.
+        runner_up_confidences: [W] probability of each; 0 where the law allows no second token.
+        entropies: [W] of the law at temperature 1 after the ban, unfiltered, in nats.
+        log_probs: [W] of the token asked about, under the same law, in nats; of no meaning
+            where none was.
+
+    All but the first two are empty if unwanted.
     """
 
     token_ids: list[int]
+    is_finite: list[bool]
     confidences: list[float]
     runner_ups: list[int]
     runner_up_confidences: list[float]
-    is_finite: list[bool]
+    entropies: list[float]
+    log_probs: list[float]
 
 
 def choose(
@@ -43,24 +49,28 @@ def choose(
     params: Sequence[GenerationParams],
     positions: Sequence[int],
     banned: Tensor,
-    wants_confidence: bool,
+    wants_confidence: bool = False,
     wants_runner_up: bool = False,
+    wants_entropy: bool = False,
+    targets: Sequence[int | None] = (),
 ) -> Choice:
     """Choose one token for each wanted position.
 
     Args:
         logits: [W, V]. Overwritten.
-        params: [W] whose temperature, filters, seed and entropy bound apply.
+        params: [W] whose temperature, filters and seed apply.
         positions: [W] absolute position each answer is for.
         banned: [number banned] int64. Ids never chosen: the mask token and padded rows.
-        wants_confidence: Whether anybody needs `confidences`; ones are returned otherwise.
+        wants_confidence: Whether anybody needs `confidences`.
         wants_runner_up: Whether anybody needs the second choices.
+        wants_entropy: Whether anybody needs `entropies`.
+        targets: [W] tokens whose log-probabilities are asked for, None where none is; empty for
+            none at all.
     """
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
     logits[:, banned] = -torch.inf
     best, token_ids = logits.max(dim=-1)  # max propagates NaN
-    is_finite = best.isfinite()
     scores = logits
     hot = [w for w, p in enumerate(params) if p.temperature > 0]
     if hot:
@@ -69,33 +79,40 @@ def choose(
         token_ids[rows] = noisy.argmax(dim=-1)
         if wants_runner_up:
             scores = logits.index_copy(0, rows, noisy)
-    columns = [token_ids, torch.ones_like(best), is_finite]
+    columns = {"token_ids": token_ids, "is_finite": best.isfinite()}
     if wants_confidence:
-        columns[1] = _probabilities(logits, token_ids)
-        bounded = [w for w, p in enumerate(params) if p.reveal_entropy_bound is not None]
-        if bounded:
-            rows = torch.tensor(bounded, device=logits.device)
-            certainties = (-_entropies(logits[rows])).exp()
-            columns[1] = columns[1].double().index_copy(0, rows, certainties)
+        columns["confidences"] = _probabilities(logits, token_ids)
     if wants_runner_up:
         scores = scores.scatter(-1, token_ids[:, None], -torch.inf)
         score, second_ids = scores.max(dim=-1)
-        columns += [second_ids, _probabilities(logits, second_ids) * score.isfinite()]
-    ids, probs, finite, *seconds = torch.stack([c.double() for c in columns]).tolist()
-    second_ids_, second_probs = seconds or ([], [])
+        columns["runner_ups"] = second_ids
+        columns["runner_up_confidences"] = _probabilities(logits, second_ids) * score.isfinite()
+    if wants_entropy:
+        columns["entropies"] = _entropies(logits)
+    if any(target is not None for target in targets):
+        asked = torch.tensor([target or 0 for target in targets], device=logits.device)
+        columns["log_probs"] = _log_probs(logits, asked)
+    found = torch.stack([column.double() for column in columns.values()]).tolist()
+    readings = dict(zip(columns, found, strict=True))
     return Choice(
-        token_ids=[int(i) for i in ids],
-        confidences=probs,
-        runner_ups=[int(i) for i in second_ids_],
-        runner_up_confidences=second_probs,
-        is_finite=[bool(f) for f in finite],
+        token_ids=[int(i) for i in readings["token_ids"]],
+        is_finite=[bool(f) for f in readings["is_finite"]],
+        confidences=readings.get("confidences", []),
+        runner_ups=[int(i) for i in readings.get("runner_ups", [])],
+        runner_up_confidences=readings.get("runner_up_confidences", []),
+        entropies=readings.get("entropies", []),
+        log_probs=readings.get("log_probs", []),
     )
 
 
 def _probabilities(logits: Tensor, token_ids: Tensor) -> Tensor:
     """[W]: of one token each, at temperature 1, unfiltered."""
-    chosen = logits.gather(-1, token_ids[:, None])[:, 0]
-    return (chosen - logits.logsumexp(dim=-1)).exp()
+    return _log_probs(logits, token_ids).exp()
+
+
+def _log_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """[W]: the same in nats."""
+    return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
 
 def _entropies(logits: Tensor) -> Tensor:

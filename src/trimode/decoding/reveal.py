@@ -5,7 +5,6 @@ Shared by the diffusion mode and by drafting: a draft is a block denoised with t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from collections.abc import Sequence as Numbers
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ def chosen_by(
 
     Args:
         policy: One of `trimode.decoding.params.POLICIES`.
-        readout: With confidences, unless the policy is blind (`BLIND`).
+        readout: With confidences, and with entropies for `entropy_bound`.
         positions: Absolute, of each answer.
         params: Whose seed and entropy bound apply.
         threshold: In force; None for all policies but `confidence_threshold`.
@@ -94,19 +93,13 @@ def chosen_by(
     """
     if policy == "entropy_bound":
         assert params.reveal_entropy_bound is not None
-        entropies = [-math.log(max(c, _TINY)) for c in readout.confidences]
-        return within_entropy_bound(entropies, bound=params.reveal_entropy_bound, floor=floor)
+        bound = params.reveal_entropy_bound
+        return within_entropy_bound(readout.entropies, bound=bound, floor=floor)
     if policy == "leftmost":
         return leftmost(len(positions), floor=floor)
     if policy == "random":
         return drawn(positions, seed=params.seed, floor=floor)
     return select(readout.confidences, threshold=threshold, floor=floor)
-
-
-BLIND = ("leftmost", "random")
-"""Policies that do not look at what the network says."""
-
-_TINY = 1e-300
 
 
 @dataclass(slots=True)
@@ -163,8 +156,9 @@ def denoise(
             start=seq.length,
             wanted=masked,
             is_drafter_on=is_drafter_on,
-            wants_confidence=policy not in BLIND,
+            wants_confidence=True,
             wants_runner_up=wants_runner_up,
+            wants_entropy=policy == "entropy_bound",
         )
         floor = floors[num_passes] if num_passes < len(floors) else 1
         num_passes += 1

@@ -27,6 +27,8 @@ class Step:
             position after its own (the AR law), any other token for its own (the diffusion law).
         wants_confidence: Whether how sure each answer is, is wanted too.
         wants_runner_up: Whether the second choice for each, and its probability, is wanted too.
+        wants_entropy: Whether the entropy of each law is wanted too.
+        targets: One token for each of `wanted`, whose log-probability is asked for; or none.
     """
 
     kind: str
@@ -37,6 +39,8 @@ class Step:
     wanted: Sequence[int]
     wants_confidence: bool = False
     wants_runner_up: bool = False
+    wants_entropy: bool = False
+    targets: Sequence[int] = ()
 
     @property
     def answer_positions(self) -> list[int]:
@@ -58,19 +62,31 @@ class Readout:
 
     Attributes:
         token_ids: Chosen token for each.
-        confidences: Probability of it at temperature 1 after the ban, unfiltered; for a request
-            with an entropy bound instead exp(-entropy) of that law. Means nothing if unwanted.
-        runner_ups: What would have been chosen without it, under the same noise; empty if unwanted.
+        confidences: Probability of it at temperature 1 after the ban, unfiltered.
+        runner_ups: What would have been chosen without it, under the same noise.
         runner_up_confidences: As `confidences`.
+        entropies: Of that law, in nats.
+        log_probs: Of the step's `targets` under it, in nats.
+
+    What was not wanted may be empty.
     """
 
     token_ids: list[int]
-    confidences: list[float]
+    confidences: list[float] = field(default_factory=list)
     runner_ups: list[int] = field(default_factory=list)
     runner_up_confidences: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
 
 
-def causal_step(kind: str, token_ids: Sequence[int], *, start: int, wanted: Sequence[int]) -> Step:
+def causal_step(
+    kind: str,
+    token_ids: Sequence[int],
+    *,
+    start: int,
+    wanted: Sequence[int],
+    targets: Sequence[int] = (),
+) -> Step:
     """Tokens from position `start` in the AR view: causal, adapter off."""
     num_tokens = len(token_ids)
     return Step(
@@ -80,6 +96,7 @@ def causal_step(kind: str, token_ids: Sequence[int], *, start: int, wanted: Sequ
         groups=[TRUNK] * num_tokens,
         is_drafter_on=[False] * num_tokens,
         wanted=wanted,
+        targets=targets,
     )
 
 
@@ -92,6 +109,7 @@ def block_step(
     is_drafter_on: bool,
     wants_confidence: bool = True,
     wants_runner_up: bool = False,
+    wants_entropy: bool = False,
 ) -> Step:
     """A block from position `start` in the diffusion view: bidirectional within itself."""
     num_tokens = len(token_ids)
@@ -104,4 +122,5 @@ def block_step(
         wanted=wanted,
         wants_confidence=wants_confidence,
         wants_runner_up=wants_runner_up,
+        wants_entropy=wants_entropy,
     )

@@ -74,6 +74,8 @@ class Runner:
             banned=self._banned,
             wants_confidence=any(feed.step.wants_confidence for feed in packed),
             wants_runner_up=any(feed.step.wants_runner_up for feed in packed),
+            wants_entropy=any(feed.step.wants_entropy for feed in packed),
+            targets=[target for feed in packed for target in _targets(feed.step)],
         )
         readouts: list[Readout | None] = [None] * len(feeds)
         start = 0
@@ -86,6 +88,8 @@ class Runner:
                     choice.confidences[answers],
                     choice.runner_ups[answers],
                     choice.runner_up_confidences[answers],
+                    choice.entropies[answers],
+                    choice.log_probs[answers],
                 )
             else:
                 self._cache.scrub(feed.row)
@@ -115,3 +119,7 @@ class Runner:
         if all(is_on):
             return AdapterSwitch(self._adapter, None)
         return AdapterSwitch(self._adapter, torch.tensor(is_on, device=self._device)[:, None])
+
+
+def _targets(step: Step) -> Items[int | None]:
+    return step.targets or [None] * len(step.wanted)

@@ -13,6 +13,7 @@ from trimode.training.config import StagePart, TrainConfig
 from trimode.training.conversation_packing import make_sampler
 from trimode.training.corruption import corrupt
 from trimode.training.objective import TargetCounts, TrainingBatch, count_targets
+from trimode.training.packing import Windows
 from trimode.training.parallel import Parallel
 from trimode.training.shards import TokenShards
 
@@ -107,6 +108,7 @@ def make_batch(
         block_lengths_at(stage, progress),
         config.seed,
         num_copies=2 if stage.is_complementary else 1,
+        windows=Windows(stage.infill_share, stage.infill_window) if stage.infill_share else None,
     )
     local = samples if parallel is None else parallel.local_samples(samples)
     micro_batches = []
@@ -123,6 +125,7 @@ def make_batch(
                 ratio_per=stage.ratio_per,
                 late_half_life=stage.late_half_life,
                 is_complementary=stage.is_complementary,
+                is_windowed=[sampler.is_windowed(sample) for sample in some],
             )
         micro_batches.append(
             TrainingBatch(rows, noise, is_row_averaged=stage.loss_average == "sequence")

@@ -92,6 +92,9 @@ class StagePart:
             each of `block_lengths` in their order.
         draft_share: Share of blocks that show the pattern of decoding: one clean token, K - 1
             masks.
+        infill_share: Share of rows whose blocks are windows with one gap to fill, 1 token to half
+            of the window, the text behind it in sight (`corruption.gaps`).
+        infill_window: Tokens of such a window.
         ratio_per: Whether each `sequence` has a mask ratio of its own, or each `block`.
         late_half_life: Late-heavy masking (`corruption.late_heavy`), in tokens; null is off.
         is_complementary: Every row twice, masked in complementary places.
@@ -108,6 +111,8 @@ class StagePart:
     block_lengths: tuple[int, ...] = (8,)
     block_schedule: Literal["mixed", "curriculum"] = "mixed"
     draft_share: float = 0.0
+    infill_share: float = 0.0
+    infill_window: int = 64
     ratio_per: Literal["sequence", "block"] = "sequence"
     late_half_life: float | None = None
     is_complementary: bool = False
@@ -123,7 +128,7 @@ class StagePart:
             self.diffusion_weight >= 0,
             f"diffusion_weight is {self.diffusion_weight}, but must not be negative",
         )
-        for name in ("draft_share", "diffusion_ramp"):
+        for name in ("draft_share", "infill_share", "diffusion_ramp"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"{name} is {value}, but must lie between 0 and 1")
         check(
@@ -137,6 +142,16 @@ class StagePart:
                 f"block_lengths holds {block_length}, but a block must have from 2 to "
                 f"sequence_length ({self.sequence_length}) tokens",
             )
+        check(
+            2 <= self.infill_window <= self.sequence_length or not self.infill_share,
+            f"infill_window is {self.infill_window}, but must have from 2 to sequence_length "
+            f"({self.sequence_length}) tokens",
+        )
+        check(
+            not (self.is_complementary and self.infill_share),
+            f"infill_share is {self.infill_share} beside is_complementary, but a gap that is masked"
+            " whole has no complement: leave one out",
+        )
         rows, rest = divmod(self.batch_tokens, self.sequence_length)
         check(
             rest == 0,

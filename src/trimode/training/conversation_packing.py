@@ -18,6 +18,7 @@ from trimode.training.packing import (
     PackedRows,
     RowSampler,
     TokenStream,
+    Windows,
     draw_block_length,
     shuffled_order,
     stack_rows,
@@ -36,10 +37,22 @@ def make_sampler(
     *,
     is_shuffled: bool = True,
     num_copies: int = 1,
+    windows: Windows | None = None,
 ) -> RowSampler | ConversationSampler:
-    """The sampler for the kind of the data; arguments as in `RowSampler`."""
+    """The sampler for the kind of the data; arguments as in `RowSampler`.
+
+    Raises:
+        ConfigError: Windows were asked for, and the data are conversations.
+    """
     options = (stream, sequence_length, block_lengths, seed, is_shuffled, num_copies)
-    return ConversationSampler(*options) if stream.kind == "chat" else RowSampler(*options)
+    if stream.kind != "chat":
+        return RowSampler(*options, windows)
+    if windows is not None:
+        raise ConfigError(
+            f"infill_share is {windows.share}, but the data are conversations, which have no "
+            "windows to learn infilling from: remove it"
+        )
+    return ConversationSampler(*options)
 
 
 def pack_conversations(
@@ -143,6 +156,10 @@ class ConversationSampler:
             place -= self._num_rows(epoch)
             epoch += 1
         return _epoch(*self._key(epoch))[place]
+
+    def is_windowed(self, sample: int) -> bool:
+        """Never: conversations have no windows with a gap."""
+        return False
 
     def block_length(self, sample: int) -> int:
         """The block length of this sample."""

@@ -53,6 +53,7 @@ def corrupt(
     late_half_life: float | None = None,
     is_complementary: bool = False,
     ratios: Sequence[float] | None = None,
+    is_windowed: Sequence[bool] | None = None,
 ) -> Corruption:
     """Mask each row at its own ratio.
 
@@ -63,6 +64,10 @@ def corrupt(
        even one shows, with chance 1 - p.
     5. A share of the blocks is drawn as decoding shows them instead: offset 0 clean and not
        maskable, all others masked, p = 1.
+
+    6. A windowed row's blocks are windows with one gap each: only tokens of the gap are maskable.
+       Half of the gaps are masked whole, p = 1; the others token by token at a t of their own, as
+       step 1 has it (`gaps`).
 
     The published recipe is steps 1 and 3 (facts 2.2); 2 and 4 are switches in its code.
 
@@ -76,6 +81,7 @@ def corrupt(
         late_half_life: Offsets after which the exponent of step 2 has halved; None: step 2 is off.
         is_complementary: Whether step 4 is on; the rows of samples 2i and 2i + 1 must be equal.
         ratios: t of each row, in place of a drawn one (evaluation).
+        is_windowed: Which rows are windowed (`packing.Windows`); None for none.
     """
     copies = 2 if is_complementary else 1
     row_len = rows.clean_ids.shape[1]
@@ -97,12 +103,49 @@ def corrupt(
     is_drafted = is_drafted < draft_share
     is_maskable = rows.is_maskable & ~(is_drafted & rows.is_block_start)
     is_masked = torch.where(is_drafted, is_maskable, is_masked & is_maskable)
+    weight = torch.where(is_drafted, 1.0, 1.0 / chance)
+    if is_windowed is not None and any(is_windowed):
+        in_window = torch.tensor(list(is_windowed))[:, None]
+        is_gap, gap_chance = gaps(rows, draws)
+        is_gap = is_gap & rows.is_maskable
+        positions = torch.stack([draw.positions for draw in draws])
+        is_maskable = torch.where(in_window, is_gap, is_maskable)
+        is_masked = torch.where(in_window, is_gap & (positions < gap_chance), is_masked)
+        weight = torch.where(in_window, 1.0 / gap_chance, weight)
     return Corruption(
         noisy_ids=torch.where(is_masked, mask_token_id, rows.clean_ids),
         is_masked=is_masked,
         is_maskable=is_maskable,
-        weight=torch.where(is_drafted, 1.0, 1.0 / chance),
+        weight=weight,
     )
+
+
+def gaps(rows: PackedRows, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One gap in every block, of 1 token to half of the block, anywhere in it.
+
+    Args:
+        rows: B rows.
+        draws: Their random numbers.
+
+    Returns:
+        [B, S] bool, what lies in a gap, and [B, S] float32, the chance of a mask in the gap of the
+        token's block.
+    """
+    lens = torch.zeros_like(rows.block_ids)
+    lens.scatter_add_(1, rows.block_ids, torch.ones_like(rows.block_ids))
+
+    def of_blocks(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(list(numbers)).gather(1, rows.block_ids)
+
+    block_lens = lens.gather(1, rows.block_ids)
+    gap_lens = 1 + (of_blocks([draw.gap_lens for draw in draws]) * (block_lens // 2)).long()
+    gap_lens = gap_lens.clamp(max=(block_lens // 2).clamp(min=1))
+    starts = (of_blocks([draw.gap_starts for draw in draws]) * (block_lens - gap_lens + 1)).long()
+    offsets = block_offsets(rows)
+    ratio = of_blocks([draw.block_ratios for draw in draws])
+    is_whole = of_blocks([draw.blocks for draw in draws]) < 0.5
+    chance = torch.where(is_whole, 1.0, mask_chance(ratio))
+    return (offsets >= starts) & (offsets < starts + gap_lens), chance
 
 
 def mask_chance(ratio: torch.Tensor, *, is_complementary: bool = False) -> torch.Tensor:
@@ -140,17 +183,19 @@ def draft_pattern(rows: PackedRows, *, mask_token_id: int) -> Corruption:
     )
 
 
-class _Draw(NamedTuple):
-    """One row's random numbers, uniform in [0, 1)."""
+class Draw(NamedTuple):
+    """One row's random numbers, uniform in [0, 1): one, and [S] for positions or blocks."""
 
     ratio: float
     positions: torch.Tensor
     blocks: torch.Tensor
     block_ratios: torch.Tensor
+    gap_lens: torch.Tensor
+    gap_starts: torch.Tensor
 
 
-def _draw(seed: int, sample: int, row_len: int) -> _Draw:
+def _draw(seed: int, sample: int, row_len: int) -> Draw:
     state = np.random.SeedSequence((seed, _NOISE, sample)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]) >> 1)
     ratio = float(torch.rand((), generator=generator))
-    return _Draw(ratio, *(torch.rand(row_len, generator=generator) for _ in range(3)))
+    return Draw(ratio, *(torch.rand(row_len, generator=generator) for _ in range(5)))

@@ -18,7 +18,7 @@ import torch
 
 from trimode.errors import ConfigError
 
-_ORDER, _BLOCK_LENGTH = 1, 2  # separate random streams of one seed
+_ORDER, _BLOCK_LENGTH, _WINDOW = 1, 2, 4  # separate random streams of one seed (3: noise)
 
 
 class TokenStream(Protocol):
@@ -120,6 +120,19 @@ def pack_row(
 
 
 @dataclass(frozen=True, slots=True)
+class Windows:
+    """Rows whose blocks are windows with a gap, to learn infilling (`corruption.gaps`).
+
+    Args:
+        share: Chance of a row to be one.
+        length: Tokens of a window, which takes the place of the block length there.
+    """
+
+    share: float
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class RowSampler:
     """Rows by global sample index: a fresh permutation of all rows for every epoch.
 
@@ -133,6 +146,7 @@ class RowSampler:
         seed: Of the order and of the block lengths.
         is_shuffled: False reads rows in order (evaluation).
         num_copies: How many samples in a row show the same row (2 for complementary masks).
+        windows: Rows for infilling among them; None for none.
     """
 
     stream: TokenStream
@@ -141,6 +155,7 @@ class RowSampler:
     seed: int
     is_shuffled: bool = True
     num_copies: int = 1
+    windows: Windows | None = None
 
     @property
     def num_rows(self) -> int:
@@ -163,8 +178,17 @@ class RowSampler:
             return place
         return int(_permutation(self.seed, epoch, self.num_rows)[place])
 
+    def is_windowed(self, sample: int) -> bool:
+        """Whether the blocks of this sample are windows with a gap."""
+        if self.windows is None:
+            return False
+        rng = np.random.default_rng((self.seed, _WINDOW, sample // self.num_copies))
+        return bool(rng.random() < self.windows.share)
+
     def block_length(self, sample: int) -> int:
         """The block length of this sample."""
+        if self.windows is not None and self.is_windowed(sample):
+            return self.windows.length
         return draw_block_length(self.block_lengths, self.seed, sample // self.num_copies)
 
     def rows(self, samples: Sequence[int]) -> PackedRows:
