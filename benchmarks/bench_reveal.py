@@ -1,4 +1,4 @@
-"""Quality against forwards: every reveal policy of block diffusion at several settings.
+"""Quality against forwards: reveal policies and revisions of block diffusion at several settings.
 
     python benchmarks/bench_reveal.py --output benchmarks/results/reveal_cpu_202611
 
@@ -40,6 +40,7 @@ from matplotlib import pyplot
 
 import trimode
 from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.decoding.params import REVISIONS
 
 Options = dict[str, Any]
 
@@ -55,6 +56,10 @@ def settings() -> dict[str, tuple[str, Options]]:
     def add(policy: str, name: str, **knobs: Any) -> None:
         found[f"{policy}, {name}"] = (policy, {"mode": "diffusion", "policy": policy, **knobs})
 
+    def revise(curve: str, name: str, **knobs: Any) -> None:
+        revision = curve.split()[0]
+        found[f"{curve}, {name}"] = (curve, {"mode": "diffusion", "revision": revision, **knobs})
+
     for threshold in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
         add("confidence_threshold", f"threshold {threshold}", threshold=threshold)
     for bound in (0.1, 0.5, 1.0, 2.0, 4.0, 8.0):
@@ -62,6 +67,16 @@ def settings() -> dict[str, tuple[str, Options]]:
     for policy in ("steps", "leftmost", "random"):
         for steps in (1, 2, 3, 4, 7):
             add(policy, f"steps {steps}", steps=steps)
+    for threshold in (0.1, 0.2, 0.3, 0.5, 0.7):
+        add("ar_weighted", f"threshold {threshold}", threshold=threshold)
+    for threshold in (0.1, 0.2, 0.3):
+        revise("joint_threshold", f"threshold {threshold}", threshold=threshold)
+    for threshold in (0.1, 0.2, 0.3):
+        revise("ar_doubt", f"threshold {threshold}", threshold=threshold)
+    for schedule, all_steps in {"cap": (4, 7), "conf": (4, 7), "loop": (3, 4)}.items():
+        for steps in all_steps:
+            knobs = {"steps": steps, "remask_schedule": schedule}
+            revise(f"remdm {schedule}", f"steps {steps}", **knobs)
     return found
 
 
@@ -181,9 +196,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """NLL and valid share over forwards per token, a line for each policy."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for curve in dict.fromkeys(row["curve"] for row in rows):
+    """NLL and valid share over forwards per token, a line for each policy, dashed for revisions."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.2), layout="constrained")
+    colours = pyplot.get_cmap("tab20").colors
+    for number, curve in enumerate(dict.fromkeys(row["curve"] for row in rows)):
         points = sorted(
             (row["forwards_per_token"], row["nll"], 100 * row["num_valid"] / row["num_judged"])
             for row in rows
@@ -191,7 +207,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         )
         style = {"linestyle": "", "marker": "*", "markersize": 13, "zorder": 3}
         if curve not in REFERENCES:
-            style = {"marker": "o", "markersize": 4}
+            is_revision = curve.split()[0] in REVISIONS
+            style = {"marker": "o", "markersize": 4, "linestyle": "--" if is_revision else "-"}
+        style["color"] = colours[number % len(colours)]
         for axis, column in zip(axes, (1, 2), strict=True):
             axis.plot([p[0] for p in points], [p[column] for p in points], label=curve, **style)
     axes[0].set_ylabel("NLL under the AR view, nats per token")
@@ -199,7 +217,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis in axes:
         axis.set_xlabel("forwards per token")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -199,9 +199,9 @@ def test_model_wrapped_by_peft_is_refused(hf_model: Models) -> None:
     ("name", "arguments", "error", "message"),
     [
         ("generate", {"causal_context": False}, UnsupportedError, "causal_context is False"),
-        ("generate", {"max_thinking_tokens": 9}, UnsupportedError, "max_thinking_tokens is 9"),
-        ("ar_generate", {"end_think_token_id": 13}, UnsupportedError, "end_think_token_id is 13"),
-        ("linear_spec_generate", {"max_thinking_tokens": 0}, UnsupportedError, "thinking"),
+        ("generate", {"max_thinking_tokens": 9}, RequestError, "end_think_token_id is None"),
+        ("ar_generate", {"end_think_token_id": 13}, RequestError, "end_think_token_id is 13"),
+        ("linear_spec_generate", {"max_thinking_tokens": -1}, RequestError, "tokens is -1"),
         ("linear_spec_generate", {"mask_token_id": 100}, UnsupportedError, "own, 258"),
         ("generate", {"shift_logits": True}, RequestError, "does not take shift_logits"),
         ("ar_generate", {"top_p": 0.9}, RequestError, "it takes prompt_ids, max_new_tokens"),

@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from trimode.checkpoint.adapter import load_adapter
 from trimode.checkpoint.io import check_weights, read_model_config
 from trimode.decoding import GenerationParams, Sequence
+from trimode.decoding.control import Control
 from trimode.errors import CheckpointError, RequestError, TriModeError, UnsupportedError
 from trimode.model import DrafterAdapter, NemotronLabsDiffusionConfig, TriModeConfig, modeling
 from trimode.runtime import TriModeLM
@@ -115,7 +116,9 @@ class TriModeModel(modeling.TriModeModel):
             max_new_tokens: At most so many tokens a row.
             temperature: 0 is greedy.
             eos_token_id: Token or tokens that end a row.
-            max_thinking_tokens, end_think_token_id: Not built; None is allowed.
+            max_thinking_tokens: After so many new tokens without the end of thought, that is the
+                next one (facts 3.6), part of the result and of what follows. None: no budget.
+            end_think_token_id: The end of thought, to be given with a budget and only then.
             attention_mask: [B, T], nonzero where a token is real; None if all are.
 
         Returns:
@@ -126,12 +129,12 @@ class TriModeModel(modeling.TriModeModel):
             RequestError: an argument is not valid, or a row does not fit the context.
             UnsupportedError: an argument asks for something that is not built.
         """
-        thinking = (max_thinking_tokens, end_think_token_id)
-        _refuse(self.ar_generate, unknown, thinking=thinking)
+        _refuse(self.ar_generate, unknown)
         ids, sequences = self._decode(
             prompt_ids,
             attention_mask,
             eos_token_id=eos_token_id,
+            control=_thinking(max_thinking_tokens, end_think_token_id),
             mode="ar",
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -176,8 +179,7 @@ class TriModeModel(modeling.TriModeModel):
         Raises:
             RequestError, UnsupportedError: As in `ar_generate`.
         """
-        thinking = (max_thinking_tokens, end_think_token_id)
-        _refuse(self.generate, unknown, thinking=thinking)
+        _refuse(self.generate, unknown)
         if causal_context is not True:
             raise UnsupportedError(f"causal_context is {causal_context!r}; supported: True")
         block_length = self.config.block_size if block_length is None else block_length
@@ -189,6 +191,7 @@ class TriModeModel(modeling.TriModeModel):
             prompt_ids,
             attention_mask,
             eos_token_id=eos_token_id,
+            control=_thinking(max_thinking_tokens, end_think_token_id),
             mode="diffusion",
             max_new_tokens=max_new_tokens,
             block_length=block_length,
@@ -237,8 +240,7 @@ class TriModeModel(modeling.TriModeModel):
         Raises:
             RequestError, UnsupportedError: As in `ar_generate`.
         """
-        thinking = (max_thinking_tokens, end_think_token_id)
-        _refuse(self.linear_spec_generate, unknown, thinking=thinking)
+        _refuse(self.linear_spec_generate, unknown)
         if mask_token_id not in (None, self.config.mask_token_id):
             raise UnsupportedError(
                 f"mask_token_id is {mask_token_id!r}; supported: None or the model's own,"
@@ -249,6 +251,7 @@ class TriModeModel(modeling.TriModeModel):
             attention_mask,
             eos_token_id=eos_token_id,
             adapter=self._placed_drafter(),
+            control=_thinking(max_thinking_tokens, end_think_token_id),
             mode="linear",
             max_new_tokens=max_new_tokens,
             block_length=self.config.block_size if block_length is None else block_length,
@@ -336,18 +339,18 @@ def load_drafter(model: TriModeModel, folder: str | Path | None) -> None:
     object.__setattr__(model, "drafter", adapter)  # nn.Module would enter it into the state dict
 
 
-def _refuse(
-    method: Any, unknown: dict[str, Any], *, thinking: tuple[int | None, int | None]
-) -> None:
-    """Refuse arguments that the method does not know, and those of thinking budgets."""
+def _refuse(method: Any, unknown: dict[str, Any]) -> None:
+    """Refuse arguments that the method does not know."""
     if unknown:
         allowed = [name for name in inspect.signature(method).parameters if name != "unknown"]
         raise RequestError(
             f"{method.__name__} does not take {', '.join(unknown)}; it takes {', '.join(allowed)}"
         )
-    for name, value in zip(("max_thinking_tokens", "end_think_token_id"), thinking, strict=True):
-        if value is not None:
-            raise UnsupportedError(f"{name} is {value!r}; supported: None, no thinking budget")
+
+
+def _thinking(budget: int | None, end: int | None) -> Control:
+    """As published, with the checks of `Control`."""
+    return Control(max_thinking_tokens=budget, end_think_token_id=end)
 
 
 def _refuse_peft(model: TriModeModel) -> None:

@@ -78,7 +78,7 @@ def revise_text(
         raise RequestError(f"budget is {budget!r}; allowed: an integer of at least 1")
     if not isinstance(min_gain, (int, float)) or not math.isfinite(min_gain) or min_gain < 0:
         raise RequestError(f"min_gain is {min_gain!r}; allowed: a number of at least 0")
-    first_char, last_char = _character_range(text, lines)
+    first_char, last_char = character_range(text, lines)
     prefix = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     context = model.config.max_position_embeddings
@@ -120,8 +120,12 @@ def revise_text(
     return Revision("".join([*parts, text[reached:]]), tuple(edits))
 
 
-def _character_range(text: str, lines: tuple[int, int] | None) -> tuple[int, int]:
-    """Start and end of the lines, in characters."""
+def character_range(text: str, lines: tuple[int, int] | None) -> tuple[int, int]:
+    """Start and end of the lines `first` to `last`, from 1, in characters; None is all of them.
+
+    Raises:
+        RequestError: There are no such lines.
+    """
     if lines is None:
         return 0, len(text)
     starts = [0, *(i + 1 for i, sign in enumerate(text) if sign == "\n"), len(text)]

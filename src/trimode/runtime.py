@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import inspect
 import logging
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from trimode.arguments import Prompt, as_prompts, as_seeds, as_tuple, plain
 from trimode.checkpoint.adapter import check_use, find_adapter, load_adapter, merge_lora
 from trimode.checkpoint.io import load_model, load_tokenizer, resolve
 from trimode.conversation import Messages, answering
 from trimode.decoding import Event, GenerationParams, Sequence, Stats
+from trimode.decoding.control import CONTROL_NAMES, Control
+from trimode.decoding.grammar import Grammars
 from trimode.decoding.reveal import degenerate_reason
+from trimode.decoding.step import TokenLogprobs
 from trimode.detokenize import GrowingText, decode, free_len
 from trimode.engine import Engine
 from trimode.engine.engine import cells_needed
+from trimode.engine.runner import banned_ids
 from trimode.errors import ConfigError, RequestError
+from trimode.infill import Infilling, infill_text
 from trimode.model import DrafterAdapter, TriModeModel
+from trimode.model.products import as_weights
 from trimode.revision import Revision, revise_text
 
 logger = logging.getLogger(__name__)
-
-Prompt = str | Items[int]
 
 MAX_BATCH = 32
 """Prompts of one `generate` call that run together; the rest wait."""
@@ -45,6 +49,7 @@ class Generation:
         finish_reason: `stop` (stop token or string), `length`, or `abort`.
         seed: The seed that reproduces it.
         stats: What it cost.
+        logprobs: Of each of `token_ids`, if they were asked for; else None.
     """
 
     text: str
@@ -53,6 +58,7 @@ class Generation:
     finish_reason: str
     seed: int
     stats: Stats
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class TriModeLM:
@@ -75,6 +81,7 @@ class TriModeLM:
         self.model = model
         self.tokenizer = tokenizer
         self.adapter = adapter
+        self._grammars = Grammars(tokenizer, num_tokens=model.config.vocab_size)
 
     def generate(
         self,
@@ -87,6 +94,12 @@ class TriModeLM:
         steps: int | None = None,
         policy: str | None = None,
         entropy_bound: float | None = None,
+        revision: str | None = None,
+        edit_threshold: float | None = None,
+        edit_budget: int | None = None,
+        doubt: float | None = None,
+        remask_schedule: str | None = None,
+        remask_rate: float | None = None,
         branches: int | None = None,
         guesses: bool | None = None,
         draft_cutoff: float | None = None,
@@ -97,6 +110,14 @@ class TriModeLM:
         stop: str | Items[str] | None = None,
         stop_token_ids: Items[int] | None = None,
         ignore_eos: bool = False,
+        logit_bias: Mapping[int, float] | None = None,
+        repetition_penalty: float = 1.0,
+        logprobs: int | None = None,
+        max_thinking_tokens: int | None = None,
+        end_think_token_id: int | None = None,
+        json_schema: str | bool | Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         on_event: Callable[[int, Event], None] | None = None,
     ) -> Generation | list[Generation]:
         """Continue one prompt, or several together.
@@ -105,12 +126,15 @@ class TriModeLM:
             prompt: A string or token ids; or a list of either, which need not be equally long.
             mode: `ar`, `diffusion`, `linear`, `branching` or `quadratic`. For one seed all but
                 `diffusion` give the same text.
-            max_new_tokens, block_length, threshold, steps, policy, entropy_bound, branches,
-            guesses, draft_cutoff, temperature, top_p, top_k, ignore_eos, stop_token_ids: See
+            max_new_tokens, block_length, threshold, steps, policy, entropy_bound, revision,
+            edit_threshold, edit_budget, doubt, remask_schedule, remask_rate, branches, guesses,
+            draft_cutoff, temperature, top_p, top_k, ignore_eos, stop_token_ids: See
                 `trimode.decoding.params.GenerationParams`. `block_length` is by default the model's
                 own; it means nothing in mode `ar` and is refused there.
             seed: One for all prompts, one each, or None to draw (see `Generation.seed`).
             stop: String or strings that end the text.
+            logit_bias, repetition_penalty, logprobs, max_thinking_tokens, end_think_token_id,
+            json_schema, regex, grammar: See `trimode.decoding.control.Control`.
             on_event: Called with (index of the prompt, event) as things happen.
 
         Returns:
@@ -146,6 +170,10 @@ class TriModeLM:
         """Replace the least likely tokens of a text; see `trimode.revision.revise_text`."""
         return revise_text(self.model, self.tokenizer, text, **options)
 
+    def infill(self, text: str, **options: Any) -> Infilling:
+        """Fill the gaps of a text, each marked `<FILL>`; see `trimode.infill.infill_text`."""
+        return infill_text(self, text, **options)
+
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """Continue one prompt, yielding text as it is made; the pieces join to `Generation.text`.
 
@@ -177,18 +205,20 @@ class TriModeLM:
         """Whether one prompt was given, and a checked sequence for each."""
         if mode == "ar" and block_length is not None:
             raise RequestError(f"block_length is {block_length}; mode 'ar' has no blocks")
-        is_single, prompts = _as_prompts(prompt)
+        is_single, prompts = as_prompts(prompt)
+        control = Control.of({name: plain(params.pop(name)) for name in CONTROL_NAMES})
         if block_length is None:
             block_length = self.model.config.block_size
         sequences = []
-        for index, one_seed in enumerate(_as_seeds(seed, len(prompts))):
+        for index, one_seed in enumerate(as_seeds(seed, len(prompts))):
             checked = GenerationParams(
                 mode=mode,
-                block_length=_plain(block_length),
-                seed=_plain(one_seed),
-                stop=(stop,) if isinstance(stop, str) else _as_tuple("stop", stop),
-                stop_token_ids=_as_tuple("stop_token_ids", stop_token_ids),
-                **{name: _plain(value) for name, value in params.items()},
+                block_length=plain(block_length),
+                seed=plain(one_seed),
+                stop=(stop,) if isinstance(stop, str) else as_tuple("stop", stop),
+                stop_token_ids=as_tuple("stop_token_ids", stop_token_ids),
+                control=control,
+                **{name: plain(value) for name, value in params.items()},
             )
             on_own_event = _bind(on_event, index)
             sequences.append(self.sequence(prompts[index], checked, on_event=on_own_event))
@@ -223,9 +253,21 @@ class TriModeLM:
             )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this checkpoint has none")
+        config = self.model.config
+        control = params.control.settled(
+            tokenizer=self.tokenizer, num_tokens=config.vocab_size, banned=banned_ids(config)
+        )
+        matcher = None
+        if control.source is not None:
+            matcher = self._grammars.matcher(
+                control.source,
+                eos_token_ids=config.eos_token_ids,
+                stop_token_ids=params.stop_token_ids,
+            )
         return Sequence(
             prompt_ids,
-            params,
+            replace(params, control=control),
+            matcher=matcher,
             eos_token_ids=self.model.config.eos_token_ids,
             mask_token_id=self.model.config.mask_token_id,
             detokenize=self.decode if self.tokenizer is not None else None,
@@ -255,6 +297,7 @@ class TriModeLM:
             finish_reason=seq.finish_reason,
             seed=seq.params.seed,
             stats=seq.stats,
+            logprobs=None if seq.params.control.logprobs is None else seq.logprobs,
         )
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -265,7 +308,7 @@ class TriModeLM:
                 raise RequestError("a text prompt needs a tokenizer, and this checkpoint has none")
             ids = list(self.tokenizer(prompt)["input_ids"])
         else:
-            ids = [_plain(token_id) for token_id in prompt]
+            ids = [plain(token_id) for token_id in prompt]
         if not ids:
             if config.bos_token_id is None:
                 raise RequestError(
@@ -348,6 +391,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     lora: str | Path | None = None,
     drafter: str | Path | None = None,
+    weights: str | None = None,
 ) -> TriModeLM:
     """Open a checkpoint.
 
@@ -360,10 +404,12 @@ def load(
         lora: Merged into the weights, so that every mode sees it, e.g. `instruct_lora` of the
             default model. If a tokenizer lies beside it, that one is used.
         drafter: On for draft tokens only, e.g. `linear_spec_lora`.
+        weights: `plain`, `packed` or `int8`; see `TriModeModel.pack`. Default: packed for float32
+            on the CPU, else plain.
 
     Raises:
         CheckpointError: it cannot be used, and why.
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or no such form of the weights there.
     """
     folder = resolve(path)
     device = _as_device(device)
@@ -380,6 +426,10 @@ def load(
         drafter = find_adapter(drafter, checkpoint=folder)
         check_use(drafter, "drafter")
         adapter = load_adapter(drafter, model=model)
+    if weights is None:
+        is_quick = device.type == "cpu" and model.dtype is torch.float32
+        weights = "packed" if is_quick else "plain"
+    model.pack(as_weights(weights))
     return TriModeLM(model, tokenizer, adapter=adapter)
 
 
@@ -402,45 +452,3 @@ def _bind(
     on_event: Callable[[int, Event], None] | None, index: int
 ) -> Callable[[Event], None] | None:
     return None if on_event is None else lambda event: on_event(index, event)
-
-
-def _as_prompts(prompt: Prompt | Items[Prompt]) -> tuple[bool, list[Prompt]]:
-    """Whether one prompt was given, and all prompts."""
-    if isinstance(prompt, str):
-        return True, [prompt]
-    items = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(items, Items) or isinstance(items, bytes):
-        raise RequestError(
-            f"prompt is a {type(prompt).__name__}; allowed: a string, token ids, or a list of these"
-        )
-    items = list(items)
-    if not items:
-        raise RequestError("prompt is an empty list; give '' for an empty prompt")
-    if all(isinstance(item, str) or hasattr(item, "__len__") for item in items):
-        return False, items
-    return True, [items]
-
-
-def _as_seeds(seed: int | Items[int] | None, num_prompts: int) -> list[int]:
-    if seed is None:
-        return [secrets.randbits(32) for _ in range(num_prompts)]
-    seed = seed.tolist() if hasattr(seed, "tolist") else seed
-    if not isinstance(seed, Items):
-        return [seed] * num_prompts
-    if len(seed) != num_prompts:
-        raise RequestError(f"seed has {len(seed)} entries for {num_prompts} prompts; give one each")
-    return list(seed)
-
-
-def _plain(value: Any) -> Any:
-    """numpy and torch scalars as Python's, whose integers do not overflow; all else as it is."""
-    is_scalar = hasattr(value, "item") and getattr(value, "ndim", 0) == 0
-    return value.item() if is_scalar else value
-
-
-def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
-    """A sequence, an array or None as a tuple of plain values."""
-    items = () if values is None else values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(items, Items):
-        raise RequestError(f"{name} is {values!r}; allowed: a list")
-    return tuple(map(_plain, items))

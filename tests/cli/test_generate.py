@@ -23,6 +23,7 @@ from trimode.checkpoint.io import save_checkpoint
 from trimode.cli import generate
 from trimode.cli.main import main
 from trimode.decoding import GenerationParams
+from trimode.decoding.control import CONTROL_NAMES
 from trimode.decoding.params import DEFAULT_ENTROPY_BOUND, DEFAULT_THRESHOLDS, POLICIES
 from trimode.model import TriModeModel
 from trimode.runtime import Generation, TriModeLM, load
@@ -264,6 +265,7 @@ class TestFlags:
         """Prevents: a knob of the Python interface that the command line lacks or misspells."""
         takes = set(inspect.signature(TriModeLM.generate).parameters)
         checks = {field.name for field in dataclasses.fields(GenerationParams)}
+        checks |= set(CONTROL_NAMES)
         assert set(generate.DECODING_FLAGS) == takes & checks - {"stop_token_ids"}
 
     def test_defaults_told_are_the_defaults(self) -> None:

@@ -112,6 +112,29 @@ class TestCanvas:
             [start, ("bc", "revealed"), ("d", "AR choice")],
         ]
 
+    def test_a_revision(self, lm: TriModeLM) -> None:
+        """Prevents: a revised token that looks like any other, before or after it is emitted."""
+        canvas = Canvas(lm, "")
+        seen = frames(
+            canvas,
+            Event("emit", 1, (97,)),
+            Event("denoise", 1, (97, 120, M, 99), is_masked=(False, False, True, False)),
+            Event("revise", 2, (98,), old_ids=(120,), reason="joint_threshold"),
+            Event("denoise", 1, (97, 98, 121, M), is_masked=(False, False, False, True)),
+            Event("denoise", 1, (97, 98, 121, 100), is_masked=(False,) * 4),
+            Event("revise", 4, (100,), old_ids=(99,), reason="remdm"),
+            Event("emit", 2, (98, 121, 100)),
+        )[2:]
+        start = ("a", "AR choice")
+        assert seen == [
+            [start, ("x", "just revealed"), ("░", "dim"), ("c", "just revealed")],
+            [start, ("b", "revised"), ("░", "dim"), ("c", "just revealed")],
+            [start, ("b", "revised"), ("y", "just revealed"), ("░", "dim")],
+            [start, ("b", "revised"), ("y", "revealed"), ("d", "just revealed")],
+            [start, ("b", "revised"), ("y", "revealed"), ("d", "revised")],
+            [start, ("b", "revised"), ("y", "revealed"), ("d", "revised")],
+        ]
+
     def test_a_draft_of_nothing(self, lm: TriModeLM) -> None:
         """Prevents: an error at the last token, where there is nothing left to draft."""
         canvas = Canvas(lm, "")
@@ -192,6 +215,18 @@ class TestWatch:
         assert shown.endswith(printable("[bold]p :smile:" + expected.text) + "\n")
         assert f"{mode}: {len(expected.token_ids)} tokens, " in shown
         assert f"{expected.stats.tpf_total:.2f} total" in shown
+
+    def test_the_legend_has_what_can_happen(self, lm: TriModeLM) -> None:
+        """Prevents: a colour explained that cannot occur, and one that can left unexplained."""
+        for revision in (None, "joint_threshold", "ar_doubt"):
+            out = io.StringIO()
+            console = Console(file=out, force_terminal=True, width=80, height=12)
+            options = {"mode": "diffusion", "max_new_tokens": 9, "seed": 0, "revision": revision}
+            generation = watch(
+                lm, "x", options=options, mode="diffusion", delay_s=0, console=console
+            )
+            assert generation.token_ids == lm.generate("x", **options).token_ids
+            assert ("revised" in without_codes(out.getvalue())) == (revision is not None)
 
     def test_escapes_do_not_get_through(self, lm: TriModeLM) -> None:
         """Prevents: a prompt or a model that clears the screen or retitles the window."""

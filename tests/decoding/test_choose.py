@@ -16,6 +16,7 @@ from scipy import stats
 from tests.reference import next_logits
 from trimode.decoding import GenerationParams
 from trimode.decoding.choose import Choice, choose, filter_logits
+from trimode.decoding.law import RowLaw
 from trimode.engine import Engine
 from trimode.model import TriModeModel
 from trimode.runtime import TriModeLM
@@ -293,3 +294,56 @@ def test_the_runner_up_is_the_choice_once_the_first_is_banned(law: dict[str, Any
             without[w, found.token_ids[w]] = -torch.inf
             assert run(without, wants_runner_up=False).token_ids[w] == second
     assert any(found.runner_up_confidences)
+
+
+@pytest.mark.parametrize("law", [{"temperature": 0.0}, {"temperature": 1.3}, LAW], ids=str)
+def test_a_law_comes_before_temperature_and_filters_and_leaves_confidences(
+    law: dict[str, Any],
+) -> None:
+    """Prevents: top-k filled with tokens that are not allowed; a confidence of the narrowed law,
+    which is 1 wherever one token is left; one row's law on its neighbours."""
+    logits = torch.randn(30, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2
+    allowed = torch.tensor([True, False, True, True, False, False, True, True])
+    laws = [RowLaw(allowed=allowed, bias={2: 1.5, 1: 99.0}) if w % 2 else None for w in range(30)]
+    narrowed = logits.clone()
+    narrowed[1::2, 2] += 1.5
+    narrowed[1::2, ~allowed] = -torch.inf
+    options = {"mode": "ar", "max_new_tokens": 1, "block_length": 2}
+    given: dict[str, Any] = {
+        "params": [GenerationParams(**options, seed=s, **law) for s in range(30)],
+        "positions": range(30),
+        "banned": torch.tensor([7]),
+        "wants_runner_up": True,
+        "wants_confidence": True,
+        "wants_entropy": True,
+    }
+    found = choose(logits.clone(), laws=laws, **given)
+    expected = choose(narrowed, **given)
+    plain = choose(logits.clone(), **given)
+    assert found.token_ids == expected.token_ids
+    sure = [w for w in range(30) if found.runner_up_confidences[w]]
+    assert [found.runner_ups[w] for w in sure] == [expected.runner_ups[w] for w in sure]
+    assert found.entropies == plain.entropies
+    probabilities = logits[:, :7].softmax(-1)
+    for w, token_id in enumerate(found.token_ids):
+        assert found.confidences[w] == pytest.approx(float(probabilities[w, token_id]))
+    assert found.token_ids[::2] == plain.token_ids[::2]
+    assert found.token_ids != plain.token_ids
+
+
+def test_a_law_that_leaves_nothing_is_flagged_and_alone() -> None:
+    """Prevents: a token that nobody allowed, and a NaN hidden behind a law."""
+    logits = torch.zeros(4, 8, dtype=torch.float64)
+    logits[2, 5] = math.nan
+    only = {i: torch.arange(8) == i for i in (3, 7)}
+    laws = [RowLaw(allowed=only[7]), RowLaw(allowed=only[3]), RowLaw(allowed=only[3]), None]
+    options = {"mode": "ar", "max_new_tokens": 1, "block_length": 2, "seed": 0}
+    found = choose(
+        logits,
+        params=[GenerationParams(**options)] * 4,
+        positions=range(4),
+        banned=torch.tensor([7]),
+        laws=laws,
+    )
+    assert found.is_finite == [False, True, False, True]
+    assert found.token_ids[1] == 3

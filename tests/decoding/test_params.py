@@ -76,6 +76,10 @@ def test_a_bad_value_is_one_clear_error(
         {"mode": "branching", "branches": 0, "guesses": True},
         {"mode": "branching", "branches": 7, "block_length": 4, "draft_cutoff": 1},
         {"mode": "branching", "block_length": 2},
+        {"mode": "diffusion", "revision": "joint_threshold", "edit_threshold": 0, "edit_budget": 3},
+        {"mode": "diffusion", "revision": "ar_doubt", "doubt": 1, "edit_budget": 1},
+        {"mode": "diffusion", "revision": "ar_doubt", "block_length": 1, "edit_budget": 1},
+        {"mode": "diffusion", "revision": "remdm", "steps": 4, "remask_rate": 1},
     ],
 )
 def test_the_ends_of_every_range_are_allowed(options: dict[str, Any]) -> None:
@@ -122,6 +126,9 @@ D: dict[str, Any] = {"mode": "diffusion"}
         ({"policy": "entropy_bound", "entropy_bound": 2, "steps": 2}, "entropy_bound", None, 2),
         ({"policy": "sequential"}, "leftmost", None, None),
         ({"policy": "random", "steps": 3}, "random", None, None),
+        ({"policy": "ar_weighted"}, "ar_weighted", 0.9, None),
+        ({"policy": "ar_weighted", "steps": 3}, "ar_weighted", None, None),
+        ({"policy": "ar_weighted", "steps": 3, "threshold": 0.5}, "ar_weighted", 0.5, None),
     ],
 )
 def test_the_policy_in_force(
@@ -179,6 +186,57 @@ def test_knobs_of_another_policy_are_refused(options: dict[str, Any], message: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"revision": "ar_doubt"}, "revision is 'ar_doubt'; allowed: None, since mode 'linear'"),
+        ({"mode": "ar", "revision": "remdm"}, "revision is 'remdm'; allowed: None, since mode"),
+        (D | {"revision": "redo"}, "revision is 'redo'; allowed: None, joint_threshold, ar_doubt"),
+        (D | {"revision": ["remdm"]}, "revision is ['remdm']; allowed: None, joint_threshold"),
+        (D | {"doubt": 0.1}, "doubt is 0.1; allowed: None but with revision 'ar_doubt'"),
+        (
+            D | {"revision": "remdm", "steps": 2, "edit_budget": 2},
+            "edit_budget is 2; allowed: None but with revision 'joint_threshold' or 'ar_doubt'",
+        ),
+        (D | {"revision": "ar_doubt", "edit_threshold": 0.5}, "edit_threshold is 0.5; allowed: "),
+        (D | {"revision": "ar_doubt", "remask_rate": 0.5}, "remask_rate is 0.5; allowed: None but"),
+        ({"remask_schedule": "cap"}, "remask_schedule is 'cap'; allowed: None but with revision"),
+        (D | {"revision": "ar_doubt", "doubt": 1.1}, "doubt is 1.1; allowed: None, or 0 to 1"),
+        (D | {"revision": "ar_doubt", "doubt": math.nan}, "doubt is nan; allowed: None, or 0 to"),
+        (D | {"revision": "ar_doubt", "doubt": "a"}, "doubt is 'a'; allowed: None, or 0 to 1"),
+        (
+            D | {"revision": "ar_doubt", "edit_budget": 4},
+            "edit_budget is 4; allowed: None, or 1 to block_length - 1 = 3",
+        ),
+        (D | {"revision": "ar_doubt", "edit_budget": 0}, "edit_budget is 0; allowed: None, or 1"),
+        (D | {"revision": "ar_doubt", "edit_budget": 1.0}, "edit_budget is 1.0; allowed: None, or"),
+        (
+            D | {"revision": "remdm", "steps": 2, "remask_schedule": "cosine"},
+            "remask_schedule is 'cosine'; allowed: None, cap, rescale, conf, loop",
+        ),
+        (D | {"revision": "remdm"}, "steps is None; allowed: an integer, which revision 'remdm'"),
+        (
+            D | {"revision": "remdm", "steps": 2, "threshold": 0.5},
+            "policy is None; allowed: with revision 'remdm' steps, leftmost, random, and no",
+        ),
+        (
+            D | {"revision": "remdm", "steps": 2, "policy": "entropy_bound"},
+            "policy is 'entropy_bound'; allowed: with revision 'remdm' steps, leftmost, random",
+        ),
+        (
+            D | {"revision": "joint_threshold", "policy": "ar_weighted"},
+            "policy is 'ar_weighted'; allowed: with revision 'joint_threshold' all but ar_weighted",
+        ),
+    ],
+)
+def test_knobs_of_another_revision_are_refused(options: dict[str, Any], message: str) -> None:
+    """Prevents: a revision, or a knob of one, ignored in silence."""
+    with pytest.raises(RequestError) as caught:
+        GenerationParams(**(GOOD | options))
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
 def test_mode_names_are_the_modes() -> None:
     """Prevents: a mode that is allowed and not built, or the reverse."""
     assert set(MODE_NAMES) == set(MODES)
@@ -193,6 +251,11 @@ def test_mode_names_are_the_modes() -> None:
         ({"mode": "branching", "block_length": 2}, (3, True)),
         ({"mode": "branching", "branches": 2, "guesses": False}, (2, False)),
         ({"mode": "quadratic"}, (8, False)),
+        (D, (0, False)),
+        (D | {"policy": "ar_weighted"}, (1, False)),
+        (D | {"revision": "ar_doubt"}, (0, False)),
+        (D | {"revision": "joint_threshold"}, (4, False)),
+        (D | {"revision": "joint_threshold", "edit_budget": 7}, (7, False)),
     ],
 )
 def test_the_branches_in_force(options: dict[str, Any], expected: tuple[int, bool]) -> None:

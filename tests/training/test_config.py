@@ -71,6 +71,17 @@ PARTS = {
         ("stage", {"draft_share": -0.1}, "draft_share is -0.1"),
         ("stage", {"diffusion_ramp": 2.0}, "diffusion_ramp is 2.0"),
         ("stage", {"late_half_life": 0.0}, "late_half_life is 0.0, but must be positive or null"),
+        ("stage", {"infill_share": 2.0}, "infill_share is 2.0, but must lie between 0 and 1"),
+        (
+            "stage",
+            {"infill_share": 0.5, "infill_window": 33},
+            r"infill_window is 33, but must have from 2 to sequence_length \(32\)",
+        ),
+        (
+            "stage",
+            {"infill_share": 0.5, "infill_window": 32, "is_complementary": True},
+            "infill_share is 0.5 beside is_complementary",
+        ),
         ("stage", {"block_lengths": ()}, "block_lengths is empty"),
         ("stage", {"block_lengths": (1,)}, "block_lengths holds 1"),
         ("stage", {"block_lengths": (33,)}, r"block_lengths holds 33.* sequence_length \(32\)"),

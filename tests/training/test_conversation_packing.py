@@ -23,7 +23,7 @@ from trimode.training.objective import (
     is_ar_target,
     is_diffusion_target,
 )
-from trimode.training.packing import RowSampler
+from trimode.training.packing import RowSampler, Windows
 
 T, F = True, False
 
@@ -200,3 +200,9 @@ def test_the_kind_of_the_data_decides() -> None:
     assert texts == RowSampler(texts.stream, 12, (4,), 5)
     with pytest.raises(ConfigError, match="the split has 18 tokens, but one row"):
         make_sampler(FakeStream([9, 9]), 40, (4,), 5).rows([0])
+
+
+def test_conversations_have_no_windows() -> None:
+    """Prevents: a setting that does nothing, on data that cannot follow it."""
+    with pytest.raises(ConfigError, match="infill_share is 0.5, but the data are conversations"):
+        make_sampler(_sampler().stream, 40, (4,), 0, windows=Windows(0.5, 16))

@@ -1,5 +1,6 @@
 """Noise: its law, its weights, and that it depends on seed and sample alone."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -8,13 +9,14 @@ from fake_stream import MASK, FakeStream
 
 from trimode.training.corruption import (
     MASK_RATIO_EPS,
+    Corruption,
     block_offsets,
     corrupt,
     draft_pattern,
     late_heavy,
     mask_chance,
 )
-from trimode.training.packing import RowSampler
+from trimode.training.packing import PackedRows, RowSampler, Windows
 
 SAMPLER = RowSampler(FakeStream([50, 3, 77, 130, 9, 400]), 64, (4, 8), seed=3)
 
@@ -170,3 +172,61 @@ def test_prompts_are_never_masked() -> None:
         assert not (noise.is_masked & is_prompt).any()
         assert not (noise.is_maskable & is_prompt).any()
     assert not (draft_pattern(rows, mask_token_id=MASK).is_masked & is_prompt).any()
+
+
+def windowed() -> tuple[PackedRows, Corruption]:
+    sampler = RowSampler(
+        FakeStream([500, 37, 300, 2000]), 64, (4,), seed=3, windows=Windows(1.0, 16)
+    )
+    samples = range(400)
+    rows = sampler.rows([i % sampler.num_rows for i in samples])
+    flags = [sampler.is_windowed(i) for i in samples]
+    return rows, corrupt(rows, samples, seed=0, mask_token_id=MASK, is_windowed=flags)
+
+
+def test_a_window_has_one_gap_of_at_most_half_of_it() -> None:
+    """Prevents: several gaps, a gap across windows, text around a gap that may be masked."""
+    rows, noise = windowed()
+    lens, starts = Counter[int](), Counter[int]()
+    for row in range(len(rows.clean_ids)):
+        for block in rows.block_ids[row].unique():
+            places = (rows.block_ids[row] == block).nonzero()[:, 0]
+            gap = noise.is_maskable[row, places].nonzero()[:, 0].tolist()
+            assert gap == list(range(gap[0], gap[0] + len(gap)))
+            assert len(gap) <= max(len(places) // 2, 1)
+            if len(places) == 16:
+                lens[len(gap)] += 1
+                starts[gap[0]] += len(gap) == 1
+    assert set(lens) == set(range(1, 9))
+    assert min(lens.values()) > 0.8 * sum(lens.values()) / 8
+    assert set(starts) == set(range(16))
+
+
+def test_gaps_are_masked_whole_or_at_a_ratio_of_their_own() -> None:
+    """Prevents: weights that are not the inverse of the chance, and gaps never masked whole."""
+    _, noise = windowed()
+    in_gap = noise.is_maskable
+    assert not (noise.is_masked & ~in_gap).any()
+    is_whole = noise.weight == 1
+    assert (noise.is_masked | ~(is_whole & in_gap)).all()
+    assert abs(float(is_whole[in_gap].float().mean()) - 0.5) < 0.05
+    assert abs(float((noise.is_masked * noise.weight)[in_gap].mean()) - 1) < 0.1
+
+
+def test_a_share_of_rows_is_windowed_and_the_rest_as_before() -> None:
+    """Prevents: windows that change the noise or the blocks of other rows."""
+    stream = FakeStream([500, 37, 300, 2000])
+    plain = RowSampler(stream, 64, (4,), seed=3)
+    mixed = RowSampler(stream, 64, (4,), seed=3, windows=Windows(0.5, 32))
+    samples = range(200)
+    flags = [mixed.is_windowed(sample) for sample in samples]
+    assert 70 < sum(flags) < 130
+    assert flags == [mixed.is_windowed(sample) for sample in samples]
+    options = {"seed": 0, "mask_token_id": MASK, "draft_share": 0.5}
+    before = corrupt(plain.rows(samples), samples, **options)
+    after = corrupt(mixed.rows(samples), samples, is_windowed=flags, **options)
+    others = [sample for sample in samples if not flags[sample]]
+    assert torch.equal(before.is_masked[others], after.is_masked[others])
+    assert torch.equal(before.weight[others], after.weight[others])
+    rows = mixed.rows(samples)
+    assert all(int(rows.block_ids[i].max()) < 5 for i in samples if flags[i])

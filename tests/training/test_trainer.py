@@ -112,6 +112,7 @@ def test_the_switches_reach_the_batch(config: TrainConfig) -> None:
         {"late_half_life": 2.0},
         {"is_complementary": True},
         {"draft_share": 0.5},
+        {"infill_share": 1.0, "infill_window": 16},
     ):
         other, _ = batch(**changes)
         assert other.noise is not None

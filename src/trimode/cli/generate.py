@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
+from trimode.cli.control_flags import CONTROL_FLAGS, read_controls
 from trimode.errors import RequestError
 
 if TYPE_CHECKING:
@@ -44,13 +45,44 @@ DECODING_FLAGS: dict[str, dict[str, Any]] = {
     "policy": {
         "metavar": "NAME",
         "help": "diffusion: which positions a pass reveals: confidence_threshold (default), steps,"
-        " entropy_bound, leftmost or random",
+        " entropy_bound, leftmost, random or ar_weighted",
     },
     "entropy_bound": {
         "type": float,
         "metavar": "X",
         "help": "--policy entropy_bound: nats that the entropies revealed in a pass, less the"
         " largest, may sum to (default 0.1)",
+    },
+    "revision": {
+        "metavar": "NAME",
+        "help": "diffusion: let revealed tokens of a block change: joint_threshold, ar_doubt or"
+        " remdm (default: none)",
+    },
+    "edit_threshold": {
+        "type": float,
+        "metavar": "X",
+        "help": "--revision joint_threshold: replace by what is more probable than this"
+        " (default 0.5)",
+    },
+    "edit_budget": {
+        "type": int,
+        "metavar": "N",
+        "help": "--revision joint_threshold, ar_doubt: at most so many changes in a block"
+        " (default: half a block)",
+    },
+    "doubt": {
+        "type": float,
+        "metavar": "X",
+        "help": "--revision ar_doubt: reopen what the AR view finds less probable (default 0.1)",
+    },
+    "remask_schedule": {
+        "metavar": "NAME",
+        "help": "--revision remdm: conf (default), cap, rescale or loop",
+    },
+    "remask_rate": {
+        "type": float,
+        "metavar": "X",
+        "help": "--revision remdm: how readily tokens are masked anew, 0 to 1 (default 0.5)",
     },
     "branches": {
         "type": int,
@@ -76,6 +108,7 @@ DECODING_FLAGS: dict[str, dict[str, Any]] = {
         "help": "end the text before STR, taken as it is; may be given several times",
     },
     "ignore_eos": {"action": "store_true", "help": "go on past the end-of-text token"},
+    **CONTROL_FLAGS,
 }
 """Arguments of `TriModeLM.generate`. Only those given are passed on: defaults live there."""
 
@@ -123,7 +156,8 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The decoding arguments that were given, as `TriModeLM.generate` takes them."""
-    return {name: getattr(args, name) for name in DECODING_FLAGS if hasattr(args, name)}
+    given = {name: getattr(args, name) for name in DECODING_FLAGS if hasattr(args, name)}
+    return read_controls(given, is_json=args.json)
 
 
 def load_model(args: argparse.Namespace) -> TriModeLM:
@@ -131,12 +165,16 @@ def load_model(args: argparse.Namespace) -> TriModeLM:
     from trimode.runtime import load
 
     return load(
-        args.model, device=args.device, dtype=args.dtype, lora=args.lora, drafter=args.drafter
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        lora=args.lora,
+        drafter=getattr(args, "drafter", None),
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `trimode.load` takes."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, has_drafter: bool = True) -> None:
+    """Declare what `trimode.load` takes; no drafter for a command that drafts nothing."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="PATH", help="a folder or hub id (default: built in)")
     model.add_argument(
@@ -144,9 +182,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="PEFT LoRA folder to merge into the weights, or its name inside the model's folder",
     )
-    model.add_argument(
-        "--drafter", metavar="PATH", help="the same for drafting: on for draft tokens only"
-    )
+    if has_drafter:
+        model.add_argument(
+            "--drafter", metavar="PATH", help="the same for drafting: on for draft tokens only"
+        )
     model.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is)")
     model.add_argument(
         "--dtype",
@@ -161,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"--watch-delay is {args.watch_delay:g}; allowed: 0 to 60000 ms")
     prompt = read_prompt(args.prompt)
 
-    lm, options = load_model(args), given_options(args)
+    options, lm = given_options(args), load_model(args)
     mode, block_length = in_force(lm, options)
     if args.json:
         generation = cast("Generation", lm.generate(prompt, **options))
@@ -196,6 +235,15 @@ def as_object(generation: Generation, *, mode: str, block_length: int | None) ->
     }
     if mode not in ("ar", "diffusion"):
         record["acceptance_lengths"] = stats.acceptance_lengths
+    if generation.logprobs is not None:
+        record["logprobs"] = [
+            {
+                "token_id": token_id,
+                "logprob": one.logprob,
+                "top": [{"token_id": other, "logprob": logprob} for other, logprob in one.top],
+            }
+            for token_id, one in zip(generation.token_ids, generation.logprobs, strict=True)
+        ]
     record["seconds"] = stats.seconds
     record["tokens_per_second"] = stats.tokens_per_second
     record["seed"] = generation.seed

@@ -26,7 +26,10 @@ from trimode.errors import (
     UnsupportedError,
 )
 
-COMMANDS = ("generate", "chat", "revise", "prepare", "train", "report", "convert", "info")
+COMMANDS = (
+    *("generate", "chat", "infill", "revise"),
+    *("prepare", "train", "report", "convert", "info"),
+)
 """Each is a module of this package. Their imports are light, so help is quick."""
 
 OK, FAILURE, BAD_INPUT = 0, 1, 2

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
-import os
-import re
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from trimode.cli.generate import add_model_arguments, load_model
-from trimode.errors import RequestError
+from trimode.cli.text_file import diff, line_range, read_file, write_file
 
 NAME = "revise"
 HELP = "replace a file's least likely tokens; shows a diff, writes on request"
-
-_COLOURS = {"+": "32", "-": "31", "@": "36"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--write", action="store_true", help="change the file, all or nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a diff")
-    add_model_arguments(parser)
+    add_model_arguments(parser, has_drafter=False)
 
 
 def run(args: argparse.Namespace) -> int:
     """Revise; 0 whether or not anything was found."""
-    lines = _lines(args.lines)
-    text = _read(args.file)
+    lines = None if args.lines is None else line_range(args.lines, name="--lines")
+    text = read_file(args.file)
 
     lm = load_model(args)
     names = ("budget", "min_gain")
@@ -58,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         record = {"file": str(args.file), "is_written": args.write, **asdict(revision)}
         print(json.dumps(record))
     else:
-        for line in _diff(text, revision.text, name=str(args.file)):
+        for line in diff(text, revision.text, name=str(args.file), what="revised"):
             print(line, end="")
         for edit in revision.edits:
             print(
@@ -67,53 +61,5 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     if args.write and revision.edits:
-        _write(args.file, revision.text)
+        write_file(args.file, revision.text)
     return 0
-
-
-def _lines(word: str | None) -> tuple[int, int] | None:
-    if word is None:
-        return None
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
-    if match is None:
-        raise RequestError(f"--lines is {word!r}; allowed: A-B or A, lines counted from 1")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise RequestError(f"{file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{file} is not UTF-8 (byte {error.start}); convert it first") from error
-
-
-def _write(file: Path, text: str) -> None:
-    """The file appears changed at once, with its permissions, or stays as it was."""
-    target = file.resolve()  # a link stays a link
-    partial = target.with_name(f".{target.name}.revised")
-    try:
-        partial.write_bytes(text.encode("utf-8"))
-        partial.chmod(target.stat().st_mode & 0o7777)
-        os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RequestError(
-            f"{file} cannot be written: {error.strerror}; it is as it was"
-        ) from error
-
-
-def _diff(before: str, after: str, *, name: str) -> Iterator[str]:
-    """Unified, coloured on a terminal; control characters of the text are shown, not sent."""
-    from trimode.cli.watch import printable
-
-    is_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    old, new = before.splitlines(keepends=True), after.splitlines(keepends=True)
-    for line in difflib.unified_diff(old, new, fromfile=name, tofile=f"{name} (revised)"):
-        ends = line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
-        colour = _COLOURS.get(line[0])
-        if is_terminal and colour is not None:
-            yield f"\x1b[{colour}m{printable(ends[:-1])}\x1b[0m\n"
-        else:
-            yield printable(ends) if is_terminal else ends

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,13 @@ STYLES = {
     "rejected": "red strike",
     "just revealed": "cyan reverse",
     "revealed": "cyan",
+    "revised": "magenta underline",
 }
 """By what became of a token. Attributes beside the colours tell most apart without colours, too."""
 
 LEGENDS = {
     "ar": ("prompt", "AR choice"),
-    "diffusion": ("masked", "just revealed", "revealed", "AR choice"),
+    "diffusion": ("masked", "just revealed", "revealed", "revised", "AR choice"),
     "linear": ("masked", "drafted", "accepted", "rejected", "AR choice"),
     "branching": ("masked", "drafted", "accepted", "rejected", "AR choice"),
     "quadratic": ("masked", "drafted", "accepted", "rejected", "AR choice"),
@@ -86,6 +87,8 @@ def watch(
     console = console or Console(highlight=False)
     mask = "_" if console.options.ascii_only else "░"
     canvas = Canvas(lm, prompt, mask=mask)
+    is_revising = options.get("revision") is not None
+    legend = [state for state in LEGENDS[mode] if state != "revised" or is_revising]
     started_s, showing_s, num_lines = time.perf_counter(), 0.0, 0
 
     def on_event(_: int, event: Event) -> None:
@@ -93,7 +96,7 @@ def watch(
         begun_s = time.perf_counter()
         for text in canvas.frames(event):
             seconds = begun_s - started_s - showing_s
-            footer = _footer(stream.stats, mode=mode, seconds=seconds, mask=mask)
+            footer = _footer(stream.stats, states=legend, mode=mode, seconds=seconds, mask=mask)
             lines = picture(text, footer, size=console.size, num_lines=num_lines)
             num_lines = len(lines)  # never fewer again, so that the footer does not jump about
             live.update(Text("\n", no_wrap=True, overflow="crop").join(lines), refresh=True)
@@ -129,15 +132,20 @@ class Canvas:
         self._growing = GrowingText(lm.tokenizer)
         self._last: tuple[int, ...] = ()  # the newest emitted token
         self._block: list[tuple[int, str]] = []  # tokens after it and what became of each
+        self._start = 0  # position of the first of them
 
     def frames(self, event: Event) -> Iterator[Text]:
         """Take an event in; yields the canvas as often as it is worth a look."""
         if event.kind == "emit":
             self._settle(event.token_ids)
             yield self.text
+        elif event.kind == "revise":
+            self._block[event.position - self._start] = (event.token_ids[0], "revised")
+            yield self.text
         elif len(event.token_ids) > (event.kind != "verify"):
             if not self._block:
                 self._block = [(token_id, "masked") for token_id in event.token_ids[1:]]
+                self._start = event.position + 1
                 yield self.text
             self._block = _checked(event) if event.kind == "verify" else self._filled(event)
             yield self.text
@@ -166,11 +174,12 @@ class Canvas:
         fresh, old = (
             ("drafted", "drafted") if event.kind == "draft" else ("just revealed", "revealed")
         )
-        was_masked = [state == "masked" for _, state in self._block]
-        tokens = zip(event.token_ids[1:], event.is_masked[1:], was_masked, strict=True)
+        after = {"masked": fresh, "revised": "revised"}
+        was = [state for _, state in self._block]
+        tokens = zip(event.token_ids[1:], event.is_masked[1:], was, strict=True)
         return [
-            (token_id, "masked" if is_masked else fresh if was else old)
-            for token_id, is_masked, was in tokens
+            (token_id, "masked" if is_masked else after.get(state, old))
+            for token_id, is_masked, state in tokens
         ]
 
     def _settle(self, token_ids: tuple[int, ...]) -> None:
@@ -178,7 +187,7 @@ class Canvas:
         states = ["revealed" if state == "just revealed" else state for _, state in self._block]
         for i, token_id in enumerate(token_ids):
             state = states[i] if i < len(states) else "AR choice"
-            if state not in ("accepted", "revealed"):
+            if state not in ("accepted", "revealed", "revised"):
                 state = "AR choice"
             self._settled.append(printable(self._growing.push((token_id,))), STYLES[state])
         self._last, self._block = token_ids[-1:], []
@@ -226,7 +235,7 @@ def _fold(text: Text, width: int) -> list[Text]:
     return lines
 
 
-def _footer(stats: Stats, *, mode: str, seconds: float, mask: str) -> Text:
+def _footer(stats: Stats, *, states: Iterable[str], mode: str, seconds: float, mask: str) -> Text:
     """Counts so far, and what the colours mean."""
     rate = stats.new_tokens / seconds if seconds > 0 else 0.0
     counts = [
@@ -236,7 +245,7 @@ def _footer(stats: Stats, *, mode: str, seconds: float, mask: str) -> Text:
     if stats.acceptance_lengths:
         counts.append(acceptance_line(stats))
     footer = Text("\n" + "\n".join(counts) + "\n")
-    for state in LEGENDS[mode]:
+    for state in states:
         sample = f"{mask} {state}" if state == "masked" else state
         footer.append(sample, STYLES[state]).append("  ")
     return footer

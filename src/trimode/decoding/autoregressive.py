@@ -12,4 +12,4 @@ def autoregressive(seq: Sequence) -> Generator[Step, Readout, None]:
     """One round: feed the last token, emit the next (facts 3.1)."""
     readout = yield causal_step("decode", [seq.last], start=seq.length, wanted=[0])
     seq.commit(1)
-    seq.emit(readout.token_ids)
+    seq.emit(readout.token_ids, readout.logprobs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from trimode.decoding.reveal import denoise
+from trimode.decoding.revising import ar_doubt, joint_threshold, remdm
 from trimode.decoding.sequence import Sequence
 from trimode.decoding.step import Readout, Step, causal_step
 
@@ -14,21 +15,32 @@ def block_diffusion(seq: Sequence) -> Generator[Step, Readout, None]:
 
     The block is always denoised whole and then cut, so a shorter limit gives a prefix. The causal
     commit pass writes its K/V and gives the token that seeds the next block; it is skipped after
-    the last block.
+    the last block, unless the block's revision asks it for the AR view's doubts.
     """
-    canvas = [seq.last] + [seq.mask_token_id] * (seq.params.block_length - 1)
-    yield from denoise(
-        seq,
-        canvas,
-        kind="denoise",
-        is_drafter_on=False,
-        threshold=seq.params.reveal_threshold("diffusion"),
-        policy=seq.params.reveal_policy,
-    )
+    params = seq.params
+    canvas = [seq.last] + [seq.mask_token_id] * (params.block_length - 1)
+    if seq.rules is not None:
+        seq.rules.write_fixed(seq, canvas)
+    committed: Readout | None = None
+    if params.revision == "ar_doubt":
+        committed = yield from ar_doubt(seq, canvas)
+    elif params.revision == "joint_threshold":
+        yield from joint_threshold(seq, canvas)
+    elif params.revision == "remdm":
+        yield from remdm(seq, canvas)
+    else:
+        yield from denoise(
+            *(seq, canvas),
+            kind="denoise",
+            is_drafter_on=False,
+            threshold=params.reveal_threshold("diffusion"),
+            policy=params.reveal_policy,
+        )
     seq.emit(canvas[1:])
     if seq.is_finished:
         return
-    last = len(canvas) - 1
-    readout = yield causal_step("commit", canvas, start=seq.length, wanted=[last])
+    if committed is None:
+        last = len(canvas) - 1
+        committed = yield causal_step("commit", canvas, start=seq.length, wanted=[last])
     seq.commit(len(canvas))
-    seq.emit(readout.token_ids)
+    seq.emit(committed.token_ids[-1:])

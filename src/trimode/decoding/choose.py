@@ -1,7 +1,8 @@
 """The law of a choice, and the choice: the token at position i is argmax(log p_i + g(seed, i)).
 
-Order of the law: ban, temperature, top-k, top-p. Greedy (temperature 0) is zero noise. Everything
-over the vocabulary happens on the device; one small array comes back.
+Order of the law: ban, then those of `trimode.decoding.law`, temperature, top-k, top-p. Greedy
+(temperature 0) is zero noise. Everything over the vocabulary happens on the device; one small array
+comes back.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimode.decoding.law import RowLaw, under
 from trimode.decoding.noise import gumbel, noise_key
 from trimode.decoding.params import GenerationParams
+from trimode.decoding.step import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +25,15 @@ class Choice:
 
     Attributes:
         token_ids: [W] chosen tokens.
-        is_finite: [W] False where the logits held a NaN or an infinity, so the choice means
-            nothing.
+        is_finite: [W] False where the logits held a NaN or an infinity, or a law left nothing to
+            choose, so the choice means nothing.
         confidences: [W] probability of each at temperature 1 after the ban, unfiltered.
         runner_ups: [W] what would have been chosen without them.
         runner_up_confidences: [W] probability of each; 0 where the law allows no second token.
         entropies: [W] of the law at temperature 1 after the ban, unfiltered, in nats.
         log_probs: [W] of the token asked about, under the same law, in nats; of no meaning
             where none was.
+        logprobs: [W] of each chosen token and the likeliest ones, likewise; None where not asked.
 
     All but the first two are empty if unwanted.
     """
@@ -41,6 +45,7 @@ class Choice:
     runner_up_confidences: list[float]
     entropies: list[float]
     log_probs: list[float]
+    logprobs: list[TokenLogprobs | None]
 
 
 def choose(
@@ -53,6 +58,8 @@ def choose(
     wants_runner_up: bool = False,
     wants_entropy: bool = False,
     targets: Sequence[int | None] = (),
+    laws: Sequence[RowLaw | None] = (),
+    num_logprobs: Sequence[int | None] = (),
 ) -> Choice:
     """Choose one token for each wanted position.
 
@@ -66,20 +73,29 @@ def choose(
         wants_entropy: Whether anybody needs `entropies`.
         targets: [W] tokens whose log-probabilities are asked for, None where none is; empty for
             none at all.
+        laws: [W] what else an answer is subject to, None where nothing; empty for none at all.
+            Confidences, entropies and log-probabilities are of the law without them.
+        num_logprobs: [W] how many of the likeliest tokens `logprobs` is to have, None where it is
+            not asked for; empty for none at all.
     """
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
     logits[:, banned] = -torch.inf
     best, token_ids = logits.max(dim=-1)  # max propagates NaN
-    scores = logits
+    is_finite, ruled = best.isfinite(), logits
+    if any(law is not None for law in laws):
+        ruled = under(logits, laws)
+        best, token_ids = ruled.max(dim=-1)
+        is_finite &= best.isfinite()
+    scores = ruled
     hot = [w for w, p in enumerate(params) if p.temperature > 0]
     if hot:
         rows = torch.tensor(hot, device=logits.device)
-        noisy = _noisy_scores(logits[rows], [params[w] for w in hot], [positions[w] for w in hot])
+        noisy = _noisy_scores(ruled[rows], [params[w] for w in hot], [positions[w] for w in hot])
         token_ids[rows] = noisy.argmax(dim=-1)
         if wants_runner_up:
-            scores = logits.index_copy(0, rows, noisy)
-    columns = {"token_ids": token_ids, "is_finite": best.isfinite()}
+            scores = ruled.index_copy(0, rows, noisy)
+    columns = {"token_ids": token_ids, "is_finite": is_finite}
     if wants_confidence:
         columns["confidences"] = _probabilities(logits, token_ids)
     if wants_runner_up:
@@ -102,6 +118,7 @@ def choose(
         runner_up_confidences=readings.get("runner_up_confidences", []),
         entropies=readings.get("entropies", []),
         log_probs=readings.get("log_probs", []),
+        logprobs=_likeliest(logits, token_ids, num_logprobs),
     )
 
 
@@ -113,6 +130,27 @@ def _probabilities(logits: Tensor, token_ids: Tensor) -> Tensor:
 def _log_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
     """[W]: the same in nats."""
     return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
+def _likeliest(
+    logits: Tensor, token_ids: Tensor, numbers: Sequence[int | None]
+) -> list[TokenLogprobs | None]:
+    """[W]: of one token each and of the likeliest, in nats; None where no number is given."""
+    rows = [w for w, number in enumerate(numbers) if number is not None]
+    if not rows:
+        return [None] * len(numbers)
+    most = max(number for number in numbers if number is not None)
+    at = torch.tensor(rows, device=logits.device)
+    law = logits[at].log_softmax(dim=-1)
+    own = law.gather(-1, token_ids[at, None])
+    top, ids = law.topk(most, dim=-1)
+    found: list[TokenLogprobs | None] = [None] * len(numbers)
+    for w, (first, *others) in zip(
+        rows, torch.cat((own.double(), top.double(), ids.double()), dim=-1).tolist(), strict=True
+    ):
+        pairs = zip(map(int, others[most:]), others[:most], strict=True)
+        found[w] = TokenLogprobs(first, tuple(pairs)[: numbers[w]])
+    return found
 
 
 def _entropies(logits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 
 from trimode.decoding.autoregressive import autoregressive
 from trimode.decoding.block_diffusion import block_diffusion
+from trimode.decoding.infilling import infill
 from trimode.decoding.sequence import Sequence
 from trimode.decoding.speculation import speculate
 from trimode.decoding.step import Readout, Step, causal_step
@@ -25,10 +26,13 @@ rounds."""
 
 def life(seq: Sequence) -> Steps:
     """All steps of one sequence. The prefill is causal with the adapter off and gives the first
-    token."""
+    token; a sequence with a gap to fill has a life of its own."""
+    if seq.gap is not None:
+        yield from infill(seq, seq.gap)
+        return
     last = len(seq.prompt_ids) - 1
     readout = yield causal_step("prefill", seq.prompt_ids, start=0, wanted=[last])
     seq.commit(len(seq.prompt_ids))
-    seq.emit(readout.token_ids)
+    seq.emit(readout.token_ids, readout.logprobs)
     while not seq.is_finished:
         yield from MODES[seq.mode](seq)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from trimode.decoding.control import Control
 from trimode.errors import RequestError
 
 MODE_NAMES = ("ar", "diffusion", "linear", "branching", "quadratic")
@@ -19,7 +20,14 @@ DEFAULT_BRANCHES = 4
 DEFAULT_THRESHOLDS = {"diffusion": 0.9, "linear": 0.0}
 """Where neither `threshold` nor `steps` is given; 0 reveals all in one pass."""
 
-POLICIES = ("confidence_threshold", "steps", "entropy_bound", "leftmost", "random")
+POLICIES = (
+    "confidence_threshold",
+    "steps",
+    "entropy_bound",
+    "leftmost",
+    "random",
+    "ar_weighted",
+)
 """How a pass of block diffusion picks the positions it reveals (`trimode.decoding.reveal`)."""
 
 POLICY_ALIASES = {
@@ -34,6 +42,12 @@ POLICY_ALIASES = {
 elsewhere is a schedule in order of entropy without a bound, is none of ours."""
 
 DEFAULT_ENTROPY_BOUND = 0.1
+
+REVISIONS = ("joint_threshold", "ar_doubt", "remdm")
+"""How tokens that a block already shows may change (`trimode.decoding.revising`)."""
+
+REMASK_SCHEDULES = ("cap", "rescale", "conf", "loop")
+"""How likely `remdm` is to mask a token anew."""
 
 MAX_SEED = 2**64 - 1
 
@@ -57,6 +71,15 @@ class GenerationParams:
             and `random` reveal one token a pass.
         entropy_bound: `policy="entropy_bound"`: what the entropies of the positions revealed in a
             pass, less the largest, may sum to, in nats; None means 0.1.
+        revision: `diffusion`: one of `REVISIONS`; None: what is revealed stays.
+        edit_threshold: `revision="joint_threshold"`: a token is replaced by one more probable than
+            this, 0 to 1; None means 0.5.
+        edit_budget: `joint_threshold` replaces and `ar_doubt` reopens at most so many tokens of a
+            block; None means half a block.
+        doubt: `revision="ar_doubt"`: tokens less probable than this in the AR view are reopened,
+            0 to 1; None means 0.1.
+        remask_schedule: `revision="remdm"`: one of `REMASK_SCHEDULES`; None means `conf`.
+        remask_rate: `revision="remdm"`: eta of that schedule, 0 to 1; None means 0.5.
         branches: `branching`: groups that a verify forward carries for the next round, 0 to
             2 K - 1; None means 4.
         guesses: `branching`: whether groups may begin with a guess of the bonus token; None means
@@ -72,6 +95,7 @@ class GenerationParams:
         stop_token_ids: Tokens that end the text, beside the model's EOS; they are kept in
             `token_ids`.
         ignore_eos: Go on past EOS.
+        control: What single tokens are subject to.
 
     Raises:
         RequestError: naming the argument, its value and what is allowed.
@@ -85,6 +109,12 @@ class GenerationParams:
     steps: int | None = None
     policy: str | None = None
     entropy_bound: float | None = None
+    revision: str | None = None
+    edit_threshold: float | None = None
+    edit_budget: int | None = None
+    doubt: float | None = None
+    remask_schedule: str | None = None
+    remask_rate: float | None = None
     branches: int | None = None
     guesses: bool | None = None
     draft_cutoff: float | None = None
@@ -94,6 +124,7 @@ class GenerationParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    control: Control = Control()
 
     def __post_init__(self) -> None:
         def check(name: str, is_valid: Callable[[Any], bool], allowed: str) -> None:
@@ -140,7 +171,9 @@ class GenerationParams:
             f"None, or 1 to block_length={self.block_length}",
         )
         self._check_policy(check)
+        self._check_revision(check)
         self._check_speculation(check)
+        self.control.check_mode(self.mode, ignore_eos=self.ignore_eos)
 
     def _check_policy(self, check: Callable[[str, Callable[[Any], bool], str], None]) -> None:
         if self.mode != "diffusion":
@@ -155,11 +188,46 @@ class GenerationParams:
             lambda v: v is None or (_is_number(v) and 0 <= v < math.inf),
             "None, or a finite number of at least 0",
         )
-        if policy != "confidence_threshold":
+        if policy not in ("confidence_threshold", "ar_weighted"):
             none = f"None, since policy {policy!r} has no threshold"
             check("threshold", lambda v: v is None, none)
         if policy == "steps":
             check("steps", lambda v: v is not None, f"1 to block_length={self.block_length}")
+
+    def _check_revision(self, check: Callable[[str, Callable[[Any], bool], str], None]) -> None:
+        if self.mode != "diffusion":
+            none = f"None, since mode {self.mode!r} revises nothing"
+            check("revision", lambda v: v is None, none)
+        check("revision", lambda v: v is None or v in REVISIONS, f"None, {', '.join(REVISIONS)}")
+        owners = {
+            "edit_threshold": ("joint_threshold",),
+            "edit_budget": ("joint_threshold", "ar_doubt"),
+            "doubt": ("ar_doubt",),
+            "remask_schedule": ("remdm",),
+            "remask_rate": ("remdm",),
+        }
+        for name, owning in owners.items():
+            if self.revision not in owning:
+                only = f"None but with revision {' or '.join(map(repr, owning))}"
+                check(name, lambda v: v is None, only)
+        for name in ("edit_threshold", "doubt", "remask_rate"):
+            check(name, lambda v: v is None or (_is_number(v) and 0 <= v <= 1), "None, or 0 to 1")
+        most = max(self.block_length - 1, 1)
+        check(
+            "edit_budget",
+            lambda v: v is None or (_is_int(v) and 1 <= v <= most),
+            f"None, or 1 to block_length - 1 = {most}",
+        )
+        schedules = f"None, {', '.join(REMASK_SCHEDULES)}"
+        check("remask_schedule", lambda v: v is None or v in REMASK_SCHEDULES, schedules)
+        if self.revision == "joint_threshold" and self.reveal_policy == "ar_weighted":
+            check("policy", lambda v: False, "with revision 'joint_threshold' all but ar_weighted")
+        if self.revision == "remdm":
+            check("steps", lambda v: v is not None, "an integer, which revision 'remdm' needs")
+            scheduled = ("steps", "leftmost", "random")
+            if self.reveal_policy not in scheduled:
+                names = f"with revision 'remdm' {', '.join(scheduled)}, and no threshold"
+                check("policy", lambda v: False, names)
 
     def _check_speculation(self, check: Callable[[str, Callable[[Any], bool], str], None]) -> None:
         if self.mode != "branching":
@@ -185,7 +253,12 @@ class GenerationParams:
         )
 
     def branching(self, mode: str) -> tuple[int, bool]:
-        """Groups that a verify forward carries in `mode`, and whether they may hold guesses."""
+        """Groups that a forward carries in `mode` behind a block or draft of its own, and whether
+        they may hold guesses."""
+        if mode == "diffusion" and self.revision == "joint_threshold":
+            return self.most_edits, False
+        if mode == "diffusion" and self.reveal_policy == "ar_weighted":
+            return 1, False
         if mode == "quadratic":
             return self.block_length, False
         if mode == "branching":
@@ -204,6 +277,11 @@ class GenerationParams:
         return name
 
     @property
+    def most_edits(self) -> int:
+        """The edit budget of a block in force."""
+        return max(self.block_length // 2, 1) if self.edit_budget is None else self.edit_budget
+
+    @property
     def reveal_entropy_bound(self) -> float | None:
         """The entropy bound in force in `diffusion`; None where the policy has none."""
         if self.reveal_policy != "entropy_bound":
@@ -213,7 +291,8 @@ class GenerationParams:
     def reveal_threshold(self, mode: str) -> float | None:
         """The threshold in force in `mode`, which may change mid-text; None where only `steps` or
         another policy decides."""
-        if mode == "diffusion" and self.reveal_policy != "confidence_threshold":
+        thresholded = ("confidence_threshold", "ar_weighted")
+        if mode == "diffusion" and self.reveal_policy not in thresholded:
             return None
         if self.threshold is not None or self.steps is not None:
             return self.threshold

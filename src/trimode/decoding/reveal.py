@@ -5,6 +5,7 @@ Shared by the diffusion mode and by drafting: a draft is a block denoised with t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from collections.abc import Sequence as Numbers
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from trimode.decoding.noise import noise_key
 from trimode.decoding.params import GenerationParams
 from trimode.decoding.sequence import Sequence
-from trimode.decoding.step import Readout, Step, block_step
+from trimode.decoding.step import BLOCK, Readout, Step, block_step
+from trimode.model.masks import TRUNK
 
 
 def even_schedule(num_masked: int, steps: int) -> list[int]:
@@ -72,6 +74,55 @@ def drawn(positions: Numbers[int], *, seed: int, floor: int) -> list[int]:
     return sorted(ranked[:floor])
 
 
+def ar_weighted(readout: Readout, proposed: Numbers[int]) -> Readout:
+    """The block's answers with AR-weighted confidences: of W masked positions, the geometric mean
+    of how sure the diffusion view is and of how probable the AR view finds the candidates up to
+    there.
+
+    The pass (`two_view_step`) carries the candidates of the pass before as text, so the AR view is
+    asked about each of them after all that stands or was proposed before it; their product is the
+    chance that it would have written the same. A candidate that is new by now counts with what the
+    old one leaves, the most that it can have. Weighted by its own probability alone, a candidate
+    would also count where it only follows from a wrong one before it (measured: no gain).
+
+    Args:
+        readout: W answers of the AR view, then W of the block.
+        proposed: [W] candidates of the pass before, the targets of the first W answers.
+    """
+    num = len(proposed)
+    token_ids, weighted, weight = readout.token_ids[num:], [], 1.0
+    for i, old_id in enumerate(proposed):
+        chance = min(math.exp(readout.log_probs[i]), 1.0)
+        weight *= chance if token_ids[i] == old_id else 1 - chance
+        weighted.append(math.sqrt(readout.confidences[num + i] * weight))
+    return Readout(token_ids, weighted)
+
+
+def two_view_step(
+    seq: Sequence, canvas: list[int], *, kind: str, masked: list[int], proposed: list[int]
+) -> Step:
+    """A block in the diffusion view, and before it the same block in the AR view with candidates in
+    place of its masks. What the trunk writes is not committed: the candidates are not text yet."""
+    trunk = list(canvas)
+    for i, token_id in zip(masked, proposed, strict=True):
+        trunk[i] = token_id
+    del trunk[-1]  # nobody asks what follows it
+    num_trunk, num = len(trunk), len(canvas)
+    return Step(
+        kind=kind,
+        token_ids=[*trunk, *canvas],
+        positions=[
+            *range(seq.length, seq.length + num_trunk),
+            *range(seq.length, seq.length + num),
+        ],
+        groups=[TRUNK] * num_trunk + [BLOCK] * num,
+        is_drafter_on=[False] * (num_trunk + num),
+        wanted=[i - 1 for i in masked] + [num_trunk + i for i in masked],
+        wants_confidence=True,
+        targets=[*proposed, *proposed],
+    )
+
+
 def chosen_by(
     policy: str,
     readout: Readout,
@@ -88,7 +139,7 @@ def chosen_by(
         readout: With confidences, and with entropies for `entropy_bound`.
         positions: Absolute, of each answer.
         params: Whose seed and entropy bound apply.
-        threshold: In force; None for all policies but `confidence_threshold`.
+        threshold: In force; None for policies without one.
         floor: Reveal at least so many.
     """
     if policy == "entropy_bound":
@@ -126,7 +177,7 @@ def denoise(
     policy: str = "confidence_threshold",
     wants_runner_up: bool = False,
 ) -> Generator[Step, Readout, Filled]:
-    """Fill all of `canvas` but its first token, which is clean, in place.
+    """Fill the masks of `canvas`, in place; its first token is clean whatever it is.
 
     Every pass feeds the whole block bidirectionally over the committed prefix (K/V not kept) and
     reveals what the parameters ask for; revealed tokens stay. Stops early once a stop token stands
@@ -134,7 +185,7 @@ def denoise(
 
     Args:
         seq: Whose parameters decide.
-        canvas: [K] token ids, the first clean, the others masks.
+        canvas: [K] token ids, the first clean, the others masks but for what stands fixed.
         kind: Of the forwards, for the counts.
         is_drafter_on: Whether the drafter adapter is on.
         threshold: In force for `select`.
@@ -144,22 +195,31 @@ def denoise(
     Source: arXiv 2607.05722 via facts 3.2.
     """
     params = seq.params
-    is_masked = [False] + [True] * (len(canvas) - 1)
-    floors = even_schedule(len(canvas) - 1, params.steps) if params.steps else []
+    is_masked = [False] + [token_id == seq.mask_token_id for token_id in canvas[1:]]
+    floors = even_schedule(sum(is_masked), params.steps) if params.steps else []
     num_passes = 0
+    proposed: dict[int, int] = {}
     num = len(canvas)
-    filled = Filled([1.0] + [0.0] * (num - 1), [seq.mask_token_id] * num, [0.0] * num)
-    while any(is_masked[: _first_stop(seq, canvas, is_masked)]):
+    sure = [float(not masked) for masked in is_masked]
+    filled = Filled(sure, [seq.mask_token_id] * num, [0.0] * num)
+    while any(is_masked[: first_stop(seq, canvas)]):
         masked = [i for i, masked in enumerate(is_masked) if masked]
-        readout = yield block_step(
-            *(kind, canvas),
-            start=seq.length,
-            wanted=masked,
-            is_drafter_on=is_drafter_on,
-            wants_confidence=True,
-            wants_runner_up=wants_runner_up,
-            wants_entropy=policy == "entropy_bound",
-        )
+        if proposed:
+            asked = [proposed[i] for i in masked]
+            both = yield two_view_step(seq, canvas, kind=kind, masked=masked, proposed=asked)
+            readout = ar_weighted(both, asked)
+        else:
+            readout = yield block_step(
+                *(kind, canvas),
+                start=seq.length,
+                wanted=masked,
+                is_drafter_on=is_drafter_on,
+                wants_confidence=True,
+                wants_runner_up=wants_runner_up,
+                wants_entropy=policy == "entropy_bound",
+            )
+        if policy == "ar_weighted":
+            proposed = dict(zip(masked, readout.token_ids, strict=True))
         floor = floors[num_passes] if num_passes < len(floors) else 1
         num_passes += 1
         revealed = chosen_by(
@@ -181,10 +241,10 @@ def denoise(
     return filled
 
 
-def _first_stop(seq: Sequence, canvas: list[int], is_masked: list[bool]) -> int:
+def first_stop(seq: Sequence, canvas: list[int]) -> int:
     """Index of the first revealed stop token of the canvas; its length if there is none."""
     for i in range(1, len(canvas)):
-        if not is_masked[i] and canvas[i] in seq.stop_token_ids:
+        if canvas[i] in seq.stop_token_ids and canvas[i] != seq.mask_token_id:
             return i
     return len(canvas)
 
@@ -197,8 +257,11 @@ def degenerate_reason(params: GenerationParams) -> str | None:
             f"block_length is {params.block_length}: a block has {num_masked} masked positions, so"
             " diffusion writes one token a forward whatever the policy, as mode 'ar' does"
         )
-    if params.mode == "diffusion" and params.threshold == 0:
+    if params.mode == "diffusion" and params.threshold == 0 and params.revision is None:
         return "threshold is 0: a block is revealed in one pass, its tokens blind to each other"
+    futile = _why_no_revision(params)
+    if futile is not None:
+        return futile
     slowest = _why_one_a_pass(params)
     if params.mode not in ("diffusion", "linear") or num_masked <= 1 or slowest is None:
         return None
@@ -207,17 +270,38 @@ def degenerate_reason(params: GenerationParams) -> str | None:
     return f"{slowest}: a forward reveals one token, so mode 'ar' takes no more forwards"
 
 
+def _why_no_revision(params: GenerationParams) -> str | None:
+    """Why the revision asked for never changes a token, by construction; None if it may."""
+    if params.revision == "joint_threshold" and params.edit_threshold == 1:
+        return "edit_threshold is 1: no token is ever replaced, and every block pays a pass more"
+    if params.revision == "ar_doubt" and params.doubt == 0:
+        return "doubt is 0: no token is ever reopened, as without revision"
+    if params.revision == "remdm" and params.remask_rate == 0:
+        return "remask_rate is 0: no token is ever masked anew, as without revision"
+    is_looping = params.remask_schedule == "loop"
+    if params.revision == "remdm" and params.steps is not None:
+        num_passes = min(params.steps, params.block_length - 1)
+        least = 2 if is_looping else 3
+        if num_passes < least:
+            return (
+                f"steps is {params.steps}: no token is ever masked anew, since the first pass of a"
+                " block finds none to mask and the last leaves none masked"
+            )
+    return None
+
+
 def _why_one_a_pass(params: GenerationParams) -> str | None:
     """What lets a pass reveal one position only, by construction; None if nothing does."""
     steps, num_masked = params.steps, params.block_length - 1
     if steps is not None and steps < num_masked:
         return None
     policy = params.reveal_policy
-    if policy == "confidence_threshold" and (params.threshold or 0) >= 1:
+    if policy in ("confidence_threshold", "ar_weighted") and (params.threshold or 0) >= 1:
         return f"threshold is {params.threshold:g}, which a probability hardly ever reaches"
     if policy == "entropy_bound" and params.reveal_entropy_bound == 0:
         return "entropy_bound is 0, which only tokens without any doubt meet"
-    if policy in ("steps", "leftmost", "random"):
+    is_by_number = policy == "ar_weighted" and params.reveal_threshold("diffusion") is None
+    if is_by_number or policy in ("steps", "leftmost", "random"):
         many = "no steps" if steps is None else f"steps {steps}"
         return f"policy {policy!r} has {many} for the {num_masked} masked positions of a block"
     return None

@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
+from trimode.decoding.gap import Gap
+from trimode.decoding.grammar import Matcher
+from trimode.decoding.law import Rules
 from trimode.decoding.params import GenerationParams
 from trimode.decoding.stats import Stats
+from trimode.decoding.step import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +19,15 @@ class Event:
     """Something a watcher may want to see; it changes nothing.
 
     Attributes:
-        kind: `draft` and `denoise` (a pass over a block), `verify` (a draft was checked), `emit`.
+        kind: `draft` and `denoise` (a pass over a block), `verify` (a draft was checked),
+            `revise` (a token of a block that stood there became another), `emit`. What was emitted
+            is never revised.
         position: Absolute position of the first of `token_ids`.
-        token_ids: The block, the draft, or the emitted tokens.
+        token_ids: The block, the draft, the emitted tokens, or the one that came by a revision.
         is_masked: `draft`, `denoise`: which of them are still masked.
         num_accepted: `verify`: how many of the draft's tokens were accepted.
+        old_ids: `revise`: the token that stood there before.
+        reason: `revise`: by which method (`trimode.decoding.params.REVISIONS`).
     """
 
     kind: str
@@ -27,6 +35,8 @@ class Event:
     token_ids: tuple[int, ...]
     is_masked: tuple[bool, ...] = ()
     num_accepted: int = 0
+    old_ids: tuple[int, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +81,15 @@ class Sequence:
         eos_token_ids: The model's own stop tokens.
         mask_token_id: The model's mask token.
         detokenize: Text of some token ids; needed only where `params.stop` has strings.
+        gap: What to fill behind the prompt, which then is not continued.
+        matcher: Of the grammar that `params` asks for; None without one.
         on_event: Called with every `Event`, from within a step.
 
     Attributes:
         length: Committed length L. Position of `last`.
         new_ids: Tokens emitted so far.
+        logprobs: Of each of them, if they were asked for.
+        rules: What its answers are subject to beyond temperature and filters; None if nothing.
         finish_reason: None while running, then `stop`, `length` or `abort`.
         stop_text_len: Characters of text before the stop string that ended it; None if none did.
         num_committable: How many fed tokens of the latest step may be committed; set by the engine.
@@ -90,18 +104,24 @@ class Sequence:
         eos_token_ids: Iterable[int] = (),
         mask_token_id: int,
         detokenize: Callable[[Ids[int]], str] | None = None,
+        gap: Gap | None = None,
+        matcher: Matcher | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         self.prompt_ids = list(prompt_ids)
         self.params = params
         self.mode = params.mode
         self.mask_token_id = mask_token_id
+        self.gap = gap
+        has_rules = params.control.changes_laws
+        self.rules = Rules(params.control, matcher=matcher) if has_rules else None
         self.stop_token_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         )
         self.stats = Stats()
         self.length = 0
         self.new_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_text_len: int | None = None
         self.num_committable = 0
@@ -109,6 +129,16 @@ class Sequence:
         self._draft: Draft | None = None
         self._detokenize = detokenize
         self._on_event = on_event
+
+    @property
+    def mode(self) -> str:
+        """May change between rounds."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        self.params.control.check_mode(mode, ignore_eos=self.params.ignore_eos)
+        self._mode = mode
 
     @property
     def is_finished(self) -> bool:
@@ -148,8 +178,12 @@ class Sequence:
         self.length += num_tokens
         self.num_committable = 0
 
-    def emit(self, token_ids: Ids[int]) -> int:
+    def emit(self, token_ids: Ids[int], logprobs: Ids[TokenLogprobs] = ()) -> int:
         """Show tokens to the user, up to the first that ends the text.
+
+        Args:
+            token_ids: What to show.
+            logprobs: Of each, if they were asked for.
 
         Returns:
             How many were emitted; fewer than given only if the sequence is now finished.
@@ -162,9 +196,14 @@ class Sequence:
             num_emitted += 1
             self.finish_reason = self._reason_to_stop(token_id)
         self.stats.new_tokens = len(self.new_ids)
+        self.logprobs += logprobs[:num_emitted]
         if num_emitted:
             self.event("emit", position=position, token_ids=token_ids[:num_emitted])
         return num_emitted
+
+    def finish(self, reason: str) -> None:
+        """Nothing more is to come, for a reason other than the newest token."""
+        self.finish_reason = self.finish_reason or reason
 
     def event(
         self,
@@ -174,10 +213,15 @@ class Sequence:
         token_ids: Ids[int],
         is_masked: Ids[bool] = (),
         num_accepted: int = 0,
+        old_ids: Ids[int] = (),
+        reason: str = "",
     ) -> None:
         """Tell the watcher, if there is one."""
         if self._on_event is not None:
-            event = Event(kind, position, tuple(token_ids), tuple(is_masked), num_accepted)
+            event = Event(
+                *(kind, position, tuple(token_ids), tuple(is_masked), num_accepted),
+                *(tuple(old_ids), reason),
+            )
             self._on_event(event)
 
     def _reason_to_stop(self, token_id: int) -> str | None:

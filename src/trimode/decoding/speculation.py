@@ -56,7 +56,7 @@ def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
     agreeing = takewhile(lambda pair: pair[0] == pair[1], zip(block[1:], chosen, strict=False))
     num_accepted = sum(1 for _ in agreeing)
     seq.event("verify", position=seq.length + 1, token_ids=block[1:], num_accepted=num_accepted)
-    num_emitted = seq.emit(chosen[: num_accepted + 1])
+    num_emitted = seq.emit(chosen[: num_accepted + 1], readout.logprobs)
     seq.stats.acceptance_lengths.append(num_emitted)
     seq.commit(num_emitted)
     for number, outcome in enumerate(outcomes):

@@ -57,6 +57,20 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely an emitted token was, under the AR view at temperature 1 after the ban, before
+    grammar, bias, penalty and filters.
+
+    Attributes:
+        logprob: Its log-probability, in nats.
+        top: Ids and log-probabilities of the likeliest tokens, the best first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Readout:
     """The answers to one `Step`, in the order of `wanted`.
 
@@ -67,6 +81,7 @@ class Readout:
         runner_up_confidences: As `confidences`.
         entropies: Of that law, in nats.
         log_probs: Of the step's `targets` under it, in nats.
+        logprobs: Of what the trunk chose, where the request asks for them.
 
     What was not wanted may be empty.
     """
@@ -77,6 +92,7 @@ class Readout:
     runner_up_confidences: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 def causal_step(

@@ -144,7 +144,9 @@ def _resume(running: _Running, readout: Readout | None) -> None:
     seq.stats.count(step.kind, len(step.token_ids))
     if readout is None:
         logger.error(
-            "sequence aborted: the network gave non-finite logits in a %s forward", step.kind
+            "sequence aborted: the network gave non-finite logits%s in a %s forward",
+            "" if seq.rules is None else ", or what was asked for leaves no token,",
+            step.kind,
         )
         seq.finish_reason = "abort"
         return
@@ -157,7 +159,9 @@ def _resume(running: _Running, readout: Readout | None) -> None:
 
 def cells_needed(seq: Sequence) -> int:
     """Cells a sequence may touch: a last block starts at most at the last token, groups lie behind
-    it."""
+    it. A gap's canvases lie side by side behind the prompt."""
     params = seq.params
+    if seq.gap is not None:
+        return len(seq.prompt_ids) + seq.gap.num_fed
     num_groups, _ = params.branching(seq.mode)
     return len(seq.prompt_ids) + params.max_new_tokens + params.block_length * (1 + num_groups)

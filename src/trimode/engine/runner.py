@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from trimode.decoding.choose import choose
+from trimode.decoding.law import RowLaw
 from trimode.decoding.sequence import Sequence
 from trimode.decoding.step import Readout, Step
-from trimode.model import AdapterSwitch, DrafterAdapter, KVCache, RowAttention, TriModeModel
+from trimode.model import (
+    AdapterSwitch,
+    DrafterAdapter,
+    KVCache,
+    RowAttention,
+    TriModeConfig,
+    TriModeModel,
+)
 from trimode.model.attention import RowFeed
+from trimode.model.masks import TRUNK
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +49,7 @@ class Runner:
         self._cache = cache
         self._adapter = adapter
         self._device = cache.keys.device
-        config = model.config
-        num_valid = config.num_valid_tokens or config.vocab_size
-        self._banned = torch.tensor(
-            sorted({config.mask_token_id, *range(num_valid, config.vocab_size)}),
-            device=self._device,
-        )
+        self._banned = torch.tensor(banned_ids(model.config), device=self._device)
 
     @torch.inference_mode()
     def run(self, feeds: Items[Feed]) -> list[Readout | None]:
@@ -76,6 +80,8 @@ class Runner:
             wants_runner_up=any(feed.step.wants_runner_up for feed in packed),
             wants_entropy=any(feed.step.wants_entropy for feed in packed),
             targets=[target for feed in packed for target in _targets(feed.step)],
+            laws=_laws(packed, num_tokens=self._model.config.vocab_size),
+            num_logprobs=_num_logprobs(packed),
         )
         readouts: list[Readout | None] = [None] * len(feeds)
         start = 0
@@ -90,6 +96,7 @@ class Runner:
                     choice.runner_up_confidences[answers],
                     choice.entropies[answers],
                     choice.log_probs[answers],
+                    [found for found in choice.logprobs[answers] if found is not None],
                 )
             else:
                 self._cache.scrub(feed.row)
@@ -121,5 +128,36 @@ class Runner:
         return AdapterSwitch(self._adapter, torch.tensor(is_on, device=self._device)[:, None])
 
 
+def banned_ids(config: TriModeConfig) -> list[int]:
+    """Tokens never chosen: the mask token and padded rows of the vocabulary."""
+    num_valid = config.num_valid_tokens or config.vocab_size
+    return sorted({config.mask_token_id, *range(num_valid, config.vocab_size)})
+
+
 def _targets(step: Step) -> Items[int | None]:
     return step.targets or [None] * len(step.wanted)
+
+
+def _laws(packed: list[Feed], *, num_tokens: int) -> list[RowLaw | None]:
+    """For each wanted answer; empty if no sequence has rules."""
+    if all(feed.seq.rules is None for feed in packed):
+        return []
+    laws: list[RowLaw | None] = []
+    for feed in packed:
+        rules = feed.seq.rules
+        if rules is None:
+            laws += [None] * len(feed.step.wanted)
+        else:
+            laws += rules.rows(feed.seq, feed.step, num_tokens=num_tokens)
+    return laws
+
+
+def _num_logprobs(packed: list[Feed]) -> list[int | None]:
+    """For each wanted answer, which only those of the AR view have; empty if nobody asks."""
+    if all(feed.seq.params.control.logprobs is None for feed in packed):
+        return []
+    return [
+        feed.seq.params.control.logprobs if feed.step.groups[i] == TRUNK else None
+        for feed in packed
+        for i in feed.step.wanted
+    ]

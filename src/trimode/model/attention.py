@@ -129,21 +129,28 @@ class RowAttention:
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query: [P, N, D]; key, value: [P, G, D] -> [P, N, D]."""
+        if len(self._buckets) == 1:
+            return self._attend(self._buckets[0], layer_index, query, key, value)
         outputs = []
         for bucket in self._buckets:
             mine = slice(bucket.first, bucket.stop)
-            self._write(bucket, layer_index, key[mine], value[mine])
-            keys, values = self._read(bucket, layer_index)
-            attended = F.scaled_dot_product_attention(
-                query[mine].unflatten(0, bucket.shape).transpose(1, 2),
-                keys,
-                values,
-                attn_mask=bucket.attn_mask,
-                is_causal=bucket.is_causal,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-            outputs.append(attended.transpose(1, 2).flatten(0, 1))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            outputs.append(self._attend(bucket, layer_index, query[mine], key[mine], value[mine]))
+        return torch.cat(outputs)
+
+    def _attend(
+        self, bucket: _Bucket, layer_index: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        self._write(bucket, layer_index, key, value)
+        keys, values = self._read(bucket, layer_index)
+        attended = F.scaled_dot_product_attention(
+            query.view(*bucket.shape, *query.shape[1:]).transpose(1, 2),
+            keys,
+            values,
+            attn_mask=bucket.attn_mask,
+            is_causal=bucket.is_causal,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return attended.transpose(1, 2).flatten(0, 1)
 
     def _write(self, bucket: _Bucket, layer_index: int, key: Tensor, value: Tensor) -> None:
         if isinstance(bucket.fed, Tensor):
@@ -151,7 +158,8 @@ class RowAttention:
             self._cache.write(layer_index, rows, cells, key, value)
             return
         for views, new in zip(bucket.fed, (key, value), strict=True):
-            views[layer_index].copy_(new.unflatten(0, bucket.shape).transpose(1, 2))
+            tokens = new.view(*bucket.shape, *new.shape[1:])
+            views[layer_index].copy_(tokens.transpose(1, 2))
 
     def _read(self, bucket: _Bucket, layer_index: int) -> tuple[Tensor, Tensor]:
         """[rows, G, num_cells, D] keys and values."""
@@ -170,8 +178,11 @@ def _bucket(cache: KVCache, feeds: list[RowFeed], *, first: int) -> _Bucket:
     is_even = min(lengths) == max(lengths)
     sees_all = num_tokens == 1 or all(feed.is_one_group for feed in feeds)
     is_prefill = max(lengths) == 0 and all(feed.is_causal for feed in feeds)
-    attn_mask = None
-    if not (is_even and (sees_all or is_prefill)):
+    attn_mask: Tensor | None = None
+    if is_even and not sees_all and not is_prefill and all(feed.is_causal for feed in feeds):
+        attn_mask = torch.ones(num_tokens, num_cells, dtype=torch.bool, device=device)
+        attn_mask = attn_mask.tril_(num_cells - num_tokens)
+    elif not (is_even and (sees_all or is_prefill)):
         allowed = torch.stack([_fed_mask(feed, device) for feed in feeds])
         attn_mask = cell_mask(allowed, torch.tensor(lengths, device=device), num_cells)
     rows = [feed.row for feed in feeds]

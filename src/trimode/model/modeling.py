@@ -7,7 +7,7 @@ published ones (`encoder.*`, `diffusion_head.weight`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from trimode.model.attention import Attend, DenseAttention
 from trimode.model.configuration import NemotronLabsDiffusionConfig, TriModeConfig
 from trimode.model.linear import Linear
 from trimode.model.masks import dense_mask
+from trimode.model.packed import PackedHead, PackedLayer
+from trimode.model.products import Weights
 
 Checkpointing = bool | Literal["selective"]
 """What is made again in the backward instead of kept; see `TriModeModel.encode`."""
@@ -247,6 +249,7 @@ class TriModeModel(PreTrainedModel):
         self.encoder = Encoder(config)
         self.diffusion_head: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
+        self.weights: Weights = "plain"  # changed by `pack` only
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -260,6 +263,53 @@ class TriModeModel(PreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.diffusion_head = value
+
+    def pack(self, weights: Weights = "packed") -> Self:
+        """Bring the weights into a form for decoding, in place; they are not held twice.
+
+        Training, adapters that are to be merged and tools that look for linear layers need the
+        plain form. A head that shares the embedding's weight stays as it is.
+
+        Args:
+            weights: `packed`: products that read the same input fused into one, and in float32 on
+                the CPU the weights in oneDNN's own order. The same results but for the last bits.
+                `int8`: rounded to 8 bits, the tokens in the products too. Quicker still, at a
+                price in quality, and the original weights are gone. `plain`: back to what was,
+                all of it trainable.
+
+        Raises:
+            ConfigError: int8 for other than float32 on the CPU; or plain or packed after int8.
+        """
+        if weights == self.weights:
+            return self
+        layers: Any = self.encoder.layers
+        if self.weights != "plain":
+            for index, layer in enumerate(layers):
+                layers[index] = layer.plain(self.config)
+            head: nn.Module = self.diffusion_head
+            if isinstance(head, PackedHead):
+                self.diffusion_head = head.plain(self.config)
+        self.weights = "plain"
+        if weights != "plain":
+            self.eval()
+            for index, layer in enumerate(layers):
+                layers[index] = PackedLayer(layer, weights=weights)
+            if not self.config.tie_word_embeddings:
+                head = PackedHead(self, weights=weights)
+                self.diffusion_head = head  # type: ignore[assignment]
+            self.weights = weights
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's; brings the weights back into the plain form."""
+        if mode:
+            self.pack("plain")
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `to`, `half` and the like do; only plain weights can be moved or converted."""
+        self.pack("plain")
+        return super()._apply(fn, recurse)
 
     def encode(
         self,
@@ -287,6 +337,8 @@ class TriModeModel(PreTrainedModel):
         """
         x = self.encoder.embed_tokens(input_ids)
         angles = self.rotary(position_ids, x.dtype)
+        if self.weights != "plain":
+            return self._encode_packed(x, angles, attend=attend, adapter=adapter)
         is_rerun, is_selective = checkpointing is True, checkpointing is not False
         last = self.encoder.layers[-1]
         for layer in self.encoder.layers:
@@ -298,6 +350,19 @@ class TriModeModel(PreTrainedModel):
                 is_selective=is_selective,
             )
         return self.encoder.norm(x)
+
+    @torch.no_grad()
+    def _encode_packed(
+        self, x: Tensor, angles: RotaryAngles, *, attend: Attend, adapter: AdapterSwitch | None
+    ) -> Tensor:
+        num_tokens, copies = len(x), self.encoder.layers[0].num_copies(x)  # type: ignore[operator]
+        if copies > 1:
+            x = torch.cat((x,) * copies)
+            if adapter is not None and adapter.is_on is not None:
+                adapter = AdapterSwitch(adapter.adapter, adapter.is_on.repeat(copies, 1))
+        for layer in self.encoder.layers:
+            x = layer(x, angles, attend=attend, adapter=adapter, copies=copies)
+        return self.encoder.norm(x[:num_tokens] if copies > 1 else x)
 
     def forward(
         self,

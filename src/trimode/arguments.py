@@ -1,0 +1,53 @@
+"""Arguments of Python callers as plain values: one prompt or several, seeds, numpy's numbers."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence as Items
+from typing import Any
+
+from trimode.errors import RequestError
+
+Prompt = str | Items[int]
+
+
+def as_prompts(prompt: Prompt | Items[Prompt]) -> tuple[bool, list[Prompt]]:
+    """Whether one prompt was given, and all prompts."""
+    if isinstance(prompt, str):
+        return True, [prompt]
+    items = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(items, Items) or isinstance(items, bytes):
+        raise RequestError(
+            f"prompt is a {type(prompt).__name__}; allowed: a string, token ids, or a list of these"
+        )
+    items = list(items)
+    if not items:
+        raise RequestError("prompt is an empty list; give '' for an empty prompt")
+    if all(isinstance(item, str) or hasattr(item, "__len__") for item in items):
+        return False, items
+    return True, [items]
+
+
+def as_seeds(seed: int | Items[int] | None, num_prompts: int) -> list[int]:
+    if seed is None:
+        return [secrets.randbits(32) for _ in range(num_prompts)]
+    seed = seed.tolist() if hasattr(seed, "tolist") else seed
+    if not isinstance(seed, Items):
+        return [seed] * num_prompts
+    if len(seed) != num_prompts:
+        raise RequestError(f"seed has {len(seed)} entries for {num_prompts} prompts; give one each")
+    return list(seed)
+
+
+def plain(value: Any) -> Any:
+    """numpy and torch scalars as Python's, whose integers do not overflow; all else as it is."""
+    is_scalar = hasattr(value, "item") and getattr(value, "ndim", 0) == 0
+    return value.item() if is_scalar else value
+
+
+def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    """A sequence, an array or None as a tuple of plain values."""
+    items = () if values is None else values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(items, Items):
+        raise RequestError(f"{name} is {values!r}; allowed: a list")
+    return tuple(map(plain, items))

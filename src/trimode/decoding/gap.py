@@ -1,0 +1,55 @@
+"""A gap to fill and what was found for it. Data only; the algorithm is in `infilling`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+VIEW_LEN = 64
+"""Tokens of a canvas: the windows that the recipes in configs/ train with (`infill_window`)."""
+
+NUM_JUDGED = 32
+"""Tokens behind the gap that the AR view judges together with the fill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to fill a gap.
+
+    Attributes:
+        token_ids: The fill.
+        fill_log_prob: Of the fill after the prefix, under the AR view at temperature 1, in nats.
+        suffix_log_prob: Of the next `NUM_JUDGED` tokens behind the gap after both.
+    """
+
+    token_ids: tuple[int, ...]
+    fill_log_prob: float
+    suffix_log_prob: float
+
+    @property
+    def log_prob(self) -> float:
+        """Of fill and text behind it together: what candidates of all lengths are ranked by."""
+        return self.fill_log_prob + self.suffix_log_prob
+
+
+@dataclass(slots=True)
+class Gap:
+    """What a sequence is to fill instead of continuing its prompt.
+
+    Attributes:
+        suffix_ids: Text behind the gap, up to the next one; may be empty.
+        lengths: Numbers of tokens to try.
+        candidates: Found in the end, the best first.
+    """
+
+    suffix_ids: tuple[int, ...]
+    lengths: tuple[int, ...]
+    candidates: list[Candidate] = field(default_factory=list)
+
+    def suffix_in_view(self, length: int) -> tuple[int, ...]:
+        """The text behind the gap that a canvas of this length holds."""
+        return self.suffix_ids[: max(VIEW_LEN - 1 - length, NUM_JUDGED)]
+
+    @property
+    def num_fed(self) -> int:
+        """Tokens of the largest forward, in which every length has a canvas."""
+        return sum(1 + length + len(self.suffix_in_view(length)) for length in self.lengths)

@@ -1,0 +1,211 @@
+"""What an answer is subject to beyond temperature and filters: grammar, bias, penalty, budget.
+
+A law is made from a sequence and the step it asks for, never by a mode: what a trunk token answers
+is subject to the true text up to it, the drafts fed before it included; so the verifier's law of a
+drafted position is the one that AR has there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimode.decoding.control import Control
+from trimode.decoding.step import Step
+from trimode.model.masks import TRUNK
+
+if TYPE_CHECKING:
+    from trimode.decoding.grammar import Matcher
+    from trimode.decoding.sequence import Sequence as Text
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowLaw:
+    """Of one answer.
+
+    Attributes:
+        allowed: [V] bool on the CPU. What grammar or thinking budget leave; None for all.
+        bias: Token id -> what is added.
+        seen: [V] bool on the CPU. Tokens that the penalty is for; None for no penalty.
+        penalty: See `Control.repetition_penalty`.
+    """
+
+    allowed: Tensor | None = None
+    bias: Mapping[int, float] = field(default_factory=dict)
+    seen: Tensor | None = None
+    penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an answer stands.
+
+    Attributes:
+        index: In the new text: 0 is the first token after the prompt.
+        is_trunk: Whether the AR view answers.
+        before: Fed tokens that stand before it, from position `seq.length` on; may hold masks.
+        beside: Fed tokens of its own group that do not stand before it.
+        last_index: Of the last token of its group; its own in the trunk.
+    """
+
+    index: int
+    is_trunk: bool
+    before: list[int]
+    beside: list[int]
+    last_index: int
+
+
+class Rules:
+    """The laws of one sequence; follows its text, so what was rejected leaves no trace.
+
+    Args:
+        control: What was asked for, its end of thought settled.
+        matcher: Follows the grammar; None without one.
+    """
+
+    def __init__(self, control: Control, *, matcher: Matcher | None = None) -> None:
+        if (matcher is None) != (control.source is None):
+            raise AssertionError("a grammar needs a matcher, and a matcher a grammar")
+        self._control = control
+        self._matcher = matcher
+        self._bias = dict(control.logit_bias or {})
+        self._seen: Tensor | None = None  # of the committed text
+        self._num_seen = 0
+
+    def rows(self, seq: Text, step: Step, *, num_tokens: int) -> list[RowLaw]:
+        """A law for each of the step's wanted answers.
+
+        Args:
+            seq: Whose step it is.
+            step: What it feeds.
+            num_tokens: Size of the vocabulary V.
+        """
+        control = self._control
+        is_penalised = control.repetition_penalty != 1
+        seen = self._committed(seq, num_tokens) if is_penalised else None
+        laws = []
+        for place in _places(seq, step):
+            allowed = self._allowed(seq, place, num_tokens)
+            bias = self._bias
+            if self._is_end_to_come(seq, step, place):
+                assert control.end_think_token_id is not None
+                bias = {**bias, control.end_think_token_id: -torch.inf}
+            row_seen = None
+            if seen is not None:
+                row_seen = seen.clone()
+                row_seen[[*place.before, *place.beside]] = True
+            laws.append(RowLaw(allowed, bias, row_seen, control.repetition_penalty))
+        return laws
+
+    def write_fixed(self, seq: Text, canvas: list[int]) -> None:
+        """Put the end of thought into the block in which the budget runs out, in place.
+
+        Args:
+            seq: Whose block it is.
+            canvas: The block, from `seq.last` on.
+        """
+        budget, end = self._control.max_thinking_tokens, self._control.end_think_token_id
+        if budget is None or end is None or end in seq.new_ids:
+            return
+        offset = len(seq.prompt_ids) + budget - seq.length
+        if 0 < offset < len(canvas):
+            canvas[offset] = end
+
+    def _committed(self, seq: Text, num_tokens: int) -> Tensor:
+        """[V] bool: tokens of the committed text."""
+        if self._seen is None:
+            self._seen = torch.zeros(num_tokens, dtype=torch.bool)
+        self._seen[(seq.prompt_ids + seq.new_ids)[self._num_seen : seq.length]] = True
+        self._num_seen = seq.length
+        return self._seen
+
+    def _allowed(self, seq: Text, place: _Place, num_tokens: int) -> Tensor | None:
+        """What grammar or budget leave, as far as the text before the place is known."""
+        if self._matcher is not None:
+            if not place.is_trunk and seq.mask_token_id in place.before:
+                return None
+            num_kept = max(seq.length - len(seq.prompt_ids), 0)
+            text = [*seq.new_ids[:num_kept], *_new(seq, place)]
+            return self._matcher.allowed_after(text)
+        budget, end = self._control.max_thinking_tokens, self._control.end_think_token_id
+        if budget is None or self._is_thought_over(seq, place):
+            return None
+        if place.index == budget or (place.is_trunk and place.index > budget):
+            only = torch.zeros(num_tokens, dtype=torch.bool)
+            only[end] = True
+            return only
+        return None
+
+    def _is_end_to_come(self, seq: Text, step: Step, place: _Place) -> bool:
+        """Whether the end of thought is banned, for it stands behind, in the same block of text."""
+        budget = self._control.max_thinking_tokens
+        if budget is None or step.kind != "denoise" or self._is_thought_over(seq, place):
+            return False
+        return not place.is_trunk and place.index < budget <= place.last_index
+
+    def _is_thought_over(self, seq: Text, place: _Place) -> bool:
+        end = self._control.end_think_token_id
+        return end in seq.new_ids or end in _new(seq, place)
+
+
+def _new(seq: Text, place: _Place) -> list[int]:
+    """Of the fed tokens before a place, those that are not the prompt's."""
+    return place.before[max(len(seq.prompt_ids) - seq.length, 0) :]
+
+
+def _places(seq: Text, step: Step) -> Iterator[_Place]:
+    """Of all wanted answers, in order."""
+    trunk: list[tuple[int, int]] = []  # position, id
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for token_id, position, group in zip(step.token_ids, step.positions, step.groups, strict=True):
+        (trunk if group == TRUNK else groups.setdefault(group, [])).append((position, token_id))
+    num_prompt = len(seq.prompt_ids)
+    for i in step.wanted:
+        position = step.positions[i]
+        if step.groups[i] == TRUNK:
+            before = [token_id for p, token_id in trunk if p <= position]
+            index = position + 1 - num_prompt
+            yield _Place(index, True, before, [], index)
+            continue
+        own = groups[step.groups[i]]
+        start, last = min(own)[0], max(own)[0]
+        before = [token_id for p, token_id in trunk if p < start]
+        before += [token_id for p, token_id in own if p < position]
+        beside = [token_id for p, token_id in own if p >= position]
+        yield _Place(position - num_prompt, False, before, beside, last - num_prompt)
+
+
+def under(logits: Tensor, laws: Sequence[RowLaw | None]) -> Tensor:
+    """The logits under their laws: grammar and budget, then bias, then penalty.
+
+    Args:
+        logits: [W, V], the ban applied.
+        laws: [W], None where there is none.
+
+    Returns:
+        [W, V], a tensor of its own; not allowed is -inf.
+    """
+    device, found = logits.device, logits.clone()
+    some = [(w, law) for w, law in enumerate(laws) if law is not None]
+    limited = [(w, law.allowed) for w, law in some if law.allowed is not None]
+    if limited:
+        rows = torch.tensor([w for w, _ in limited], device=device)
+        allowed = torch.stack([mask for _, mask in limited]).to(device)
+        found[rows] = found[rows].masked_fill(~allowed, -torch.inf)
+    added = [(w, token_id, value) for w, law in some for token_id, value in law.bias.items()]
+    if added:
+        rows, ids = torch.tensor([(w, i) for w, i, _ in added], device=device).T
+        found[rows, ids] += torch.tensor([x for _, _, x in added], device=device, dtype=found.dtype)
+    penalised = [(w, law.seen, law.penalty) for w, law in some if law.seen is not None]
+    if penalised:
+        rows = torch.tensor([w for w, _, _ in penalised], device=device)
+        seen = torch.stack([mask for _, mask, _ in penalised]).to(device)
+        penalty = torch.tensor([[x] for _, _, x in penalised], device=device, dtype=found.dtype)
+        scores = found[rows]
+        less = torch.where(scores > 0, scores / penalty, scores * penalty)
+        found[rows] = torch.where(seen, less, scores)
+    return found

@@ -1,0 +1,297 @@
+"""A text with its gaps filled: where they are, what the model sees of each, the result as text."""
+
+from __future__ import annotations
+
+import ast
+import secrets
+import warnings
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from trimode.decoding import GenerationParams, Sequence, Stats
+from trimode.decoding.gap import Gap
+from trimode.engine import Engine
+from trimode.errors import RequestError
+from trimode.model import TriModeModel
+from trimode.revision import character_range
+
+MARKER = "<FILL>"
+
+DEFAULT_LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)
+
+MAX_LENGTH = 48
+"""Longest fill, in tokens: a canvas holds the text behind it as well."""
+
+LANGUAGES = ("python",)
+
+
+class LanguageModel(Protocol):
+    """What infilling needs of a `TriModeLM`."""
+
+    model: TriModeModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def encode(self, prompt: str) -> list[int]: ...
+
+    def decode(self, token_ids: Items[int]) -> str: ...
+
+    def engine(self, sequences: Items[Sequence]) -> Engine: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """One candidate for a gap.
+
+    Attributes:
+        text: What would stand in the gap.
+        token_ids: The same as the model wrote it.
+        fill_log_prob: Of the fill after the text before it, AR view, temperature 1, in nats.
+        suffix_log_prob: Of the tokens behind the gap (at most 32) after both.
+        is_valid: Whether the whole text is valid with it; None if no language was given.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    fill_log_prob: float
+    suffix_log_prob: float
+    is_valid: bool | None
+
+    @property
+    def log_prob(self) -> float:
+        """Of fill and text behind it together, which candidates are ranked by."""
+        return self.fill_log_prob + self.suffix_log_prob
+
+
+@dataclass(frozen=True, slots=True)
+class FilledGap:
+    """One gap of a text.
+
+    Attributes:
+        start: Where the fill begins in the filled text, in characters.
+        candidates: The best first; the first is in the text. Those of space alone come last.
+    """
+
+    start: int
+    candidates: tuple[Fill, ...]
+
+    @property
+    def text(self) -> str:
+        """What was put in."""
+        return self.candidates[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class Infilling:
+    """A text with its gaps filled.
+
+    Attributes:
+        text: All of it.
+        gaps: In the order of the text.
+        seed: The seed that reproduces it.
+        stats: What it cost; `new_tokens` are those that were put in.
+    """
+
+    text: str
+    gaps: tuple[FilledGap, ...]
+    seed: int
+    stats: Stats = field(default_factory=Stats)
+
+
+def infill_text(
+    lm: LanguageModel,
+    text: str,
+    *,
+    spans: Items[tuple[int, int]] | None = None,
+    lengths: Items[int] | None = None,
+    language: str | None = None,
+    threshold: float | None = None,
+    steps: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> Infilling:
+    """Fill the gaps of a text, from left to right; see `trimode.decoding.infilling`.
+
+    A gap is filled with the text before it (as much as the context holds) and the text behind it,
+    up to the next gap, in view.
+
+    Args:
+        lm: The model with its tokenizer.
+        text: With `<FILL>` for every gap, unless `spans` are given.
+        spans: Start and end of every gap in characters; what stands there is replaced.
+        lengths: Numbers of tokens that are tried for each gap, 1 to 48.
+        language: `python`: of the candidates with which the text parses, if there are any, the
+            likeliest; None: the likeliest of all.
+        threshold, steps, temperature, top_k, top_p: As in block diffusion
+            (`GenerationParams`); steps are spread over each length of its own.
+        seed: Fixes the fills; None draws one.
+
+    Raises:
+        RequestError: an argument is not valid, or there is no gap.
+    """
+    if lm.tokenizer is None:
+        raise RequestError("infilling text needs a tokenizer, and this checkpoint has none")
+    if language is not None and language not in LANGUAGES:
+        raise RequestError(f"language is {language!r}; allowed: None, {', '.join(LANGUAGES)}")
+    lengths = _checked_lengths(DEFAULT_LENGTHS if lengths is None else lengths)
+    spans = _markers(text) if spans is None else _checked_spans(text, spans)
+    seed = secrets.randbits(32) if seed is None else seed
+    longest = max(lengths)
+    params = GenerationParams(
+        mode="diffusion",
+        max_new_tokens=longest,
+        block_length=longest + 1,
+        threshold=threshold,
+        steps=steps,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    stats = Stats()
+    gaps: list[FilledGap] = []
+    done, reached = "", 0
+    for number, (start, stop) in enumerate(spans):
+        done += text[reached:start]
+        reached = stop
+        next_start = spans[number + 1][0] if number + 1 < len(spans) else len(text)
+        later = "None".join(_between(text, spans[number:]))  # an expression and a statement
+        seq = _sequence(lm, done, text[stop:next_start], lengths=lengths, params=params)
+        engine = lm.engine([seq])
+        while not engine.is_idle:
+            engine.step()
+        if seq.finish_reason == "abort":
+            raise RequestError("the network gave non-finite numbers; nothing was filled in")
+        candidates = _ranked(lm, seq, done, later, language=language)
+        gaps.append(FilledGap(len(done), candidates))
+        done += candidates[0].text
+        _add(stats, seq.stats, new_tokens=len(candidates[0].token_ids))
+    return Infilling(done + text[reached:], tuple(gaps), seed, stats)
+
+
+def line_span(text: str, first: int, last: int) -> tuple[int, int]:
+    """Start and end of the lines `first` to `last`, from 1, in characters, as a gap.
+
+    The indentation of the first line and the end of the last stay. If all of them are blank, the
+    gap begins behind the line before, and the fill brings its own indentation.
+
+    Raises:
+        RequestError: There are no such lines.
+    """
+    start, stop = character_range(text, (first, last))
+    stop = start + len(text[start:stop].rstrip("\r\n"))
+    content = text[start:stop].lstrip(" \t")
+    if content.strip():
+        return stop - len(content), stop
+    return len(text[:start].rstrip("\r\n")), stop
+
+
+def _sequence(
+    lm: LanguageModel,
+    before: str,
+    behind: str,
+    *,
+    lengths: tuple[int, ...],
+    params: GenerationParams,
+) -> Sequence:
+    """What the model sees of one gap."""
+    assert lm.tokenizer is not None
+    # A word's first token holds the space before it, so that space is left to the fill.
+    prompt_ids = lm.encode(_without_space(before))
+    suffix_ids = tuple(lm.tokenizer(behind, add_special_tokens=False)["input_ids"])
+    eos_token_ids = lm.model.config.eos_token_ids
+    # With nothing behind it, any length would do; so the text's end is the document's.
+    gap = Gap(suffix_ids or tuple(eos_token_ids[:1]), lengths)
+    room = lm.model.config.max_position_embeddings - max(
+        1 + length + len(gap.suffix_in_view(length)) for length in lengths
+    )
+    if room < 1:
+        raise RequestError(
+            f"lengths has {max(lengths)}, too long for the context of "
+            f"{lm.model.config.max_position_embeddings} beside the text behind the gap"
+        )
+    return Sequence(
+        prompt_ids[-room:],
+        params,
+        mask_token_id=lm.model.config.mask_token_id,
+        gap=gap,
+    )
+
+
+def _ranked(
+    lm: LanguageModel, seq: Sequence, before: str, later: str, *, language: str | None
+) -> tuple[Fill, ...]:
+    """All candidates as text, the best first."""
+    assert seq.gap is not None
+    space = before[len(_without_space(before)) :]
+    fills = []
+    for one in seq.gap.candidates:
+        text = lm.decode(one.token_ids).removeprefix(space)
+        is_valid = None if language is None else _parses(before + text + later)
+        fills.append(Fill(text, one.token_ids, one.fill_log_prob, one.suffix_log_prob, is_valid))
+    return tuple(sorted(fills, key=lambda fill: (not fill.text.strip(), fill.is_valid is False)))
+
+
+def _parses(source: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SyntaxWarning of the text, not ours
+        try:
+            ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+    return True
+
+
+def _without_space(before: str) -> str:
+    """Without the spaces at its end, unless they are indentation."""
+    stripped = before.rstrip(" ")
+    return before if not stripped or stripped.endswith("\n") else stripped
+
+
+def _between(text: str, spans: Items[tuple[int, int]]) -> list[str]:
+    """The pieces of text behind each of the gaps."""
+    starts = [start for start, _ in spans[1:]] + [len(text)]
+    return [text[stop:start] for (_, stop), start in zip(spans, starts, strict=True)]
+
+
+def _markers(text: str) -> list[tuple[int, int]]:
+    spans, start = [], text.find(MARKER)
+    while start >= 0:
+        spans.append((start, start + len(MARKER)))
+        start = text.find(MARKER, start + len(MARKER))
+    if not spans:
+        raise RequestError(f"the text has no gap; mark each with {MARKER}")
+    return spans
+
+
+def _checked_spans(text: str, spans: Items[tuple[int, int]]) -> list[tuple[int, int]]:
+    found, reached = [(int(start), int(stop)) for start, stop in spans], 0
+    if not found:
+        raise RequestError("spans is empty; give start and end of at least one gap")
+    for start, stop in found:
+        if not reached <= start <= stop <= len(text):
+            raise RequestError(
+                f"spans has {start}-{stop}; allowed: in order, apart, within 0-{len(text)}"
+            )
+        reached = stop
+    return found
+
+
+def _checked_lengths(lengths: Items[int]) -> tuple[int, ...]:
+    found = tuple(dict.fromkeys(lengths))
+    wrong = [n for n in found if type(n) is not int or not 1 <= n <= MAX_LENGTH]
+    if wrong or not found:
+        raise RequestError(f"lengths is {list(lengths)}; allowed: integers from 1 to {MAX_LENGTH}")
+    return found
+
+
+def _add(total: Stats, part: Stats, *, new_tokens: int) -> None:
+    for kind, number in part.forwards.items():
+        total.forwards[kind] += number
+        total.tokens_fed[kind] += part.tokens_fed[kind]
+    total.new_tokens += new_tokens
+    total.seconds += part.seconds

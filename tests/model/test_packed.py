@@ -1,0 +1,233 @@
+"""The packed network against the plain one, its slow twin: every view, dtype and way of asking."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import trimode.model.products
+from trimode.checkpoint.io import load_model, save_checkpoint
+from trimode.decoding import GenerationParams, Sequence
+from trimode.engine import Engine
+from trimode.errors import ConfigError
+from trimode.model import AdapterSwitch, DrafterAdapter, KVCache, RowAttention, TriModeModel
+from trimode.model.adapter import TARGETS, new_adapter
+from trimode.model.attention import RowFeed
+from trimode.model.products import product
+
+
+@pytest.fixture(params=[0, 2**19], ids=["large", "small"])
+def small_weight(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights counted as large ones and as small ones."""
+    monkeypatch.setattr(trimode.model.products, "SMALL_WEIGHT", request.param)
+
+
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"use_qk_norm": True, "attention_bias": True, "mlp_bias": True},
+    {"tie_word_embeddings": True},
+]
+
+
+def disagreeing_adapter(model: TriModeModel) -> DrafterAdapter:
+    """A random pair on every target of every layer."""
+    adapter = new_adapter(model.encoder.layers, rank=2, alpha=4, targets=TARGETS, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for _, _, pair in adapter.items():
+            pair.up.copy_(torch.randn(pair.up.shape, generator=generator) * 0.2)
+    return adapter.to(model.encoder.embed_tokens.weight.dtype)
+
+
+def distinct_norms(model: TriModeModel) -> TriModeModel:
+    """Norms are all ones in a new network: mixed up, they would not show."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                weight.add_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model
+
+
+def answers(model: TriModeModel, *, num_tokens: int, adapter: AdapterSwitch | None) -> Tensor:
+    """Logits of tokens fed to two rows after unequal prompts, over K/V rows."""
+    dtype = model.encoder.embed_tokens.weight.dtype
+    cache = KVCache(model.config, num_rows=2, num_cells=64, device="cpu", dtype=dtype)
+    lengths = (40, 37)  # beyond the original context, where queries are scaled
+    found = []
+    with torch.inference_mode():
+        for row, length in enumerate(lengths):
+            feeds = [RowFeed(row, 0, [0] * length, range(length))]
+            ids = torch.arange(length) % 250
+            model.encode(ids, torch.arange(length), attend=RowAttention(cache, feeds))
+        for rows in ((0,), (0, 1)):
+            feeds = [
+                RowFeed(r, lengths[r], [0] * num_tokens, range(lengths[r], lengths[r] + num_tokens))
+                for r in rows
+            ]
+            positions = torch.cat([torch.tensor(list(feed.positions)) for feed in feeds])
+            switch = adapter
+            if adapter is not None and adapter.is_on is not None:
+                switch = AdapterSwitch(adapter.adapter, adapter.is_on[: len(positions)])
+            ids = positions * 3 % 250
+            attend = RowAttention(cache, feeds)
+            hidden = model.encode(ids, positions, attend=attend, adapter=switch)
+            found.append(model.diffusion_head(hidden))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["plain", "norms-biases", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 9])
+@pytest.mark.usefixtures("small_weight")
+def test_packed_is_the_same_network(
+    tiny_model: Callable[..., TriModeModel],
+    num_tokens: int,
+    dtype: torch.dtype,
+    shape: dict[str, Any],
+) -> None:
+    """Prevents: parts fused in the wrong order, a forgotten bias, norm, residual or query scale,
+    an adapter that is dropped or on for the wrong tokens, copies of few tokens left in."""
+    model = distinct_norms(tiny_model(dtype, **shape))
+    adapter = disagreeing_adapter(model)
+    is_on = (torch.arange(2 * num_tokens) % 2 == 0)[:, None]
+    switches = [None, AdapterSwitch(adapter, None), AdapterSwitch(adapter, is_on)]
+    wanted = [answers(model, num_tokens=num_tokens, adapter=one) for one in switches]
+    assert not wanted[0].allclose(wanted[1], atol=0.1)
+    model.pack()
+    for one, expected in zip(switches, wanted, strict=True):
+        found = answers(model, num_tokens=num_tokens, adapter=one)
+        atol = 1e-9 if dtype is torch.float64 else 2e-3
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("pattern", ["causal", "bidirectional"])
+def test_whole_sequences_too(tiny_model: Callable[..., TriModeModel], pattern: str) -> None:
+    """Prevents: scoring with a loaded model failing, or keeping a graph that has no gradients."""
+    model = distinct_norms(tiny_model(torch.float32))
+    ids = torch.arange(24).view(2, 12)
+    expected = model(ids, pattern=pattern).logits
+    found = model.pack()(ids, pattern=pattern).logits
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["linear", "branching", "quadratic"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("use_adapter", [False, True])
+def test_speculation_is_exact_when_packed(
+    tiny_model: Callable[..., TriModeModel],
+    random_adapter: Callable[..., DrafterAdapter],
+    mode: str,
+    temperature: float,
+    use_adapter: bool,
+) -> None:
+    """Prevents: fused parts that answer a token by how many are fed, or colour the AR view."""
+    model = tiny_model()
+    adapter = random_adapter(model) if use_adapter else None
+    expected = _texts(model, "ar", temperature=temperature, adapter=None)
+    model.pack()
+    assert _texts(model, "ar", temperature=temperature, adapter=adapter) == expected
+    assert _texts(model, mode, temperature=temperature, adapter=adapter) == expected
+
+
+def _texts(
+    model: TriModeModel, mode: str, *, temperature: float, adapter: DrafterAdapter | None
+) -> list[list[int]]:
+    """Two sequences of unequal prompts, decoded together in float64."""
+    engine = Engine(model, num_rows=2, num_cells=256, adapter=adapter)
+    params = GenerationParams(
+        mode=mode, max_new_tokens=24, block_length=6, temperature=temperature, seed=3
+    )
+    mask_token_id = model.config.mask_token_id
+    sequences = [Sequence(ids, params, mask_token_id=mask_token_id) for ids in ([1, 2, 3], [7] * 9)]
+    for seq in sequences:
+        engine.submit(seq)
+    while not engine.is_idle:
+        engine.step()
+    return [seq.new_ids for seq in sequences]
+
+
+def test_packing_is_undone_bit_for_bit(tiny_model: Callable[..., TriModeModel]) -> None:
+    """Prevents: weights that come back rounded, swapped or frozen when training goes on."""
+    model = distinct_norms(tiny_model(torch.float32, use_qk_norm=True, attention_bias=True))
+    model.requires_grad_(True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.pack()
+    while_packed = model.state_dict()
+    model.train()
+    after = model.state_dict()
+    assert before.keys() == while_packed.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.equal(while_packed[name])
+        assert tensor.equal(after[name])
+    ids = torch.arange(12)[None]
+    model(ids).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("small_weight")
+def test_packed_weights_are_saved(tiny_model: Callable[..., TriModeModel], tmp_path: Path) -> None:
+    """Prevents: a checkpoint without the packed layers, or refused for memory that is shared."""
+    model = tiny_model(torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_checkpoint(model.pack(), tmp_path / "saved")
+    after = load_model(tmp_path / "saved", device="cpu", dtype="float32").state_dict()
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_a_packed_model_can_be_copied_and_converted(
+    tiny_model: Callable[..., TriModeModel],
+) -> None:
+    """Prevents: opaque tensors that `deepcopy` or `to` fail on."""
+    model = tiny_model(torch.float32)
+    ids = torch.arange(12)[None]
+    expected = model(ids).logits
+    twin = copy.deepcopy(model.pack())
+    torch.testing.assert_close(twin(ids).logits, expected, rtol=0, atol=2e-3)
+    assert twin.to(torch.float64).weights == "plain"
+    assert model.weights == "packed"
+
+
+def test_packed_weights_are_not_held_twice(tiny_model: Callable[..., TriModeModel]) -> None:
+    """Prevents: plain layers kept beside the packed ones."""
+    model = tiny_model(torch.float32).pack()
+    left = {name for name, _ in model.named_parameters()}
+    assert left == {"encoder.embed_tokens.weight", "encoder.norm.weight"}
+
+
+def test_what_is_packed_takes_no_new_weights(tiny_model: Callable[..., TriModeModel]) -> None:
+    """Prevents: weights loaded into a packed model and dropped in silence."""
+    state = tiny_model(torch.float32, seed=1).state_dict()
+    with pytest.raises(ConfigError, match=r"pack\('plain'\)"):
+        tiny_model(torch.float32).pack().load_state_dict(state)
+
+
+def test_int8_is_near_and_says_what_it_cannot(tiny_model: Callable[..., TriModeModel]) -> None:
+    """Prevents: int8 with a scale of the wrong axis, a token coloured by its neighbours, rounded
+    weights saved as if they were the model's."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(80, 48) * torch.rand(80, 1), torch.randn(80)
+    x = torch.randn(9, 48) * torch.logspace(-3, 3, 9)[:, None]
+    x[4] = 0
+    one = product(weight, bias, weights="int8")
+    expected = x.double() @ weight.double().T
+    error = (one(x).double() - bias - expected).norm(dim=1)
+    assert (error <= 0.02 * expected.norm(dim=1) + 1e-5).all()
+    for i in range(len(x)):
+        assert one(x[i : i + 1]).equal(one(x)[i : i + 1])
+    residual = torch.randn(9, 80)
+    torch.testing.assert_close(one.plus(x, residual), one(x) + residual, rtol=1e-6, atol=1e-4)
+    model = tiny_model(torch.float32).pack("int8")
+    for undo in (model.state_dict, model.train, lambda: model.pack("packed")):
+        with pytest.raises(ConfigError, match="int8"):
+            undo()
+    with pytest.raises(ConfigError, match="float32"):
+        tiny_model(torch.float64).pack("int8")

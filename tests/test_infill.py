@@ -1,0 +1,201 @@
+"""Infilling text: only gaps change, candidates are ranked as said, files are safe."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trimode
+from trimode.cli.main import main
+from trimode.errors import RequestError
+from trimode.infill import line_span
+
+Capture = pytest.CaptureFixture[str]
+
+SOURCE = """class Stack:
+    def __init__(self):
+        self.items = []
+
+    def push(self, item):
+        self.items.append(item)
+
+    def __len__(self):
+        return len(self.items)
+"""
+QUICK: dict[str, Any] = {"lengths": [2, 4, 6], "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def lm() -> trimode.TriModeLM:
+    return trimode.load(dtype="float32", device="cpu")
+
+
+def test_what_is_no_gap_stays(lm: trimode.TriModeLM) -> None:
+    """Prevents: text lost or doubled around a gap, offsets of the text before it was filled."""
+    text = "# h\x0céllo ✓\r\nx = <FILL>\n\tif x:\n<FILL>  return <FILL>"
+    filled = lm.infill(text, **QUICK)
+    pieces, rest, reached = text.split("<FILL>"), filled.text, 0
+    assert len(filled.gaps) == 3
+    for piece, gap in zip(pieces, filled.gaps, strict=False):
+        assert rest.startswith(piece)
+        reached += len(piece)
+        assert gap.start == reached
+        assert filled.text[gap.start :].startswith(gap.text)
+        rest, reached = rest[len(piece) + len(gap.text) :], reached + len(gap.text)
+    assert rest == pieces[-1]
+
+
+def test_spans_replace_what_stands_there(lm: trimode.TriModeLM) -> None:
+    """Prevents: a marker in the text taken for a gap, and the old text left in."""
+    start = SOURCE.index("self.items.append")
+    stop = start + len("self.items.append(item)")
+    filled = lm.infill("# <FILL>\n" + SOURCE, spans=[(start + 9, stop + 9)], **QUICK)
+    [gap] = filled.gaps
+    assert filled.text == f"# <FILL>\n{SOURCE[:start]}{gap.text}{SOURCE[stop:]}"
+
+
+def test_candidates_come_best_first(lm: trimode.TriModeLM) -> None:
+    """Prevents: ranking by something else than said, scores that are not the AR view's."""
+    [gap] = lm.infill("def f(a, b):\n    c = <FILL>\n    return c\n", **QUICK).gaps
+    shown = [one for one in gap.candidates if one.text.strip()]
+    assert [one.log_prob for one in shown] == sorted((c.log_prob for c in shown), reverse=True)
+    assert all(one.is_valid is None for one in gap.candidates)
+    assert len({one.token_ids for one in gap.candidates}) == len(gap.candidates)
+
+
+def test_what_parses_is_preferred(lm: trimode.TriModeLM) -> None:
+    """Prevents: a broken text where a candidate would have kept it whole, and one later gap that
+    makes every candidate look broken."""
+    text = "def f(a, b):\n    c = <FILL>\n    return c\n\ndef g(x):\n    y = <FILL>\n"
+    filled = lm.infill(text, language="python", lengths=[1, 2, 3, 4, 6, 8], seed=0)
+    ast.parse(filled.text)
+    for gap in filled.gaps:
+        validity = [one.is_valid for one in gap.candidates if one.text.strip()]
+        assert validity == sorted(validity, key=lambda is_valid: not is_valid)
+        assert validity[0]
+    assert False in [one.is_valid for gap in filled.gaps for one in gap.candidates]
+
+
+def test_the_space_before_a_gap_is_kept_once(lm: trimode.TriModeLM) -> None:
+    """Prevents: `x =  1`, or a space that the fill does not bring."""
+    filled = lm.infill("for i in range(10):\n    print(<FILL>)\nx = <FILL>\n", **QUICK)
+    assert "print( " not in filled.text
+    assert "x =  " not in filled.text
+    assert "\nx = " in filled.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ((6, 6), "self.items.append(item)"),
+        ((5, 6), "def push(self, item):\n        self.items.append(item)"),
+        ((4, 4), "\n"),
+        ((9, 9), "return len(self.items)"),
+        ((1, 1), "class Stack:"),
+    ],
+)
+def test_lines_as_gaps(lines: tuple[int, int], expected: str) -> None:
+    """Prevents: a gap that takes the indentation, the line's end or a neighbour with it."""
+    start, stop = line_span(SOURCE, *lines)
+    assert SOURCE[start:stop] == expected
+
+
+def test_a_line_s_carriage_return_stays() -> None:
+    """Prevents: mixed line ends, and lines counted at form feeds."""
+    text = "a\x0cb\r\n  c = 1\r\nd"
+    start, stop = line_span(text, 2, 2)
+    assert text[start:stop] == "c = 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("no gap", {}, "the text has no gap; mark each with <FILL>"),
+        ("a<FILL>", {"lengths": []}, r"lengths is \[\]; allowed: integers from 1 to 48"),
+        ("a<FILL>", {"lengths": [4, 49]}, r"lengths is \[4, 49\]; allowed"),
+        ("a<FILL>", {"lengths": [True]}, r"lengths is \[True\]; allowed"),
+        ("a<FILL>", {"language": "perl"}, "language is 'perl'; allowed: None, python"),
+        ("a<FILL>", {"steps": 0}, "steps is 0; allowed"),
+        ("a<FILL>", {"seed": -1}, "seed is -1; allowed"),
+        ("abc", {"spans": []}, "spans is empty"),
+        ("abc", {"spans": [(2, 1)]}, "spans has 2-1; allowed: in order, apart, within 0-3"),
+        ("abc", {"spans": [(0, 2), (1, 3)]}, "spans has 1-3; allowed"),
+        ("abc", {"spans": [(0, 4)]}, "spans has 0-4; allowed"),
+    ],
+)
+def test_bad_arguments(
+    lm: trimode.TriModeLM, text: str, options: dict[str, Any], message: str
+) -> None:
+    """Prevents: arguments clamped, dropped or met by a traceback."""
+    with pytest.raises(RequestError, match=message):
+        lm.infill(text, **options)
+
+
+def test_a_long_text_keeps_the_nearest(lm: trimode.TriModeLM) -> None:
+    """Prevents: a file beyond the context that cannot be filled."""
+    filled = lm.infill("x = 1\n" * 1500 + "y = <FILL>\nz = 3\n" + "x = 1\n" * 1500, **QUICK)
+    assert filled.text.startswith("x = 1\n" * 1500 + "y = ")
+    assert filled.text.endswith("\nz = 3\n" + "x = 1\n" * 1500)
+
+
+def test_command_on_text(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: counts on stdout, an object that says another text than it holds."""
+    words = ["infill", "--lengths", "2,4", "--seed", "3"]
+    assert main([*words, "x = <FILL> + 1"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("x = ")
+    assert shown.out.endswith(" + 1\n")
+    assert "-- gap 1 of 1, line 1:" in shown.err
+    stdin = io.TextIOWrapper(io.BytesIO(b"x = <FILL> + 1"))
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main([*words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["text"] == shown.out.removesuffix("\n")
+    assert record["seed"] == 3
+    [gap] = record["gaps"]
+    assert gap["text"] == gap["candidates"][0]["text"]
+    assert gap["candidates"][0]["log_prob"] == pytest.approx(
+        gap["candidates"][0]["fill_log_prob"] + gap["candidates"][0]["suffix_log_prob"]
+    )
+
+
+def test_command_on_lines_of_a_file(tmp_path: Path, capsys: Capture) -> None:
+    """Prevents: a file changed without --write, or beyond its lines."""
+    path = tmp_path / "a.py"
+    path.write_text(SOURCE)
+    words = ["infill", f"{path}:6", "--lengths", "4,6", "--seed", "0"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith(f"--- {path}\n+++ {path} (filled)\n@@")
+    assert path.read_text() == SOURCE
+    assert main([*words, "--write", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert path.read_text() == record["text"]
+    assert record["gaps"][0]["candidates"][0]["is_valid"]
+    changed = path.read_text().split("\n")
+    assert changed[:5] == SOURCE.split("\n")[:5]
+    assert changed[-4:] == SOURCE.split("\n")[-4:]
+    ast.parse(path.read_text())
+    assert [p.name for p in tmp_path.iterdir()] == ["a.py"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing"], "'nothing' is no file and has no <FILL>; give either"),
+        (["missing.py:3"], "missing.py cannot be read"),
+        (["a<FILL>", "--write"], "--write changes a file, and no file was named"),
+        (["a<FILL>", "--lengths", "x"], "--lengths is 'x'; allowed: integers like 4,8,12"),
+        (["a<FILL>", "--drafter", "x"], "unrecognized arguments: --drafter"),
+    ],
+)
+def test_bad_words(capsys: Capture, words: list[str], message: str) -> None:
+    """Prevents: more than one line, or one that does not help."""
+    assert main(["infill", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
