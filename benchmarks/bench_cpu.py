@@ -367,10 +367,10 @@ def main() -> None:
             llama_python=arguments.llama_python,
         )
         lines += section(name, results[name])
+        record = {"environment": env, "quality": losses, "models": results}
+        arguments.output.with_suffix(".json").write_text(json.dumps(record) + "\n")
+        arguments.output.with_suffix(".md").write_text("\n".join(lines))
         print("\n".join(lines[-12:]), file=sys.stderr, flush=True)
-    record = {"environment": env, "quality": losses, "models": results}
-    arguments.output.with_suffix(".json").write_text(json.dumps(record) + "\n")
-    arguments.output.with_suffix(".md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -322,7 +322,7 @@ def main() -> None:
     for name in ("transformers", *(one.name for one in contestants)):
         base = rows[0]["tokens_per_second"] if rows else 0.0
         rows.append(summarise(name, [run[name] for run in runs], base))
-    limits = speed_limits(lm)
+    limits = speed_limits(trimode.load(arguments.model, weights="plain"))
     for row in rows:
         per_token_s = limits["weight_bytes"] / limits["bytes_per_second"]
         forwards = 1 / row.get("tpf_total", 1.0)

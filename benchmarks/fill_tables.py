@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "training.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "modes.md")
 
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -90,21 +90,81 @@ def revise_table() -> str:
     return newest("revise_cpu").with_suffix(".md").read_text(encoding="utf-8").strip()
 
 
+def reveal_table() -> str:
+    """Some points of the curve: references, policies and revisions where they compare."""
+    shown = ("ar", "linear", "confidence_threshold, threshold 0.3")
+    shown += ("confidence_threshold, threshold 0.5", "entropy_bound, bound 0.5", "steps, steps 4")
+    shown += ("leftmost, steps 4", "random, steps 4", "ar_weighted, threshold 0.5")
+    shown += ("joint_threshold, threshold 0.3", "ar_doubt, threshold 0.2")
+    shown += ("remdm cap, steps 4", "remdm conf, steps 4", "remdm loop, steps 4")
+    lines = [
+        "| | forwards per token | NLL, nats per token | valid | distinct 3-grams |",
+        "|---|---|---|---|---|",
+    ]
+    rows = {row["name"]: row for row in read(newest("reveal_cpu"))["summary"]}
+    for row in (rows[name] for name in shown):
+        lines.append(
+            f"| {row['name']} | {row['forwards_per_token']:.2f} | {row['nll']:.2f} |"
+            f" {row['num_valid']} of {row['num_judged']} | {100 * row['distinct']:.0f} % |"
+        )
+    return "\n".join(lines)
+
+
+def infill_table() -> str:
+    """Gaps filled, beside writing from left to right."""
+    return newest("infill_cpu").with_suffix(".md").read_text(encoding="utf-8").strip()
+
+
+def speed_table() -> str:
+    """Tokens a second of AR by model, engine and form of the weights; forwards of 8 over 1."""
+    path = newest("speed_cpu")
+    found = read(path)
+    models = found["models"]
+    lines = [
+        "| AR tokens/s | " + " | ".join(models) + " |",
+        "|---" * (len(models) + 1) + "|",
+    ]
+    for name in ("transformers", "plain", "packed", "int8", "llama.cpp f32", "llama.cpp q8_0"):
+        seconds = [model["seconds"].get(f"ar {name}") for model in models.values()]
+        cells = [
+            "-" if s is None else f"{1 / s:.0f}" if s < 0.1 else f"{1 / s:.1f}" for s in seconds
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name in ("plain", "packed"):
+        ratios = [
+            model["seconds"][f"forward {name} 8"] / model["seconds"][f"forward {name} 1"]
+            for model in models.values()
+        ]
+        cells = [f"{ratio:.2f}x" for ratio in ratios]
+        lines.append(f"| {name}: a forward of 8 tokens over one of 1 | " + " | ".join(cells) + " |")
+    quality = ", ".join(
+        f"{name} {found['quality'][name]:.4f}" for name in ("plain", "packed", "int8")
+    )
+    lines += [
+        "",
+        f"{found['environment']['machine']}, {found['environment']['threads']} threads, batch 1;"
+        f" held-out nats a token of the default model: {quality}"
+        f" (`benchmarks/results/{path.stem}.md`).",
+    ]
+    return "\n".join(lines)
+
+
 def views_table() -> str:
     """What each part of training did to both views."""
     training = read(RESULTS / "pocket_training.json")
-    model = training["model"]
-    ends, tokens = [], 0
-    for stage in model["config"]["stages"]:
-        tokens += -(-stage["tokens"] // stage["batch_tokens"]) * stage["batch_tokens"]
-        ends.append((stage["name"], tokens))
     lines = [
         "| after | tokens | AR loss | diffusion loss | acceptance length, on the text |",
         "|---|---|---|---|---|",
     ]
-    for name, end in ends:
-        found = min(model["evaluations"], key=lambda one: abs(one["tokens"] - end))
-        lines.append(_loss_row(f"stage `{name}`", found))
+    before = 0
+    for leg in training["legs"]:
+        tokens = 0
+        for stage in leg["config"]["stages"]:
+            tokens += -(-stage["tokens"] // stage["batch_tokens"]) * stage["batch_tokens"]
+            found = min(leg["evaluations"], key=lambda one: abs(one["tokens"] - tokens))
+            title = f"`{leg['name']}`, stage `{stage['name']}`"
+            lines.append(_loss_row(title, {**found, "tokens": before + found["tokens"]}))
+        before += tokens
     if training["control"] is not None:
         lines.append(_loss_row("AR alone, as many tokens", training["control"]["evaluations"][-1]))
     rows = {row["name"]: row for row in read(newest("pocket_cpu"))["summary"]}
@@ -142,6 +202,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode_table,
     "branching": branching_table,
     "revise": revise_table,
+    "reveal": reveal_table,
+    "infill": infill_table,
+    "speed": speed_table,
     "views": views_table,
     "instruct": instruct_table,
     "train": train_table,

@@ -22,15 +22,18 @@ SAMPLE_TOKENS = 64
 TEMPLATE = Path(__file__).with_suffix(".template.md")
 
 
-def stages(config: dict[str, Any]) -> str:
+def stages(configs: list[dict[str, Any]]) -> str:
     """`4,001,792 ar, then 10,002,432 joint (...)`: every stage rounded up to whole steps."""
     parts = []
-    for stage in config["stages"]:
+    for stage in (stage for config in configs for stage in config["stages"]):
         tokens = -(-stage["tokens"] // stage["batch_tokens"]) * stage["batch_tokens"]
         how = (
             f" (alpha {stage['diffusion_weight']}, K {stage['block_lengths'][0]},"
-            f" draft_share {stage['draft_share']})"
+            f" draft_share {stage['draft_share']}"
         )
+        if stage.get("infill_share"):
+            how += f", infill_share {stage['infill_share']}"
+        how += ")"
         parts.append(f"{tokens:,} {stage['name']}{how if stage['diffusion_weight'] else ''}")
     return ", then ".join(parts)
 
@@ -58,25 +61,26 @@ def samples(lm: trimode.TriModeLM) -> str:
 
 def main() -> None:
     training = read(RESULTS / "pocket_training.json")
-    run, data = training["model"], training["data"]
-    config, report = run["config"], run["evaluations"][-1]["report"]
+    legs, data = training["legs"], training["data"]
+    run, configs = legs[-1], [leg["config"] for leg in legs]
+    report = run["evaluations"][-1]["report"]
     benchmark = newest("pocket_cpu").with_suffix(".md").read_text(encoding="utf-8")
-    lm = trimode.load()
+    lm = trimode.load(weights="plain")  # packed weights are no parameters
     shape, num_parameters = lm.model.config, sum(p.numel() for p in lm.model.parameters())
     packages = sorted(data["packages"], key=lambda p: (p["split"] != "train", p["name"]))
     card = TEMPLATE.read_text(encoding="utf-8").format(
         parameters=num_parameters / 1e6,
         num_parameters=num_parameters,
-        config=f"configs/{run['name']}.yaml",
-        export=config["export"]["dtype"],
+        config="` and `".join(f"configs/{leg['name']}.yaml" for leg in legs),
+        export=run["config"]["export"]["dtype"],
         shape=f"{shape.num_hidden_layers} layers, hidden {shape.hidden_size}, MLP"
         f" {shape.intermediate_size}, {shape.num_attention_heads} heads"
         f" ({shape.num_key_value_heads} K/V) of {shape.head_dim}, vocabulary {shape.vocab_size},"
         f" untied, block length {shape.block_size}",
-        stages=stages(config),
+        stages=stages(configs),
         available=data["train"]["num_tokens"],
         hardware=f"{run['environment']['threads']} threads, {run['environment']['device']}",
-        hours=run["seconds"] / 3600,
+        hours=sum(leg["seconds"] for leg in legs) / 3600,
         ar_loss=report["ar_loss"],
         diffusion_loss=report["diffusion_loss"],
         last_offset=report["block_length"] - 1,
@@ -87,12 +91,12 @@ def main() -> None:
         packages="\n".join(map(package_row, packages)),
         benchmark=benchmark.strip(),
         views=views_table(),
-        read=run["evaluations"][-1]["tokens"] / 1e6,
+        read=sum(leg["evaluations"][-1]["tokens"] for leg in legs) / 1e6,
         instruct=instruct_table(),
         num_samples=NUM_SAMPLES,
         sample_tokens=SAMPLE_TOKENS,
         samples=samples(lm),
-        window=max(stage["sequence_length"] for stage in config["stages"]),
+        window=max(stage["sequence_length"] for config in configs for stage in config["stages"]),
     )
     (DEFAULT_MODEL / "README.md").write_text(card, encoding="utf-8")
     print(card)

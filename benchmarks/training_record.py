@@ -1,7 +1,7 @@
 """Keep what is worth keeping of the default model's runs: their logs are not committed.
 
-    python benchmarks/training_record.py --run runs/pocket_cpu --data data/pocket \\
-        --drafter runs/pocket_drafter --instruct runs/pocket_instruct
+    python benchmarks/training_record.py --run runs/pocket_cpu runs/pocket_infill \\
+        --data data/pocket --drafter runs/pocket_drafter --instruct runs/pocket_instruct
 
 Writes benchmarks/results/pocket_training.json: of each run its config, its environment, the time it
 took and its held-out evaluations; of the data counts, packages and licences. The card and the
@@ -49,14 +49,16 @@ def data_record(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument(
+        "--run", type=Path, nargs="+", required=True, help="the model's legs, each from the last"
+    )
     parser.add_argument("--data", type=Path, default=Path("data/pocket"))
     parser.add_argument("--drafter", type=Path, required=True)
     parser.add_argument("--instruct", type=Path, required=True)
     parser.add_argument("--control", type=Path, help="the same tokens, all for the AR view")
     arguments = parser.parse_args()
     record = {
-        "model": run_record(arguments.run),
+        "legs": [run_record(folder) for folder in arguments.run],
         "data": data_record(arguments.data),
         "drafter": run_record(arguments.drafter),
         "instruct": run_record(arguments.instruct),

@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import trimode
 from trimode.cli.main import main
@@ -126,14 +128,53 @@ def test_a_line_s_carriage_return_stays() -> None:
         ("abc", {"spans": [(2, 1)]}, "spans has 2-1; allowed: in order, apart, within 0-3"),
         ("abc", {"spans": [(0, 2), (1, 3)]}, "spans has 1-3; allowed"),
         ("abc", {"spans": [(0, 4)]}, "spans has 0-4; allowed"),
+        ("abc", {"spans": [(0.5, 2)]}, r"spans is \[\(0.5, 2\)\]; allowed: pairs of integers"),
+        ("abc", {"spans": [(1,)]}, r"spans is \[\(1,\)\]; allowed: pairs of integers"),
+        ("abc", {"spans": 3}, "spans is 3; allowed: pairs of integers"),
+        ("a<FILL>", {"lengths": 4}, "lengths is 4; allowed: a list"),
+        (3, {}, "text is a int; allowed: a string"),
     ],
 )
 def test_bad_arguments(
-    lm: trimode.TriModeLM, text: str, options: dict[str, Any], message: str
+    lm: trimode.TriModeLM, text: Any, options: dict[str, Any], message: str
 ) -> None:
     """Prevents: arguments clamped, dropped or met by a traceback."""
     with pytest.raises(RequestError, match=message):
         lm.infill(text, **options)
+
+
+def test_numbers_may_be_numpy_s(lm: trimode.TriModeLM) -> None:
+    """Prevents: an integer refused because only integers are allowed."""
+    text = "x = <FILL>\n"
+    plain = lm.infill(text, lengths=[2, 4], threshold=0.5, temperature=1.0, top_k=9, seed=3)
+    found = lm.infill(
+        text,
+        lengths=np.array([2, 4]),
+        threshold=np.float32(0.5),
+        temperature=np.float32(1.0),
+        top_k=np.int64(9),
+        seed=np.int64(3),
+        spans=np.array([[4, 10]]),
+    )
+    assert found.gaps == plain.gaps
+
+
+def test_what_is_no_text_comes_last(tiny_model: Any, byte_tokenizer: Any) -> None:
+    """Prevents: half a character put into a text, or a fill judged by a token it does not show."""
+    model = tiny_model(torch.float64, initializer_range=0.2)
+    lm = trimode.TriModeLM(model, byte_tokenizer)
+    kinds = set()
+    for seed in range(8):
+        options: dict[str, Any] = {"lengths": list(range(1, 6)), "temperature": 1.0, "seed": seed}
+        [gap] = lm.infill("ab <FILL> cd", top_k=40, **options).gaps
+        is_text = []
+        for one in gap.candidates:
+            ids = one.token_ids
+            has_characters = bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+            is_text.append("\ufffd" not in has_characters and max(ids) < 256)
+        assert is_text == sorted(is_text, reverse=True)
+        kinds |= set(is_text)
+    assert kinds == {True, False}
 
 
 def test_a_long_text_keeps_the_nearest(lm: trimode.TriModeLM) -> None:
@@ -183,9 +224,47 @@ def test_command_on_lines_of_a_file(tmp_path: Path, capsys: Capture) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.py"]
 
 
+def test_what_was_not_written_is_not_called_so(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: `is_written` of a file that then could not be."""
+    path = tmp_path / "a.py"
+    path.write_text(SOURCE)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    assert main(["infill", f"{path}:6", "--lengths", "4", "--write", "--json"]) == 2
+    assert capsys.readouterr().out == ""
+    assert path.read_text() == SOURCE
+
+
+def test_json_is_json_whatever_stands_in_the_text(capsys: Capture) -> None:
+    """Prevents: -Infinity, for a mask token spelled out behind the gap."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    assert main(["infill", "x = <FILL> # <|mask|>\n", "--lengths", "2", "--json"]) == 0
+    json.loads(capsys.readouterr().out, parse_constant=refuse)
+
+
+def test_lines_that_cannot_be_gaps_together(tmp_path: Path, capsys: Capture) -> None:
+    """Prevents: a complaint about places in characters, which nobody gave."""
+    path = tmp_path / "a.py"
+    path.write_text("a = 1\n\n\nb = 2\n")
+    for lines in ("4,1", "1,1", "2,3"):
+        assert main(["infill", f"{path}:{lines}"]) == 2
+        error = capsys.readouterr().err
+        assert "names lines twice or out of order, or blank neighbours apart" in error
+        assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["x" * 5000], f"{'x' * 57}...' is no file and has no <FILL>; give either"),
         (["nothing"], "'nothing' is no file and has no <FILL>; give either"),
         (["missing.py:3"], "missing.py cannot be read"),
         (["a<FILL>", "--write"], "--write changes a file, and no file was named"),

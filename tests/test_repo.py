@@ -27,8 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conversation": {"errors"},
     "detokenize": set(),
     "arguments": {"errors"},
-    "revision": {"decoding", "model", "errors"},
-    "infill": {"revision", "engine", "decoding", "model", "errors"},
+    "revision": {"arguments", "decoding", "model", "errors"},
+    "infill": {"arguments", "revision", "engine", "decoding", "model", "errors"},
     "runtime": {
         *("arguments", "conversation", "detokenize", "infill", "revision"),
         *("engine", "decoding", "checkpoint", "model", "errors"),

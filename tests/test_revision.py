@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ import trimode
 from tests.reference import next_logits
 from trimode.checkpoint.io import DEFAULT_MODEL
 from trimode.cli.main import main
+from trimode.cli.text_file import write_file
 from trimode.decoding import editing
 from trimode.errors import RequestError
 
@@ -131,12 +134,34 @@ def test_only_the_lines_asked_for_change(lm: trimode.TriModeLM, lines: tuple[int
         ({"budget": 0}, "budget is 0; allowed"),
         ({"min_gain": -1}, "min_gain is -1; allowed"),
         ({"min_gain": float("nan")}, "min_gain is nan; allowed"),
+        ({"min_gain": True}, "min_gain is True; allowed"),
+        ({"lines": 5}, "lines is 5; allowed: None, or first and last line"),
+        ({"lines": (1.0, 2)}, r"lines is \(1.0, 2\); allowed"),
     ],
 )
 def test_bad_arguments(lm: trimode.TriModeLM, options: dict[str, Any], message: str) -> None:
     """A range taken for another one."""
     with pytest.raises(RequestError, match=message):
         lm.revise(SOURCE, **options)
+
+
+def test_what_is_no_text_of_its_own_is_not_tried(tiny_model: Any) -> None:
+    """Prevents: an edit to half a character, dropped in the end while later ones were judged
+    beside it."""
+    model = tiny_model(torch.float64, initializer_range=0.3, **SMALL)
+    ids = random.Random(0).choices(range(3, 20), k=40)
+    options: dict[str, Any] = {"editable": range(40), "budget": 3, "block_length": 4}
+    options |= {"min_gain": 0.0, "banned": {0, 1, 23}}
+    halves = {one.new_id for one in editing.revise(model, ids, **options)}
+    made = editing.revise(model, ids, is_text=lambda token_id: token_id not in halves, **options)
+    assert made
+    assert halves.isdisjoint(one.new_id for one in made)
+
+
+def test_numbers_may_be_numpy_s(lm: trimode.TriModeLM) -> None:
+    """Prevents: an integer refused because only integers are allowed."""
+    found = lm.revise(SOURCE, budget=np.int64(1), min_gain=np.float32(16), lines=np.array([1, 9]))
+    assert found == lm.revise(SOURCE, budget=1, lines=(1, 9))
 
 
 def test_too_long_a_text_is_refused(lm: trimode.TriModeLM) -> None:
@@ -172,6 +197,46 @@ def test_nothing_to_do_prints_nothing(tmp_path: Path, capsys: Capture) -> None:
     assert main(["revise", str(path), "--min-gain", "500", "--write"]) == 0
     assert capsys.readouterr().out == ""
     assert path.read_text() == SOURCE
+
+
+def test_a_file_that_is_not_changed_is_not_called_written(tmp_path: Path, capsys: Capture) -> None:
+    """Prevents: `is_written` of a file that stayed as it was."""
+    path = tmp_path / "a.py"
+    path.write_text(SOURCE)
+    assert main(["revise", str(path), "--min-gain", "500", "--write", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["is_written"] is False
+
+
+def test_a_change_made_meanwhile_is_kept(tmp_path: Path, capsys: Capture) -> None:
+    """Prevents: what somebody saved while the model was at work, lost."""
+    path = tmp_path / "a.py"
+    path.write_text("saved meanwhile")
+    with pytest.raises(RequestError, match="has changed since it was read"):
+        write_file(path, "revised", was="as it was read")
+    assert path.read_text() == "saved meanwhile"
+
+
+def test_files_beside_it_are_left_alone(tmp_path: Path) -> None:
+    """Prevents: somebody's own `.a.py.partial` overwritten, a name too long once it is longer."""
+    other = tmp_path / ".a.py.partial"
+    other.write_text("mine")
+    for path in (tmp_path / "a.py", tmp_path / ("n" * 255)):
+        path.write_text("old")
+        write_file(path, "new", was="old")
+        assert path.read_text() == "new"
+    assert other.read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
+def test_a_file_that_may_not_be_written_stays(tmp_path: Path) -> None:
+    """Prevents: a replacement that asks the folder for leave, and not the file."""
+    path = tmp_path / "a.py"
+    path.write_text("old")
+    path.chmod(0o444)
+    with pytest.raises(RequestError, match="cannot be written: Permission denied"):
+        write_file(path, "new", was="old")
+    assert path.read_text() == "old"
 
 
 def test_a_full_disk_leaves_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,12 @@ import secrets
 import warnings
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from operator import index
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from trimode.arguments import as_tuple, plain
 from trimode.decoding import GenerationParams, Sequence, Stats
 from trimode.decoding.gap import Gap
 from trimode.engine import Engine
@@ -49,7 +51,8 @@ class Fill:
         text: What would stand in the gap.
         token_ids: The same as the model wrote it.
         fill_log_prob: Of the fill after the text before it, AR view, temperature 1, in nats.
-        suffix_log_prob: Of the tokens behind the gap (at most 32) after both.
+        suffix_log_prob: Of the tokens behind the gap (at most 32) after both; a mask token there
+            does not count, since none is ever likely.
         is_valid: Whether the whole text is valid with it; None if no language was given.
     """
 
@@ -71,7 +74,8 @@ class FilledGap:
 
     Attributes:
         start: Where the fill begins in the filled text, in characters.
-        candidates: The best first; the first is in the text. Those of space alone come last.
+        candidates: The best first; the first is in the text. Those of space alone come last, and
+            those that are no text: half a character at an end, or a special token.
     """
 
     start: int
@@ -135,21 +139,23 @@ def infill_text(
     """
     if lm.tokenizer is None:
         raise RequestError("infilling text needs a tokenizer, and this checkpoint has none")
+    if not isinstance(text, str):
+        raise RequestError(f"text is a {type(text).__name__}; allowed: a string")
     if language is not None and language not in LANGUAGES:
         raise RequestError(f"language is {language!r}; allowed: None, {', '.join(LANGUAGES)}")
     lengths = _checked_lengths(DEFAULT_LENGTHS if lengths is None else lengths)
     spans = _markers(text) if spans is None else _checked_spans(text, spans)
-    seed = secrets.randbits(32) if seed is None else seed
+    seed = secrets.randbits(32) if seed is None else plain(seed)
     longest = max(lengths)
     params = GenerationParams(
         mode="diffusion",
         max_new_tokens=longest,
         block_length=longest + 1,
-        threshold=threshold,
-        steps=steps,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        threshold=plain(threshold),
+        steps=plain(steps),
+        temperature=plain(temperature),
+        top_k=plain(top_k),
+        top_p=plain(top_p),
         seed=seed,
     )
     stats = Stats()
@@ -227,13 +233,20 @@ def _ranked(
 ) -> tuple[Fill, ...]:
     """All candidates as text, the best first."""
     assert seq.gap is not None
+    assert lm.tokenizer is not None
     space = before[len(_without_space(before)) :]
     fills = []
     for one in seq.gap.candidates:
         text = lm.decode(one.token_ids).removeprefix(space)
         is_valid = None if language is None else _parses(before + text + later)
         fills.append(Fill(text, one.token_ids, one.fill_log_prob, one.suffix_log_prob, is_valid))
-    return tuple(sorted(fills, key=lambda fill: (not fill.text.strip(), fill.is_valid is False)))
+    special = {i for i, token in lm.tokenizer.added_tokens_decoder.items() if token.special}
+    no_text = [
+        not one.text.strip() or "\ufffd" in one.text or not special.isdisjoint(one.token_ids)
+        for one in fills
+    ]
+    ranked = sorted(range(len(fills)), key=lambda i: (no_text[i], fills[i].is_valid is False))
+    return tuple(fills[i] for i in ranked)
 
 
 def _parses(source: str) -> bool:
@@ -269,7 +282,12 @@ def _markers(text: str) -> list[tuple[int, int]]:
 
 
 def _checked_spans(text: str, spans: Items[tuple[int, int]]) -> list[tuple[int, int]]:
-    found, reached = [(int(start), int(stop)) for start, stop in spans], 0
+    try:
+        found, reached = [(index(start), index(stop)) for start, stop in spans], 0
+    except (TypeError, ValueError):
+        raise RequestError(
+            f"spans is {spans!r}; allowed: pairs of integers, start and end of every gap"
+        ) from None
     if not found:
         raise RequestError("spans is empty; give start and end of at least one gap")
     for start, stop in found:
@@ -282,7 +300,7 @@ def _checked_spans(text: str, spans: Items[tuple[int, int]]) -> list[tuple[int, 
 
 
 def _checked_lengths(lengths: Items[int]) -> tuple[int, ...]:
-    found = tuple(dict.fromkeys(lengths))
+    found = tuple(dict.fromkeys(as_tuple("lengths", lengths)))
     wrong = [n for n in found if type(n) is not int or not 1 <= n <= MAX_LENGTH]
     if wrong or not found:
         raise RequestError(f"lengths is {list(lengths)}; allowed: integers from 1 to {MAX_LENGTH}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import index
 
 from transformers import PreTrainedTokenizerBase
 
+from trimode.arguments import plain
 from trimode.decoding.editing import revise
 from trimode.errors import RequestError
 from trimode.model import TriModeModel
@@ -73,10 +75,14 @@ def revise_text(
     """
     if tokenizer is None:
         raise RequestError("revising text needs a tokenizer, and this checkpoint has none")
+    if not isinstance(text, str):
+        raise RequestError(f"text is a {type(text).__name__}; allowed: a string")
+    budget, min_gain = plain(budget), plain(min_gain)
     is_int = isinstance(budget, int) and not isinstance(budget, bool)
     if not is_int or budget < 1:
         raise RequestError(f"budget is {budget!r}; allowed: an integer of at least 1")
-    if not isinstance(min_gain, (int, float)) or not math.isfinite(min_gain) or min_gain < 0:
+    is_number = isinstance(min_gain, (int, float)) and not isinstance(min_gain, bool)
+    if not is_number or not 0 <= min_gain < math.inf:
         raise RequestError(f"min_gain is {min_gain!r}; allowed: a number of at least 0")
     first_char, last_char = character_range(text, lines)
     prefix = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
@@ -93,6 +99,10 @@ def revise_text(
         for i, span in enumerate(spans)
         if span is not None and first_char <= span[0] and span[1] <= last_char
     }
+
+    def text_of(token_id: int) -> str:
+        return tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     num_valid = model.config.num_valid_tokens or model.config.vocab_size
     made = revise(
@@ -103,15 +113,13 @@ def revise_text(
         block_length=model.config.block_size,
         min_gain=min_gain,
         banned=special | {model.config.mask_token_id, *range(num_valid, model.config.vocab_size)},
+        is_text=lambda token_id: "\ufffd" not in text_of(token_id),  # no half character
     )
     edits = []
     for one in sorted(made, key=lambda one: one.index):
         span = spans[one.index - len(prefix)]
         assert span is not None
-        new = tokenizer.decode([one.new_id], clean_up_tokenization_spaces=False)
-        if "\ufffd" in new:  # half a character of its own makes no text
-            continue
-        line = text.count("\n", 0, span[0]) + 1
+        line, new = text.count("\n", 0, span[0]) + 1, text_of(one.new_id)
         edits.append(Edit(span[0], line, text[slice(*span)], new, one.log_prob, one.gain))
     parts, reached = [], 0
     for edit in edits:
@@ -130,7 +138,10 @@ def character_range(text: str, lines: tuple[int, int] | None) -> tuple[int, int]
         return 0, len(text)
     starts = [0, *(i + 1 for i, sign in enumerate(text) if sign == "\n"), len(text)]
     num_lines = text.count("\n") + (not text.endswith("\n"))  # as editors count them
-    first, last = lines
+    try:
+        first, last = map(index, lines)
+    except (TypeError, ValueError):
+        raise RequestError(f"lines is {lines!r}; allowed: None, or first and last line") from None
     if not 1 <= first <= last <= num_lines:
         raise RequestError(
             f"lines is {first}-{last}; allowed: a range within 1-{num_lines}, the text's lines"

@@ -252,6 +252,21 @@ def test_modes_switched_at_any_round_write_what_ar_writes(
         assert all(seq.stats.forwards[kind] for kind in ("decode", "draft", "verify"))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_kept_by_one_mode_serves_the_next(adapted: TriModeLM, temperature: float) -> None:
+    """Prevents: branching asking a draft that quadratic left for guesses it was made without."""
+    options: dict[str, Any] = {"max_new_tokens": 30, "block_length": 4, "ignore_eos": True}
+    law = {"seed": 3, "temperature": temperature}
+    [expected] = generate(adapted, PROMPTS[0], mode="ar", max_new_tokens=30, **law)
+    for modes in (("quadratic", "branching"), ("branching", "linear"), ("linear", "quadratic")):
+        seq = adapted.sequence(PROMPTS[0], GenerationParams(mode="branching", **law, **options))
+        engine = adapted.engine([seq])
+        while not engine.is_idle:
+            seq.mode = modes[seq.stats.forwards["verify"] % 2]
+            engine.step()
+        assert seq.new_ids == expected.token_ids
+
+
 def test_a_mode_switched_to_is_that_mode(alone: TriModeLM) -> None:
     """The threshold of the mode that a sequence began in, after it has changed."""
     options: dict[str, Any] = {"max_new_tokens": 25, "block_length": 4, "seed": 3}

@@ -96,6 +96,20 @@ def test_candidates_are_the_slow_twin_s(model: TriModeModel, threshold: float) -
     assert seq.new_ids == []
 
 
+def test_a_mask_in_the_text_behind_is_not_judged(model: TriModeModel) -> None:
+    """Prevents: every candidate at minus infinity, which ranks nothing and is not JSON."""
+    suffix = [4, 23, 9, 23, 5]
+    seq = sequence(suffix=suffix, lengths=(2, 3))
+    run(model, seq)
+    assert seq.gap is not None
+    for one in seq.gap.candidates:
+        text = [*PREFIX, *one.token_ids, *suffix]
+        logits = next_logits(model, text).log_softmax(-1)
+        behind = range(len(text) - len(suffix), len(text))
+        expected = sum(float(logits[i - 1, text[i]]) for i in behind if text[i] != 23)
+        assert one.suffix_log_prob == pytest.approx(expected, abs=1e-9)
+
+
 def test_the_suffix_matters(model: TriModeModel) -> None:
     """Prevents: a canvas that is filled as if nothing stood behind it."""
     found = []

@@ -150,7 +150,7 @@ def test_capacity_is_refused_with_numbers(lm: TriModeLM) -> None:
     with pytest.raises(CapacityError) as caught:
         engine.submit(make(lm, [1, 2, 3]))
     message = str(caught.value)
-    for part in ("prompt of 3", "max_new_tokens=10", "a block of 4", "needs 17 cells", "has 16"):
+    for part in ("prompt of 3", "max_new_tokens=10", "blocks of 4", "need 17 cells", "has 16"):
         assert part in message
     assert engine.is_idle
     engine.submit(make(lm, [1, 2]))
@@ -165,6 +165,24 @@ def test_the_cells_of_a_row_are_enough(lm: TriModeLM, mode: str, block_length: i
         seq = make(lm, [1, 2], mode=mode, block_length=block_length, max_new_tokens=max_new_tokens)
         run(lm.engine([seq]))
         assert len(seq.new_ids) == max_new_tokens
+
+
+@pytest.mark.parametrize(
+    "more", [{"revision": "joint_threshold", "edit_budget": 7}, {"policy": "ar_weighted"}]
+)
+def test_the_cells_are_enough_for_the_mode_it_goes_back_to(
+    lm: TriModeLM, more: dict[str, Any]
+) -> None:
+    """Prevents: a row measured by the mode that a sequence had while it was submitted."""
+    options: dict[str, Any] = {"mode": "diffusion", "block_length": 8, "max_new_tokens": 4}
+    expected = make(lm, [1, 2], **options, **more)
+    run(lm.engine([expected]))
+    seq = make(lm, [1, 2], **options, **more)
+    seq.mode = "ar"
+    engine = lm.engine([seq])
+    seq.mode = "diffusion"
+    run(engine)
+    assert seq.new_ids == expected.new_ids
 
 
 def test_an_adapter_that_is_not_finite_stays_in_its_row(

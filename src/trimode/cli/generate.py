@@ -170,6 +170,7 @@ def load_model(args: argparse.Namespace) -> TriModeLM:
         dtype=args.dtype,
         lora=args.lora,
         drafter=getattr(args, "drafter", None),
+        weights=args.weights,
     )
 
 
@@ -191,6 +192,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, has_drafter: bool = 
         "--dtype",
         metavar="D",
         help="float32, bfloat16, ... (default: bfloat16 on cuda, else float32)",
+    )
+    model.add_argument(
+        "--weights",
+        metavar="FORM",
+        help="plain, packed or int8: how weights lie in memory (default: packed for float32 on a"
+        " cpu, else plain)",
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +75,16 @@ def run(args: argparse.Namespace) -> int:
         from trimode.infill import line_span
 
         options["spans"] = [line_span(text, *lines) for lines in ranges]
+        if any(second[0] < first[1] for first, second in pairwise(options["spans"])):
+            raise RequestError(
+                f"{args.what!r} names lines twice or out of order, or blank neighbours apart; give"
+                " them in order, blank neighbours as one range"
+            )
 
     filled = load_model(args).infill(text, **options)
+    if args.write:
+        assert file is not None
+        write_file(file, filled.text, was=text)
     if args.json:
         print(json.dumps(_as_object(filled, file=file, is_written=args.write)))
     elif ranges:
@@ -89,9 +99,6 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         for line in _summary(filled):
             print(line, file=sys.stderr)
-    if args.write:
-        assert file is not None
-        write_file(file, filled.text)
     return 0
 
 
@@ -102,13 +109,14 @@ def _source(what: str | None) -> tuple[Path | None, str, list[tuple[int, int]]]:
     if what is None or what == "-" or MARKER in what:
         return None, read_prompt(what), []
     match = _LINES.fullmatch(what)
-    if match is not None and not Path(what).exists():
+    if match is not None and not os.path.exists(what):
         file = Path(match["file"])
         ranges = [line_range(word, name="LINES") for word in match["ranges"].split(",")]
         return file, read_file(file), ranges
-    if Path(what).exists():
+    if os.path.exists(what):  # unlike Path's, False for a text too long to be a name
         return Path(what), read_file(Path(what)), []
-    raise RequestError(f"{what!r} is no file and has no {MARKER}; give either")
+    shown = what if len(what) <= 60 else f"{what[:57]}..."
+    raise RequestError(f"{shown!r} is no file and has no {MARKER}; give either")
 
 
 def _options(args: argparse.Namespace, file: Path | None) -> dict[str, Any]:

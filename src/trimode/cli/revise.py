@@ -48,8 +48,11 @@ def run(args: argparse.Namespace) -> int:
     names = ("budget", "min_gain")
     options = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     revision = lm.revise(text, lines=lines, **options)
+    is_written = bool(args.write and revision.edits)
+    if is_written:
+        write_file(args.file, revision.text, was=text)
     if args.json:
-        record = {"file": str(args.file), "is_written": args.write, **asdict(revision)}
+        record = {"file": str(args.file), "is_written": is_written, **asdict(revision)}
         print(json.dumps(record))
     else:
         for line in diff(text, revision.text, name=str(args.file), what="revised"):
@@ -60,6 +63,4 @@ def run(args: argparse.Namespace) -> int:
                 f" {math.exp(edit.log_prob):.1e}, gain {edit.gain:.1f} nats",
                 file=sys.stderr,
             )
-    if args.write and revision.edits:
-        write_file(args.file, revision.text)
     return 0

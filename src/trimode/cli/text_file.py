@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,23 +29,36 @@ def read_file(file: Path) -> str:
         raise RequestError(f"{file} is not UTF-8 (byte {error.start}); convert it first") from error
 
 
-def write_file(file: Path, text: str) -> None:
+def write_file(file: Path, text: str, *, was: str) -> None:
     """The file appears changed at once, with its permissions, or stays as it was.
 
+    Args:
+        file: What to change.
+        text: What it is to say.
+        was: What it said when it was read; if somebody has changed it since, that is kept.
+
     Raises:
-        RequestError: it cannot be written.
+        RequestError: it cannot be written, or has changed.
     """
+    if read_file(file) != was:
+        raise RequestError(f"{file} has changed since it was read, and stays so; start again")
     target = file.resolve()  # a link stays a link
-    partial = target.with_name(f".{target.name}.partial")
+    partial: Path | None = None
     try:
-        partial.write_bytes(text.encode("utf-8"))
+        target.open("r+b").close()  # a replacement would not ask whether the file may be written
+        descriptor, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=target.parent)
+        partial = Path(name)
+        with open(descriptor, "wb") as opened:
+            opened.write(text.encode("utf-8"))
         partial.chmod(target.stat().st_mode & 0o7777)
         os.replace(partial, target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RequestError(
             f"{file} cannot be written: {error.strerror}; it is as it was"
         ) from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
 
 
 def line_range(word: str, *, name: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ the AR view decides (by how much likelier the token and what follows become toge
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,7 @@ def revise(
     block_length: int,
     min_gain: float,
     banned: Collection[int],
+    is_text: Callable[[int], bool] = lambda token_id: True,
 ) -> list[Replacement]:
     """Replace at most `budget` tokens, one a round, each the best of its round; each place once.
 
@@ -62,6 +63,7 @@ def revise(
         block_length: K of the blocks in which tokens are proposed.
         min_gain: Nats that a replacement must bring.
         banned: Ids never proposed.
+        is_text: Whether an id that was proposed may be tried.
 
     Returns:
         In the order made.
@@ -73,7 +75,7 @@ def revise(
         doubtful = sorted(left, key=lambda i: log_probs[i])[:NUM_DOUBTFUL]
         proposed = _proposals(model, ids, doubtful, block_length=block_length, banned=banned)
         tried = {(i, likeliest[i]) for i in doubtful} | set(zip(doubtful, proposed, strict=True))
-        tried = {(i, new) for i, new in tried if new != ids[i]}
+        tried = {(i, new) for i, new in tried if new != ids[i] and is_text(new)}
         if not tried:
             break
         gains = {pair: _gain(model, ids, *pair, log_probs=log_probs) for pair in sorted(tried)}

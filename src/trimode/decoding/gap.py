@@ -18,7 +18,7 @@ class Candidate:
     Attributes:
         token_ids: The fill.
         fill_log_prob: Of the fill after the prefix, under the AR view at temperature 1, in nats.
-        suffix_log_prob: Of the next `NUM_JUDGED` tokens behind the gap after both.
+        suffix_log_prob: Of the next `NUM_JUDGED` tokens behind the gap after both, masks left out.
     """
 
     token_ids: tuple[int, ...]

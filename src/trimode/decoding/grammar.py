@@ -157,7 +157,7 @@ def _compiled(name: str, text: str) -> str:
     except ValueError as error:
         raise RequestError(f"json_schema is not JSON: {error}") from None
     if not isinstance(schema, (dict, bool)):
-        raise RequestError(f"json_schema is {text[:60]}; allowed: an object, true or false")
+        raise RequestError(f"json_schema is {text[:60]!r}; allowed: an object, true or false")
     return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": "[ ]?"})
 
 

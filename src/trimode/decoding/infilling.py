@@ -66,7 +66,12 @@ def infill(seq: Sequence, gap: Gap) -> Generator[Step, Readout, None]:
             targets=judged,
         )
         of_fill, of_suffix = readout.log_probs[: len(fill)], readout.log_probs[len(fill) :]
-        found.append(Candidate(fill, sum(of_fill), sum(of_suffix)))
+        counted = [  # the ban makes a mask of the text itself impossible, whatever the fill
+            log_prob
+            for token_id, log_prob in zip(judged[len(fill) :], of_suffix, strict=True)
+            if token_id != seq.mask_token_id
+        ]
+        found.append(Candidate(fill, sum(of_fill), sum(counted)))
     gap.candidates = sorted(found, key=lambda candidate: -candidate.log_prob)
     seq.finish("stop")
 

@@ -133,7 +133,8 @@ def remdm(seq: Sequence, canvas: list[int]) -> Generator[Step, Readout, None]:
     masks nothing, and a pass that would reveal nothing is not made.
 
     The paper reveals each position by a draw of its own, so that alpha holds on average; here it
-    holds exactly, and the policy says where.
+    holds exactly, but where a draw masks more anew than the schedule leaves masked, and the policy
+    says where.
 
     Args:
         seq: Whose parameters decide.

@@ -250,5 +250,5 @@ class Sequence:
             return False
         text = self._detokenize(self.new_ids)
         found = [text.find(stop) for stop in self.params.stop if stop in text]
-        self.stop_text_len = min(found, default=len(text))
+        self.stop_text_len = min(found, default=None)
         return bool(found)

@@ -77,6 +77,7 @@ def likeliest_outcomes(seq: Sequence, draft: Draft, num_checked: int) -> list[Ou
     num_wanted = min(num_wanted, seq.num_spare_groups(num_checked + 1))
     if not num_wanted:
         return []
+    has_guesses = has_guesses and len(draft.runner_ups) == len(draft.token_ids)  # or made without
     found = list(_outcomes(draft, num_checked, has_guesses=has_guesses))
     found.sort(key=lambda one: -one.probability)
     going_on = [one for one in found if one.num_accepted + 1 < seq.num_remaining]

@@ -77,9 +77,9 @@ class Engine:
         needed = cells_needed(seq)
         if needed > self._num_cells:
             raise CapacityError(
-                f"prompt of {len(seq.prompt_ids)} + max_new_tokens={seq.params.max_new_tokens} "
-                f"+ a block"
-                f" of {seq.params.block_length} needs {needed} cells; a row has {self._num_cells}"
+                f"prompt of {len(seq.prompt_ids)} + max_new_tokens={seq.params.max_new_tokens} + "
+                f"blocks of {seq.params.block_length} need {needed} cells in mode {seq.mode!r}; a "
+                f"row has {self._num_cells}"
             )
         self._waiting.append((seq, time.perf_counter()))
 
@@ -159,9 +159,10 @@ def _resume(running: _Running, readout: Readout | None) -> None:
 
 def cells_needed(seq: Sequence) -> int:
     """Cells a sequence may touch: a last block starts at most at the last token, groups lie behind
-    it. A gap's canvases lie side by side behind the prompt."""
+    it: those of its mode and of the one it was made for, which it may go back to. A gap's canvases
+    lie side by side behind the prompt."""
     params = seq.params
     if seq.gap is not None:
         return len(seq.prompt_ids) + seq.gap.num_fed
-    num_groups, _ = params.branching(seq.mode)
+    num_groups = max(params.branching(mode)[0] for mode in (seq.mode, params.mode))
     return len(seq.prompt_ids) + params.max_new_tokens + params.block_length * (1 + num_groups)

@@ -23,7 +23,7 @@ from trimode.model.attention import Attend, DenseAttention
 from trimode.model.configuration import NemotronLabsDiffusionConfig, TriModeConfig
 from trimode.model.linear import Linear
 from trimode.model.masks import dense_mask
-from trimode.model.packed import PackedHead, PackedLayer
+from trimode.model.packed import PackedHead, PackedLayer, quick_norm
 from trimode.model.products import Weights
 
 Checkpointing = bool | Literal["selective"]
@@ -77,7 +77,9 @@ class Rotary:
         """position_ids: [...] int64 -> angles for tensors [..., heads, D] of `dtype`."""
         inverse, factor = self._frequencies(position_ids.device)
         angles = position_ids[..., None, None].float() * inverse
-        cos, sin = angles.cos() * factor, angles.sin() * factor
+        cos, sin = angles.cos(), angles.sin()
+        if factor != 1:
+            cos, sin = cos * factor, sin * factor
         query_scale = None
         if self._beta:
             query_scale = 1 + self._beta * torch.log(
@@ -362,7 +364,8 @@ class TriModeModel(PreTrainedModel):
                 adapter = AdapterSwitch(adapter.adapter, adapter.is_on.repeat(copies, 1))
         for layer in self.encoder.layers:
             x = layer(x, angles, attend=attend, adapter=adapter, copies=copies)
-        return self.encoder.norm(x[:num_tokens] if copies > 1 else x)
+        x = x[:num_tokens] if copies > 1 else x
+        return quick_norm(x, self.encoder.norm.weight, self.encoder.layers[0].eps)  # type: ignore[arg-type]
 
     def forward(
         self,

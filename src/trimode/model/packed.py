@@ -27,6 +27,21 @@ if TYPE_CHECKING:
 _FIXED = "the weights are packed for decoding and cannot change; call model.pack('plain') first"
 
 
+def quick_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    """RMSNorm over the last dimension; for a few tokens on the CPU torch's own takes twice as long.
+
+    Args:
+        x: [..., size].
+        weight: [size], or of a shape that x can be multiplied with.
+        eps: [1]. Added to the mean square.
+    """
+    if not (x.is_cpu and x.dtype in (torch.float32, torch.float64)):
+        return F.rms_norm(x, x.shape[-1:], None, eps.item()) * weight
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+    return (x * scale).mul_(weight)
+
+
 class Fused:
     """Linear layers that read the same input, as one product.
 
@@ -108,8 +123,7 @@ class PackedLayer(_Packed):
         attn, mlp = layer.self_attn, layer.mlp
         self._layer_index = attn.layer_index
         self._head_dim = attn.head_dim
-        eps = layer.input_layernorm.eps
-        self._eps = layer.input_layernorm.weight.new_full((1,), eps)
+        self.eps = torch.tensor([layer.input_layernorm.eps], dtype=attn.q_proj.weight.dtype)
         self._norms = {
             name: norm.weight.detach()
             for name, norm in layer.named_modules()
@@ -142,17 +156,17 @@ class PackedLayer(_Packed):
     ) -> Tensor:
         """x: [..., H]; [copies * P, H] where `copies` is not 1, of which attention sees P."""
         index = self._layer_index
-        normed = self._norm(x, self._before_attn)
+        normed = quick_norm(x, self._before_attn, self.eps)
         qkv = self._qkv.product(normed)
         if adapter is not None:
             qkv = self._qkv.add(adapter, index, normed, qkv)
         if copies > 1:
             qkv = qkv[: len(qkv) // copies]
         heads = qkv.view(*qkv.shape[:-1], self._num_heads, self._head_dim)
-        rotated, value = heads.split(self._rotated_and_not, dim=-2)
+        rotated, value = heads.split_with_sizes(self._rotated_and_not, dim=-2)
         if self._qk_norm is not None:
-            rotated = self._norm(rotated, self._qk_norm)
-        query, key = angles.rotate(rotated).split(self._queries_and_keys, dim=-2)
+            rotated = quick_norm(rotated, self._qk_norm, self.eps)
+        query, key = angles.rotate(rotated).split_with_sizes(self._queries_and_keys, dim=-2)
         if angles.query_scale is not None:
             query = query * angles.query_scale
         attended = attend(index, query, key, value).flatten(-2)
@@ -161,11 +175,11 @@ class PackedLayer(_Packed):
         x = self._out.product.plus(attended, x)
         if adapter is not None:
             x = self._out.add(adapter, index, attended, x)
-        normed = self._norm(x, self._before_mlp)
+        normed = quick_norm(x, self._before_mlp, self.eps)
         gate_up = self._gate_up.product(normed)
         if adapter is not None:
             gate_up = self._gate_up.add(adapter, index, normed, gate_up)
-        gate, up = gate_up.split(self._gate_up.sizes, dim=-1)
+        gate, up = gate_up.split_with_sizes(self._gate_up.sizes, dim=-1)
         inner = F.silu(gate).mul_(up)
         x = self._down.product.plus(inner, x)
         if adapter is not None:
@@ -175,12 +189,6 @@ class PackedLayer(_Packed):
     def num_copies(self, x: Tensor) -> int:
         """Times that the tokens [P, H] are best fed to all layers."""
         return _num_copies(x, self._least_rows)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm over the last dimension; on the CPU torch's own takes twice as long."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).mul_(weight)
 
     def plain(self, config: TriModeConfig) -> Layer:
         """The layer it was made from, once more."""
