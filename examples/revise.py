@@ -12,7 +12,7 @@ import sys
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__)
     args = parser.parse_args(argv)
-    for name im args.names:
+    for name on args.names:
         print(name)
     return 0
 """

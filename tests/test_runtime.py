@@ -390,14 +390,14 @@ class TestOptions:
     def test_a_stop_string_that_only_a_part_of_the_text_shows(self, lm: TriModeLM) -> None:
         """Prevents: a text cut where the middle of a character was taken for a stop string."""
         stop = "\ufffd" * 2
-        options: dict[str, Any] = {"mode": "ar", "block_length": 8, "seed": 0, "ignore_eos": True}
-        params = GenerationParams(max_new_tokens=9, stop=(stop,), **options)
+        options = {"mode": "ar", "block_length": 8, "seed": 0, "ignore_eos": True}
+        params = GenerationParams(max_new_tokens=20, stop=(stop,), **options)
         sequence = lm.sequence("x", params)
-        for token_id in "a😀bcdz".encode():
+        for token_id in "a😀b😀cdefgh".encode():
             sequence.emit([token_id])
         assert not sequence.is_finished
         sequence.finish("abort")
-        assert lm.generation(sequence).text == "a😀bcdz"
+        assert lm.generation(sequence).text == "a😀b😀cdefgh"
 
     def test_prompts_that_are_not_prompts(self, lm: TriModeLM) -> None:
         """Prevents: the keys of a tokenizer's output decoded as texts, or bytes as token ids."""

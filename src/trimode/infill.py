@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import secrets
 import warnings
+from collections.abc import Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from operator import index
@@ -23,6 +25,10 @@ from trimode.revision import character_range
 MARKER = "<FILL>"
 
 DEFAULT_LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)
+
+DEFAULT_CONTEXT = 192
+"""Tokens before a gap that are in view; the default model was trained on rows of 256 and fills a
+gap behind 2,000 tokens with noise."""
 
 MAX_LENGTH = 48
 """Longest fill, in tokens: a canvas holds the text behind it as well."""
@@ -111,6 +117,7 @@ def infill_text(
     spans: Items[tuple[int, int]] | None = None,
     lengths: Items[int] | None = None,
     language: str | None = None,
+    context: int | None = None,
     threshold: float | None = None,
     steps: int | None = None,
     temperature: float = 0.0,
@@ -120,8 +127,9 @@ def infill_text(
 ) -> Infilling:
     """Fill the gaps of a text, from left to right; see `trimode.decoding.infilling`.
 
-    A gap is filled with the text before it (as much as the context holds) and the text behind it,
-    up to the next gap, in view.
+    A gap is filled with the nearest text before it and behind it in view: `context` tokens before,
+    63 less the fill's behind, but 32 at least, and none beyond the next gap. In a text whose lines
+    all end in CRLF, so do those of a fill.
 
     Args:
         lm: The model with its tokenizer.
@@ -130,6 +138,7 @@ def infill_text(
         lengths: Numbers of tokens that are tried for each gap, 1 to 48.
         language: `python`: of the candidates with which the text parses, if there are any, the
             likeliest; None: the likeliest of all.
+        context: Tokens of the text before a gap that are in view; None means 192.
         threshold, steps, temperature, top_k, top_p: As in block diffusion
             (`GenerationParams`); steps are spread over each length of its own.
         seed: Fixes the fills; None draws one.
@@ -146,33 +155,43 @@ def infill_text(
     lengths = _checked_lengths(DEFAULT_LENGTHS if lengths is None else lengths)
     spans = _markers(text) if spans is None else _checked_spans(text, spans)
     seed = secrets.randbits(32) if seed is None else plain(seed)
-    longest = max(lengths)
+    longest, steps, context = max(lengths), plain(steps), plain(context)
+    if steps is not None and not (type(steps) is int and 1 <= steps <= longest):
+        raise RequestError(
+            f"steps is {steps!r}; allowed: None, or 1 to {longest}, the longest fill"
+        )
+    if context is not None and not (type(context) is int and context >= 1):
+        raise RequestError(f"context is {context!r}; allowed: None, or an integer of at least 1")
     params = GenerationParams(
         mode="diffusion",
         max_new_tokens=longest,
         block_length=longest + 1,
         threshold=plain(threshold),
-        steps=plain(steps),
+        steps=steps,
         temperature=plain(temperature),
         top_k=plain(top_k),
         top_p=plain(top_p),
         seed=seed,
     )
+    has_crlf = "\r\n" in text and "\n" not in text.replace("\r\n", "")
     stats = Stats()
     gaps: list[FilledGap] = []
     done, reached = "", 0
     for number, (start, stop) in enumerate(spans):
         done += text[reached:start]
         reached = stop
-        next_start = spans[number + 1][0] if number + 1 < len(spans) else len(text)
-        later = "None".join(_between(text, spans[number:]))  # an expression and a statement
-        seq = _sequence(lm, done, text[stop:next_start], lengths=lengths, params=params)
+        pieces = _between(text, spans[number:])
+        later = "None".join(pieces)  # an expression and a statement
+        behind = next((piece for piece in pieces if piece), "")
+        seq = _sequence(
+            *(lm, done, behind), lengths=lengths, context=context or DEFAULT_CONTEXT, params=params
+        )
         engine = lm.engine([seq])
         while not engine.is_idle:
             engine.step()
         if seq.finish_reason == "abort":
             raise RequestError("the network gave non-finite numbers; nothing was filled in")
-        candidates = _ranked(lm, seq, done, later, language=language)
+        candidates = _ranked(lm, seq, done, later, language=language, has_crlf=has_crlf)
         gaps.append(FilledGap(len(done), candidates))
         done += candidates[0].text
         _add(stats, seq.stats, new_tokens=len(candidates[0].token_ids))
@@ -183,7 +202,7 @@ def line_span(text: str, first: int, last: int) -> tuple[int, int]:
     """Start and end of the lines `first` to `last`, from 1, in characters, as a gap.
 
     The indentation of the first line and the end of the last stay. If all of them are blank, the
-    gap begins behind the line before, and the fill brings its own indentation.
+    fill brings its own indentation.
 
     Raises:
         RequestError: There are no such lines.
@@ -191,9 +210,7 @@ def line_span(text: str, first: int, last: int) -> tuple[int, int]:
     start, stop = character_range(text, (first, last))
     stop = start + len(text[start:stop].rstrip("\r\n"))
     content = text[start:stop].lstrip(" \t")
-    if content.strip():
-        return stop - len(content), stop
-    return len(text[:start].rstrip("\r\n")), stop
+    return (stop - len(content) if content.strip() else start), stop
 
 
 def _sequence(
@@ -202,11 +219,12 @@ def _sequence(
     behind: str,
     *,
     lengths: tuple[int, ...],
+    context: int,
     params: GenerationParams,
 ) -> Sequence:
     """What the model sees of one gap."""
     assert lm.tokenizer is not None
-    # A word's first token holds the space before it, so that space is left to the fill.
+    # A first token holds the space before it, so that space is left to the fill.
     prompt_ids = lm.encode(_without_space(before))
     suffix_ids = tuple(lm.tokenizer(behind, add_special_tokens=False)["input_ids"])
     eos_token_ids = lm.model.config.eos_token_ids
@@ -221,7 +239,7 @@ def _sequence(
             f"{lm.model.config.max_position_embeddings} beside the text behind the gap"
         )
     return Sequence(
-        prompt_ids[-room:],
+        prompt_ids[-min(room, context) :],
         params,
         mask_token_id=lm.model.config.mask_token_id,
         gap=gap,
@@ -229,24 +247,40 @@ def _sequence(
 
 
 def _ranked(
-    lm: LanguageModel, seq: Sequence, before: str, later: str, *, language: str | None
+    lm: LanguageModel,
+    seq: Sequence,
+    before: str,
+    later: str,
+    *,
+    language: str | None,
+    has_crlf: bool,
 ) -> tuple[Fill, ...]:
     """All candidates as text, the best first."""
     assert seq.gap is not None
     assert lm.tokenizer is not None
     space = before[len(_without_space(before)) :]
     fills = []
+    goes_on = []  # with the line before, where a new one was to begin
     for one in seq.gap.candidates:
-        text = lm.decode(one.token_ids).removeprefix(space)
+        decoded = lm.decode(one.token_ids)
+        goes_on.append(space == "\n" and not decoded.startswith(space))
+        text = decoded.removeprefix(space)
+        if has_crlf:
+            text = re.sub(r"(?<!\r)\n", "\r\n", text)
         is_valid = None if language is None else _parses(before + text + later)
         fills.append(Fill(text, one.token_ids, one.fill_log_prob, one.suffix_log_prob, is_valid))
     special = {i for i, token in lm.tokenizer.added_tokens_decoder.items() if token.special}
     no_text = [
-        not one.text.strip() or "\ufffd" in one.text or not special.isdisjoint(one.token_ids)
-        for one in fills
+        is_same_line or not one.text.strip() or not _is_text(one, special)
+        for one, is_same_line in zip(fills, goes_on, strict=True)
     ]
     ranked = sorted(range(len(fills)), key=lambda i: (no_text[i], fills[i].is_valid is False))
     return tuple(fills[i] for i in ranked)
+
+
+def _is_text(fill: Fill, special: Collection[int]) -> bool:
+    """Whether it says just what its tokens do: no half characters, no special tokens."""
+    return "\ufffd" not in fill.text and not any(i in special for i in fill.token_ids)
 
 
 def _parses(source: str) -> bool:
@@ -260,7 +294,11 @@ def _parses(source: str) -> bool:
 
 
 def _without_space(before: str) -> str:
-    """Without the spaces at its end, unless they are indentation."""
+    """Without the spaces at its end, unless they are indentation, or without the end of its last
+    line: tokens hold a line's end together with the next one's indentation."""
+    line = before.removesuffix("\n")
+    if line != before:
+        return line if line.strip() and not line.endswith(("\n", "\r")) else before
     stripped = before.rstrip(" ")
     return before if not stripped or stripped.endswith("\n") else stripped
 

@@ -97,7 +97,10 @@ def revise_text(
     editable = {
         len(prefix) + i
         for i, span in enumerate(spans)
-        if span is not None and first_char <= span[0] and span[1] <= last_char
+        if span is not None
+        and first_char <= span[0]
+        and span[1] <= last_char
+        and "\r" not in text[slice(*span)]  # half of a line's end
     }
 
     def text_of(token_id: int) -> str:
@@ -113,7 +116,8 @@ def revise_text(
         block_length=model.config.block_size,
         min_gain=min_gain,
         banned=special | {model.config.mask_token_id, *range(num_valid, model.config.vocab_size)},
-        is_text=lambda token_id: "\ufffd" not in text_of(token_id),  # no half character
+        # No half characters, and no half line ends.
+        is_text=lambda token_id: not {"\ufffd", "\r"} & set(text_of(token_id)),
     )
     edits = []
     for one in sorted(made, key=lambda one: one.index):

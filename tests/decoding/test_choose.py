@@ -18,7 +18,8 @@ from trimode.decoding import GenerationParams
 from trimode.decoding.choose import Choice, choose, filter_logits
 from trimode.decoding.law import RowLaw
 from trimode.engine import Engine
-from trimode.model import TriModeModel
+from trimode.engine.engine import cells_needed
+from trimode.model import DrafterAdapter, TriModeModel
 from trimode.runtime import TriModeLM
 
 TINY = {"vocab_size": 8, "mask_token_id": 7, "eos_token_id": 6, "bos_token_id": 5}
@@ -45,40 +46,56 @@ def slow_law(
     return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
 
 
-def enumerated_law(model: TriModeModel, **law: Any) -> dict[tuple[int, int], float]:
-    """Probability of every continuation of two tokens."""
-    found = {}
-    first = slow_law(next_logits(model, PROMPT)[-1].tolist(), **law)
-    for i in (i for i, p in enumerate(first) if p > 0):
-        second = slow_law(next_logits(model, [*PROMPT, i])[-1].tolist(), **law)
-        found |= {(i, j): first[i] * p for j, p in enumerate(second) if p > 0}
+def enumerated_law(
+    model: TriModeModel, *, num_tokens: int = 2, **law: Any
+) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation of some tokens."""
+    found: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(num_tokens):
+        longer = {}
+        for text, chance in found.items():
+            following = slow_law(next_logits(model, [*PROMPT, *text])[-1].tolist(), **law)
+            longer |= {(*text, i): chance * p for i, p in enumerate(following) if p > 0}
+        found = longer
     return found
 
 
-def p_value(model: TriModeModel, **law: Any) -> float:
-    """Chi-square of AR continuations of two tokens, a fresh seed each; 0 if one is impossible."""
+def p_value(
+    model: TriModeModel,
+    *,
+    mode: str = "ar",
+    num_tokens: int = 2,
+    block_length: int = 2,
+    adapter: DrafterAdapter | None = None,
+    num_seeds: int = NUM_SEEDS,
+    **law: Any,
+) -> float:
+    """Chi-square of continuations of some tokens, a fresh seed each; 0 if one is impossible."""
     lm = TriModeLM(model, None)
-    engine = Engine(model, num_rows=200, num_cells=8)
+    params = {
+        "mode": mode,
+        "max_new_tokens": num_tokens,
+        "block_length": block_length,
+        "ignore_eos": True,
+        **law,
+    }
     sequences = [
-        lm.sequence(
-            PROMPT,
-            GenerationParams(
-                mode="ar", max_new_tokens=2, block_length=2, seed=seed, ignore_eos=True, **law
-            ),
-        )
-        for seed in range(NUM_SEEDS)
+        lm.sequence(PROMPT, GenerationParams(seed=seed, **params)) for seed in range(num_seeds)
     ]
+    engine = Engine(model, num_rows=200, num_cells=cells_needed(sequences[0]), adapter=adapter)
     for seq in sequences:
         engine.submit(seq)
     while not engine.is_idle:
         engine.step()
-    counts = Counter((seq.new_ids[0], seq.new_ids[1]) for seq in sequences)
-    expected = enumerated_law(model, **law)
+    if mode != "ar":
+        assert sum(length > 1 for seq in sequences for length in seq.stats.acceptance_lengths) > 100
+    counts = Counter(tuple(seq.new_ids) for seq in sequences)
+    expected = enumerated_law(model, num_tokens=num_tokens, **law)
     if not counts.keys() <= expected.keys():
         return 0.0
     cells, rare = [], [0.0, 0.0]
-    for pair, probability in expected.items():
-        cell = [float(counts[pair]), probability * NUM_SEEDS]
+    for text, probability in expected.items():
+        cell = [float(counts[text]), probability * num_seeds]
         if cell[1] >= 5:
             cells.append(cell)
         else:
@@ -107,6 +124,16 @@ def model(tiny_model: Callable[..., TriModeModel]) -> TriModeModel:
 def test_ar_follows_the_enumerated_law(model: TriModeModel, law: dict[str, Any]) -> None:
     """Prevents: sampling from another law than the one asked for."""
     assert p_value(model, **law) > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["linear", "branching", "quadratic"])
+def test_speculation_follows_the_enumerated_law(
+    model: TriModeModel, random_adapter: Callable[..., DrafterAdapter], mode: str
+) -> None:
+    """Prevents: a law bent by which drafts are accepted, with a drafter that disagrees."""
+    adapter = random_adapter(model, strength=2.0)
+    run = {"mode": mode, "num_tokens": 3, "block_length": 4, "num_seeds": 2000}
+    assert p_value(model, adapter=adapter, **run, **LAW) > 1e-3
 
 
 @pytest.mark.parametrize(

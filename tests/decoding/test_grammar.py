@@ -75,6 +75,21 @@ def is_of(source: dict[str, Any], text: str) -> bool:
     )
 
 
+def test_a_draft_into_a_dead_end_ends_nothing(lm: TriModeLM) -> None:
+    """Prevents: a draft after which no token can follow aborting a text that never goes there."""
+    grammar = 'start: "a" "a" ("c" | "b" <|mask|>) ("d" | "e" <|mask|>)'
+    law: dict[str, Any] = {"grammar": grammar, "temperature": 1.5, "max_new_tokens": 8}
+    reasons = set()
+    for seed in range(10):
+        expected = generate(lm, "q", mode="ar", seed=seed, **law)[0]
+        reasons.add(expected.finish_reason)
+        for options in SPECULATION:
+            found = generate(lm, "q", seed=seed, **law, **options)[0]
+            assert found.token_ids == expected.token_ids
+            assert found.finish_reason == expected.finish_reason
+    assert reasons == {"stop", "abort"}
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: next(iter(source)))
 @pytest.mark.parametrize("law", [{"temperature": 0.0}, {"temperature": 1.3, "top_k": 3}], ids=str)
 def test_speculation_writes_what_ar_writes(

@@ -95,7 +95,16 @@ def test_a_changed_weight_is_seen_at_once(layer: Linear) -> None:
 def test_without_onednn_torch_takes_over(layer: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents: a build of torch without oneDNN that cannot decode."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.delattr(torch.ops, "mkldnn", raising=False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None, raising=False)
+    x = torch.randn(20, 48)
+    with torch.inference_mode():
+        assert layer(x).equal(torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_a_compiler_sees_torchs_own(layer: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: a product that inductor cannot lower, where it could `nn.Linear`'s."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", None, raising=False)
     x = torch.randn(20, 48)
     with torch.inference_mode():
         assert layer(x).equal(torch.nn.functional.linear(x, layer.weight, layer.bias))

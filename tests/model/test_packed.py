@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import trimode
 import trimode.model.products
 from trimode.checkpoint.io import load_model, save_checkpoint
 from trimode.decoding import GenerationParams, Sequence
 from trimode.engine import Engine
 from trimode.errors import ConfigError
 from trimode.model import AdapterSwitch, DrafterAdapter, KVCache, RowAttention, TriModeModel
-from trimode.model.adapter import TARGETS, new_adapter
+from trimode.model.adapter import TARGETS, merge, new_adapter
 from trimode.model.attention import RowFeed
 from trimode.model.products import product
 
@@ -231,3 +236,102 @@ def test_int8_is_near_and_says_what_it_cannot(tiny_model: Callable[..., TriModeM
             undo()
     with pytest.raises(ConfigError, match="float32"):
         tiny_model(torch.float64).pack("int8")
+
+
+INT8_IS_NEAR = """
+import torch
+from trimode.model.products import product
+torch.manual_seed(0)
+weight, x = torch.rand(16, 64), torch.rand(3, 64)
+expected = x.double() @ weight.double().T
+assert ((product(weight, None, weights="int8")(x) - expected).norm() < 0.01 * expected.norm())
+"""
+
+
+def test_int8_is_near_without_vnni() -> None:
+    """Prevents: sums cut off at 16 bits, as older processors (and newer ones told to) do."""
+    told = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", INT8_IS_NEAR], env=told, check=True)
+
+
+def test_pack_knows_its_forms(tiny_model: Callable[..., TriModeModel]) -> None:
+    """Prevents: whatever is not `packed` taken for `int8`, whose original weights are gone."""
+    with pytest.raises(ConfigError, match="'fp8'; allowed: plain, packed, int8"):
+        tiny_model(torch.float32).pack("fp8")  # type: ignore[arg-type]
+
+
+def test_what_a_copy_becomes_is_its_own(tiny_model: Callable[..., TriModeModel]) -> None:
+    """Prevents: training a copy of a packed model changing the head of the first."""
+    model, ids = tiny_model(torch.float32).pack(), torch.arange(12)[None]
+    expected = model(ids).logits
+    twin = copy.deepcopy(model).train()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert model(ids).logits.equal(expected)
+
+
+def test_foreign_parts_are_refused(tiny_model: Callable[..., TriModeModel]) -> None:
+    """Prevents: what PEFT or a parametrization adds to a linear layer lost in silence."""
+    model = tiny_model(torch.float32)
+    torch.nn.utils.parametrizations.weight_norm(model.encoder.layers[1].mlp.up_proj)
+    with pytest.raises(ConfigError, match="1.mlp.up_proj is a .*Parametrized"):
+        model.pack()
+    assert model(torch.arange(12)[None]).logits.isfinite().all()
+
+
+def test_adapters_ask_for_plain_weights(tiny_model: Callable[..., TriModeModel]) -> None:
+    """Prevents: an error about attributes for who loads or merges an adapter too late."""
+    model = tiny_model(torch.float32)
+    adapter = disagreeing_adapter(model)
+    with pytest.raises(ConfigError, match=r"pack\('plain'\)"):
+        merge(adapter, model.pack().encoder.layers)
+
+
+@pytest.mark.usefixtures("small_weight")
+def test_packed_weights_are_pickled(tiny_model: Callable[..., TriModeModel]) -> None:
+    """Prevents: `torch.save` or a process of its own failing on opaque tensors."""
+    model, ids, file = tiny_model(torch.float32).pack(), torch.arange(12)[None], io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False)(ids).logits.equal(model(ids).logits)
+
+
+@pytest.mark.usefixtures("small_weight")
+def test_autocast_is_refused(tiny_model: Callable[..., TriModeModel]) -> None:
+    """Prevents: float32 where bfloat16 was asked for, or an error from inside a product."""
+    model = tiny_model(torch.float32).pack()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match="autocast"):
+        model(torch.arange(12)[None])
+
+
+@pytest.mark.parametrize("use_qk_norm", [False, True])
+def test_half_precision_is_rounded_as_often(
+    tiny_model: Callable[..., TriModeModel], use_qk_norm: bool
+) -> None:
+    """Prevents: norms rounded twice, before and after their weight, and eps rounded to nothing."""
+    model = tiny_model(torch.bfloat16, use_qk_norm=use_qk_norm)
+    for weight in distinct_norms(model).parameters():
+        weight.requires_grad_(False)
+    ids = torch.arange(120).view(4, 30)
+    exact = copy.deepcopy(model).double()(ids).logits
+    plain_error = (model(ids).logits - exact).norm()
+    assert (model.pack()(ids).logits - exact).norm() < 1.1 * plain_error
+
+
+def test_parameters_are_counted_as_before(tiny_model: Callable[..., TriModeModel]) -> None:
+    """Prevents: a loaded model said to be a tenth of its size."""
+    model = tiny_model(torch.float32)
+    expected = model.num_parameters(), model.num_parameters(exclude_embeddings=True)
+    model.pack()
+    assert (model.num_parameters(), model.num_parameters(exclude_embeddings=True)) == expected
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_the_file_is_let_go_of(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Prevents: the checkpoint kept mapped beside packed weights, so that they are there twice."""
+    folder = tiny_checkpoint(torch.float32, name="let_go")
+    lm = trimode.load(folder, device="cpu", weights="packed")
+    assert lm.model.weights == "packed"
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert str(folder) not in maps

@@ -31,7 +31,7 @@ _LINES = re.compile(r"(?P<file>.+?):(?P<ranges>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = (
-        "On stdout: the text filled in, or, with lines of a file, a unified diff. On stderr: the"
+        "On stdout: the text filled in, of a file a unified diff. On stderr: the"
         " likeliest candidates of each gap. A file stays as it is without --write."
     )
     parser.add_argument(
@@ -45,15 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths",
         metavar="N,N,...",
-        help="numbers of tokens to try for each gap, 1 to 48 (default: fourteen up to 24)",
+        help="numbers of tokens to try for each gap, 1 to 48 (default: fourteen from 1 to 24)",
     )
     parser.add_argument(
         "--language",
         choices=["python", "none"],
         help="prefer candidates with which the text parses (default: python for files named *.py)",
     )
-    parser.add_argument("--threshold", type=float, metavar="X", help="reveal what is so probable")
-    parser.add_argument("--steps", type=int, metavar="N", help="passes over a gap")
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="tokens before a gap in view (default 192)"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="reveal what is at least so probable, 0 to 1 (default 0.9 without --steps)",
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="passes over a gap at most")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, metavar="P", help="likeliest tokens of so much")
     parser.add_argument("--top-k", type=int, metavar="K", help="the K likeliest tokens only")
@@ -72,22 +80,30 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("--write changes a file, and no file was named; give FILE or FILE:LINES")
     options = _options(args, file)
     if ranges:
-        from trimode.infill import line_span
+        from trimode.infill import MARKER, line_span
 
-        options["spans"] = [line_span(text, *lines) for lines in ranges]
-        if any(second[0] < first[1] for first, second in pairwise(options["spans"])):
+        if MARKER in text:
+            number = text[: text.index(MARKER)].count("\n") + 1
             raise RequestError(
-                f"{args.what!r} names lines twice or out of order, or blank neighbours apart; give"
-                " them in order, blank neighbours as one range"
+                f"{file} has {MARKER} on line {number}, which would be read as text; fill it first"
             )
+        options["spans"] = [line_span(text, *lines) for lines in ranges]
+        if any(second[0] <= first[1] for first, second in pairwise(ranges)):
+            raise RequestError(f"{args.what!r} names lines twice or out of order")
 
     filled = load_model(args).infill(text, **options)
     if args.write:
         assert file is not None
+        for number, gap in enumerate(filled.gaps, start=1):
+            if gap.candidates[0].is_valid is False:
+                raise RequestError(
+                    f"with no candidate for gap {number} does {file} parse, so nothing is written;"
+                    " --language none writes it all the same"
+                )
         write_file(file, filled.text, was=text)
     if args.json:
         print(json.dumps(_as_object(filled, file=file, is_written=args.write)))
-    elif ranges:
+    elif file is not None:
         for line in diff(text, filled.text, name=str(file), what="filled"):
             print(line, end="")
     else:
@@ -99,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         for line in _summary(filled):
             print(line, file=sys.stderr)
+        if args.write:
+            print(f"-- written: {file}", file=sys.stderr)
     return 0
 
 
@@ -113,15 +131,21 @@ def _source(what: str | None) -> tuple[Path | None, str, list[tuple[int, int]]]:
         file = Path(match["file"])
         ranges = [line_range(word, name="LINES") for word in match["ranges"].split(",")]
         return file, read_file(file), ranges
+    colon = what.rpartition(":")
+    if not os.path.exists(what) and os.path.isfile(colon[0]):
+        raise RequestError(f"LINES is {colon[2]!r}; allowed: A, A-B or several like 3,10-12")
     if os.path.exists(what):  # unlike Path's, False for a text too long to be a name
-        return Path(what), read_file(Path(what)), []
+        text = read_file(Path(what))
+        if MARKER not in text:
+            raise RequestError(f"{what} has no {MARKER}; mark a gap, or name lines: {what}:12")
+        return Path(what), text, []
     shown = what if len(what) <= 60 else f"{what[:57]}..."
     raise RequestError(f"{shown!r} is no file and has no {MARKER}; give either")
 
 
 def _options(args: argparse.Namespace, file: Path | None) -> dict[str, Any]:
     """What was given, as `TriModeLM.infill` takes it."""
-    names = ("threshold", "steps", "temperature", "top_p", "top_k", "seed")
+    names = ("context", "threshold", "steps", "temperature", "top_p", "top_k", "seed")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.lengths is not None:
         if not re.fullmatch(r"\d+(,\d+)*", args.lengths):

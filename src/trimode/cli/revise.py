@@ -63,4 +63,8 @@ def run(args: argparse.Namespace) -> int:
                 f" {math.exp(edit.log_prob):.1e}, gain {edit.gain:.1f} nats",
                 file=sys.stderr,
             )
+        if not revision.edits:
+            print("-- nothing to replace: no token gains as much as --min-gain", file=sys.stderr)
+        if is_written:
+            print(f"-- written: {args.file}", file=sys.stderr)
     return 0

@@ -60,6 +60,7 @@ def choose(
     targets: Sequence[int | None] = (),
     laws: Sequence[RowLaw | None] = (),
     num_logprobs: Sequence[int | None] = (),
+    none_id: int | None = None,
 ) -> Choice:
     """Choose one token for each wanted position.
 
@@ -77,6 +78,8 @@ def choose(
             Confidences, entropies and log-probabilities are of the law without them.
         num_logprobs: [W] how many of the likeliest tokens `logprobs` is to have, None where it is
             not asked for; empty for none at all.
+        none_id: A banned id, the answer where a law leaves nothing to choose; None: such an answer
+            is not finite. Drafts may lead where the text never goes, so it is an error only there.
     """
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
@@ -86,7 +89,8 @@ def choose(
     if any(law is not None for law in laws):
         ruled = under(logits, laws)
         best, token_ids = ruled.max(dim=-1)
-        is_finite &= best.isfinite()
+        if none_id is None:
+            is_finite &= best.isfinite()
     scores = ruled
     hot = [w for w, p in enumerate(params) if p.temperature > 0]
     if hot:
@@ -95,6 +99,8 @@ def choose(
         token_ids[rows] = noisy.argmax(dim=-1)
         if wants_runner_up:
             scores = ruled.index_copy(0, rows, noisy)
+    if none_id is not None:
+        token_ids = token_ids.masked_fill(~best.isfinite(), none_id)
     columns = {"token_ids": token_ids, "is_finite": is_finite}
     if wants_confidence:
         columns["confidences"] = _probabilities(logits, token_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from trimode.decoding.law import Rules
 from trimode.decoding.params import GenerationParams
 from trimode.decoding.stats import Stats
 from trimode.decoding.step import TokenLogprobs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +182,8 @@ class Sequence:
         self.num_committable = 0
 
     def emit(self, token_ids: Ids[int], logprobs: Ids[TokenLogprobs] = ()) -> int:
-        """Show tokens to the user, up to the first that ends the text.
+        """Show tokens to the user, up to the first that ends the text; the mask token, which stands
+        for none, aborts it.
 
         Args:
             token_ids: What to show.
@@ -191,6 +195,10 @@ class Sequence:
         position, num_emitted = len(self.prompt_ids) + len(self.new_ids), 0
         for token_id in token_ids:
             if self.is_finished:
+                break
+            if token_id == self.mask_token_id:
+                logger.error("sequence aborted: what was asked for leaves no token to go on with")
+                self.finish("abort")
                 break
             self.new_ids.append(token_id)
             num_emitted += 1

@@ -144,9 +144,7 @@ def _resume(running: _Running, readout: Readout | None) -> None:
     seq.stats.count(step.kind, len(step.token_ids))
     if readout is None:
         logger.error(
-            "sequence aborted: the network gave non-finite logits%s in a %s forward",
-            "" if seq.rules is None else ", or what was asked for leaves no token,",
-            step.kind,
+            "sequence aborted: the network gave non-finite logits in a %s forward", step.kind
         )
         seq.finish_reason = "abort"
         return

@@ -82,6 +82,7 @@ class Runner:
             targets=[target for feed in packed for target in _targets(feed.step)],
             laws=_laws(packed, num_tokens=self._model.config.vocab_size),
             num_logprobs=_num_logprobs(packed),
+            none_id=self._model.config.mask_token_id,
         )
         readouts: list[Readout | None] = [None] * len(feeds)
         start = 0

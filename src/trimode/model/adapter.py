@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trimode.errors import ConfigError
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers an adapter may sit on; the published drafter uses `o_proj` only (facts 2.5)."""
 
@@ -60,8 +62,18 @@ class DrafterAdapter(nn.Module):
 
 
 def linear_of(layer: nn.Module, target: str) -> nn.Linear:
-    """The linear layer of a transformer layer that a target name means."""
-    linear: nn.Linear = getattr(layer.mlp if target in MLP_TARGETS else layer.self_attn, target)
+    """The linear layer of a transformer layer that a target name means.
+
+    Raises:
+        ConfigError: the layer is packed.
+    """
+    parent = getattr(layer, "mlp" if target in MLP_TARGETS else "self_attn", None)
+    if parent is None:
+        raise ConfigError(
+            "the weights are packed for decoding and have no linear layers to put an adapter on;"
+            " call model.pack('plain') first"
+        )
+    linear: nn.Linear = getattr(parent, target)
     return linear
 
 

@@ -41,7 +41,7 @@ class Linear(nn.Linear):
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether these are float32 in this process's main memory, and nobody wants another dtype."""
+    """Whether these are float32 in this process's main memory, to be multiplied here and now."""
     return (
         x.dtype is torch.float32
         and weight.dtype is torch.float32
@@ -49,4 +49,5 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
         and type(x) is Tensor
         and type(weight) is nn.Parameter  # not a DTensor
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # inductor knows nn.Linear's product, not these
     )

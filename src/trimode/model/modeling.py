@@ -24,7 +24,7 @@ from trimode.model.configuration import NemotronLabsDiffusionConfig, TriModeConf
 from trimode.model.linear import Linear
 from trimode.model.masks import dense_mask
 from trimode.model.packed import PackedHead, PackedLayer, quick_norm
-from trimode.model.products import Weights
+from trimode.model.products import Weights, as_weights
 
 Checkpointing = bool | Literal["selective"]
 """What is made again in the backward instead of kept; see `TriModeModel.encode`."""
@@ -280,9 +280,10 @@ class TriModeModel(PreTrainedModel):
                 all of it trainable.
 
         Raises:
-            ConfigError: int8 for other than float32 on the CPU; or plain or packed after int8.
+            ConfigError: no such form; int8 for other than float32 on the CPU; plain or packed after
+                int8; or a part that is not ours (PEFT's, say), whose share would be lost.
         """
-        if weights == self.weights:
+        if as_weights(weights) == self.weights:
             return self
         layers: Any = self.encoder.layers
         if self.weights != "plain":
@@ -293,6 +294,7 @@ class TriModeModel(PreTrainedModel):
                 self.diffusion_head = head.plain(self.config)
         self.weights = "plain"
         if weights != "plain":
+            self._refuse_foreign_parts()
             self.eval()
             for index, layer in enumerate(layers):
                 layers[index] = PackedLayer(layer, weights=weights)
@@ -300,7 +302,28 @@ class TriModeModel(PreTrainedModel):
                 head = PackedHead(self, weights=weights)
                 self.diffusion_head = head  # type: ignore[assignment]
             self.weights = weights
+            if self.device.type == "cpu":
+                for parameter in self.parameters():  # a view of the file would hold all of it
+                    parameter.data = parameter.data.clone()
         return self
+
+    def _refuse_foreign_parts(self) -> None:
+        ours = (nn.ModuleList, Layer, Attention, MLP, RMSNorm, Linear)
+        parts = [*self.encoder.layers.named_modules(), ("diffusion_head", self.diffusion_head)]
+        for name, part in parts:
+            if type(part) not in ours:
+                raise ConfigError(
+                    f"{name} is a {type(part).__module__}.{type(part).__name__}, whose share of the"
+                    " result packed weights would lose; merge or remove it, then pack"
+                )
+
+    def num_parameters(self, *args: Any, **options: Any) -> int:
+        """As transformers has it, of the plain form: packed weights are no parameters."""
+        model = self
+        if self.weights != "plain":
+            with torch.device("meta"):
+                model = type(self)(self.config)
+        return super(TriModeModel, model).num_parameters(*args, **options)
 
     def train(self, mode: bool = True) -> Self:
         """As every module's; brings the weights back into the plain form."""
@@ -357,6 +380,8 @@ class TriModeModel(PreTrainedModel):
     def _encode_packed(
         self, x: Tensor, angles: RotaryAngles, *, attend: Attend, adapter: AdapterSwitch | None
     ) -> Tensor:
+        if x.is_cpu and torch.is_autocast_enabled("cpu"):
+            raise ConfigError("packed weights do not autocast; call model.pack('plain') first")
         num_tokens, copies = len(x), self.encoder.layers[0].num_copies(x)  # type: ignore[operator]
         if copies > 1:
             x = torch.cat((x,) * copies)

@@ -36,7 +36,10 @@ def quick_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
         eps: [1]. Added to the mean square.
     """
     if not (x.is_cpu and x.dtype in (torch.float32, torch.float64)):
-        return F.rms_norm(x, x.shape[-1:], None, eps.item()) * weight
+        if weight.ndim == 1:
+            return F.rms_norm(x, weight.shape, weight, eps.item())
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # rounded once, as above
+        return (F.rms_norm(wide, x.shape[-1:], None, eps.item()) * weight).to(x.dtype)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
     return (x * scale).mul_(weight)
@@ -123,9 +126,10 @@ class PackedLayer(_Packed):
         attn, mlp = layer.self_attn, layer.mlp
         self._layer_index = attn.layer_index
         self._head_dim = attn.head_dim
-        self.eps = torch.tensor([layer.input_layernorm.eps], dtype=attn.q_proj.weight.dtype)
+        dtype = torch.promote_types(attn.q_proj.weight.dtype, torch.float32)
+        self.eps = torch.tensor([layer.input_layernorm.eps], dtype=dtype)
         self._norms = {
-            name: norm.weight.detach()
+            name: norm.weight.detach().clone()
             for name, norm in layer.named_modules()
             if name.endswith("norm")
         }
@@ -235,7 +239,7 @@ class PackedHead(_Packed):
         """The head it was made from, once more."""
         with torch.device("meta"):
             head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        head.load_state_dict(self.tensors(), assign=True)
+        head.load_state_dict({k: v.clone() for k, v in self.tensors().items()}, assign=True)
         return head.eval()
 
     def tensors(self) -> dict[str, Tensor]:
