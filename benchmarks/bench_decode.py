@@ -204,7 +204,8 @@ def verdicts(
         f" with the weights alone take {1e3 * products_s:.2f} ms a token here, of transformers'"
         f" {1e3 * theirs_s:.2f} ms and our {1e3 * ours_s:.2f} ms, so all else costs"
         f" {1e3 * (theirs_s - products_s):.2f} and {1e3 * (ours_s - products_s):.2f} ms. (These are"
-        " the products of plain weights, as `trimode.model.linear` does them; `ar` runs packed ones.)",
+        " the products of plain weights, as `trimode.model.linear` does them; `ar` runs packed"
+        " ones.)",
         f"* linear, target TPF (total) 1.2 for a model trained on CPU: {linear:.2f},"
         f" {_verdict(linear, 1.2)}.",
     ]
