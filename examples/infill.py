@@ -1,22 +1,23 @@
-"""A gap in the middle of a function, filled with what stands behind it in view.
+"""A gap in the middle of a class, filled with what stands behind it in view.
 
 python examples/infill.py
 """
 
 import trimode
 
-SOURCE = """class Stack:
-    def __init__(self):
+SOURCE = """class Account:
+    def __init__(self, name, balance):
+        self.name = name
         <FILL>
 
-    def push(self, item):
-        self.items.append(item)
+    def get(self):
+        return self.balance
 """
 
 
 def main() -> None:
     lm = trimode.load()
-    filled = lm.infill(SOURCE, language="python", lengths=[2, 4, 6, 8, 10], seed=0)
+    filled = lm.infill(SOURCE, language="python", lengths=[1, 2, 3, 4, 6, 8], seed=0)
     print(filled.text)
     for candidate in filled.gaps[0].candidates:
         parses = "parses" if candidate.is_valid else "broken"

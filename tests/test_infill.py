@@ -330,11 +330,21 @@ def test_what_does_not_parse_is_not_written(tmp_path: Path, capsys: Capture) -> 
     path.write_text(broken)
     words = ["infill", str(path), "--lengths", "2", "--seed", "0", "--write"]
     assert main(words) == 2
-    assert "with no candidate for gap 1 does" in capsys.readouterr().err
+    assert f"{path} would not parse with any candidate" in capsys.readouterr().err
     assert path.read_text() == broken
     assert main([*words, "--language", "none"]) == 0
     assert "-- written: " in capsys.readouterr().err
     assert path.read_text() != broken
+
+
+def test_gaps_that_parse_together_only_are_written(tmp_path: Path, capsys: Capture) -> None:
+    """Prevents: a refusal by a gap's candidates, none of which parses while the next is open."""
+    path = tmp_path / "a.py"
+    path.write_text("try:\n    a = <FILL>\n<FILL>\n    b = 1\n")
+    words = ["infill", str(path), "--lengths", "1,2,3", "--seed", "0", "--write"]
+    assert main(words) == 0
+    capsys.readouterr()
+    ast.parse(path.read_text())
 
 
 def test_only_the_nearest_text_before_is_in_view(lm: trimode.TriModeLM) -> None:

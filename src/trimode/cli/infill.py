@@ -94,12 +94,11 @@ def run(args: argparse.Namespace) -> int:
     filled = load_model(args).infill(text, **options)
     if args.write:
         assert file is not None
-        for number, gap in enumerate(filled.gaps, start=1):
-            if gap.candidates[0].is_valid is False:
-                raise RequestError(
-                    f"with no candidate for gap {number} does {file} parse, so nothing is written;"
-                    " --language none writes it all the same"
-                )
+        if filled.gaps[-1].candidates[0].is_valid is False:  # the whole text, no gap left
+            raise RequestError(
+                f"{file} would not parse with any candidate, so nothing is written; --language none"
+                " writes it all the same"
+            )
         write_file(file, filled.text, was=text)
     if args.json:
         print(json.dumps(_as_object(filled, file=file, is_written=args.write)))
