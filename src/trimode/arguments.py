@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Any
 
@@ -40,7 +41,10 @@ def as_seeds(seed: int | Items[int] | None, num_prompts: int) -> list[int]:
 
 
 def plain(value: Any) -> Any:
-    """numpy and torch scalars as Python's, whose integers do not overflow; all else as it is."""
+    """numpy and torch scalars as Python's, whose integers do not overflow, in mappings as well; all
+    else as it is."""
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
     is_scalar = hasattr(value, "item") and getattr(value, "ndim", 0) == 0
     return value.item() if is_scalar else value
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -407,8 +408,14 @@ def test_without_control_nothing_is_made(
         ({"logit_bias": {1: math.inf}}, "logit_bias is {1: inf}; allowed: -100000 to 100000"),
         ({"logit_bias": {1: math.nan}}, "logit_bias is {1: nan}; allowed: -100000 to 100000"),
         ({"logit_bias": {1: True}}, "logit_bias is {1: True}; allowed: "),
-        ({"logit_bias": {12: 1}}, "logit_bias is 12; allowed: 0 to 11 without the mask token"),
-        ({"logit_bias": {11: 1}}, "logit_bias is 11; allowed: 0 to 11 without the mask token"),
+        (
+            {"logit_bias": {12: 1}},
+            "a token of logit_bias is 12; allowed: 0 to 11 without the mask token",
+        ),
+        (
+            {"logit_bias": {11: 1}},
+            "a token of logit_bias is 11; allowed: 0 to 11 without the mask token",
+        ),
         ({"repetition_penalty": 0}, "repetition_penalty is 0; allowed: 0.01 to 100"),
         ({"repetition_penalty": math.nan}, "repetition_penalty is nan; allowed: 0.01 to 100"),
         ({"repetition_penalty": None}, "repetition_penalty is None; allowed: 0.01 to 100"),
@@ -506,3 +513,10 @@ def test_the_penalty_is_transformers() -> None:
 def test_names_are_the_arguments_of_generate() -> None:
     """Prevents: an option of `Control` that no caller can give."""
     assert set(CONTROL_NAMES) <= set(inspect.signature(TriModeLM.generate).parameters)
+
+
+def test_numpy_s_numbers_are_taken_in_a_bias(alone: TriModeLM) -> None:
+    """Prevents: ids from an array refused as no integers."""
+    plain = generate(alone, mode="linear", logit_bias={3: 4.0})
+    found = generate(alone, mode="linear", logit_bias={np.int64(3): np.float32(4.0)})
+    assert [one.token_ids for one in found] == [one.token_ids for one in plain]

@@ -151,7 +151,7 @@ class Control:
         """
         for token_id in self.logit_bias or ():
             if token_id >= num_tokens or token_id in banned:
-                _refuse("logit_bias", token_id, _choosable(num_tokens))
+                _refuse("a token of logit_bias", token_id, _choosable(num_tokens))
         if self.logprobs is not None and self.logprobs > num_tokens - len(banned):
             allowed = f"0 to {num_tokens - len(banned)}, the tokens that can be chosen"
             _refuse("logprobs", self.logprobs, allowed)
