@@ -88,7 +88,7 @@ def test_grammars_from_words_and_files(folder: Path, tmp_path: Path, capsys: Cap
         (["--logit-bias", "5=1", "--logit-bias", "5=2"], "--logit-bias is given twice for token 5"),
         (
             ["--logit-bias", "999=1"],
-            "a token of logit_bias is 999; allowed: 0 to 258 without the mask token",
+            "a token of logit_bias is 999; allowed: 0 to 258",
         ),
         (["--logprobs", "2"], "--logprobs is 2; allowed: only with --json"),
         (["--json-schema", "none.json"], "--json-schema is 'none.json', which cannot be read: No"),
