@@ -136,8 +136,7 @@ def nats(lm: trimode.TriModeLM, prompt_ids: list[int], new_ids: list[int]) -> fl
     """Negative log-likelihood of all new tokens under the AR view."""
     config = lm.model.config
     logits = lm.model(torch.tensor([prompt_ids + new_ids])).logits[0, len(prompt_ids) - 1 : -1]
-    logits[:, config.mask_token_id] = -torch.inf
-    logits[:, config.num_valid_tokens or config.vocab_size :] = -torch.inf
+    logits[:, config.banned_token_ids] = -torch.inf
     logits = logits.double().log_softmax(dim=-1)
     return -float(logits.gather(-1, torch.tensor(new_ids)[:, None]).sum())
 

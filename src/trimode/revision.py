@@ -107,7 +107,6 @@ def revise_text(
         return tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
 
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    num_valid = model.config.num_valid_tokens or model.config.vocab_size
     made = revise(
         model,
         prefix + ids,
@@ -115,7 +114,7 @@ def revise_text(
         budget=budget,
         block_length=model.config.block_size,
         min_gain=min_gain,
-        banned=special | {model.config.mask_token_id, *range(num_valid, model.config.vocab_size)},
+        banned=special.union(model.config.banned_token_ids),
         # No half characters, and no half line ends.
         is_text=lambda token_id: not {"\ufffd", "\r"} & set(text_of(token_id)),
     )

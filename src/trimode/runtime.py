@@ -25,7 +25,6 @@ from trimode.decoding.step import TokenLogprobs
 from trimode.detokenize import GrowingText, decode, free_len
 from trimode.engine import Engine
 from trimode.engine.engine import cells_needed
-from trimode.engine.runner import banned_ids
 from trimode.errors import ConfigError, RequestError
 from trimode.infill import Infilling, infill_text
 from trimode.model import DrafterAdapter, TriModeModel
@@ -255,7 +254,7 @@ class TriModeLM:
             raise RequestError("stop strings need a tokenizer, and this checkpoint has none")
         config = self.model.config
         control = params.control.settled(
-            tokenizer=self.tokenizer, num_tokens=config.vocab_size, banned=banned_ids(config)
+            tokenizer=self.tokenizer, num_tokens=config.vocab_size, banned=config.banned_token_ids
         )
         matcher = None
         if control.source is not None:

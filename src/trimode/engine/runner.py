@@ -17,7 +17,6 @@ from trimode.model import (
     DrafterAdapter,
     KVCache,
     RowAttention,
-    TriModeConfig,
     TriModeModel,
 )
 from trimode.model.attention import RowFeed
@@ -49,7 +48,7 @@ class Runner:
         self._cache = cache
         self._adapter = adapter
         self._device = cache.keys.device
-        self._banned = torch.tensor(banned_ids(model.config), device=self._device)
+        self._banned = torch.tensor(model.config.banned_token_ids, device=self._device)
 
     @torch.inference_mode()
     def run(self, feeds: Items[Feed]) -> list[Readout | None]:
@@ -127,12 +126,6 @@ class Runner:
         if all(is_on):
             return AdapterSwitch(self._adapter, None)
         return AdapterSwitch(self._adapter, torch.tensor(is_on, device=self._device)[:, None])
-
-
-def banned_ids(config: TriModeConfig) -> list[int]:
-    """Tokens never chosen: the mask token and padded rows of the vocabulary."""
-    num_valid = config.num_valid_tokens or config.vocab_size
-    return sorted({config.mask_token_id, *range(num_valid, config.vocab_size)})
 
 
 def _targets(step: Step) -> Items[int | None]:

@@ -188,6 +188,12 @@ class TriModeConfig(PreTrainedConfig):
         return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
 
     @property
+    def banned_token_ids(self) -> list[int]:
+        """Tokens never chosen: the mask token and padded rows of the vocabulary."""
+        num_valid = self.num_valid_tokens or self.vocab_size
+        return sorted({self.mask_token_id, *range(num_valid, self.vocab_size)})
+
+    @property
     def has_output_bias(self) -> bool:
         """Whether o_proj has a bias."""
         if self.attention_output_bias is None:

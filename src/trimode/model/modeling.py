@@ -277,7 +277,7 @@ class TriModeModel(PreTrainedModel):
                 the CPU the weights in oneDNN's own order. The same results but for the last bits.
                 `int8`: rounded to 8 bits, the tokens in the products too. Quicker still, at a
                 price in quality, and the original weights are gone. `plain`: back to what was,
-                all of it trainable.
+                layers and head trainable.
 
         Raises:
             ConfigError: no such form; int8 for other than float32 on the CPU; plain or packed after
