@@ -29,7 +29,16 @@ class RequestError(TriModeError, ValueError):
 
 
 class CapacityError(TriModeError):
-    """A request is valid but does not fit."""
+    """A request is valid but does not fit.
+
+    Args:
+        message: What does not fit, and what would.
+        retry_after_s: Seconds after which it may; None if it never will.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class UnsupportedError(TriModeError, NotImplementedError):

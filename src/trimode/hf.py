@@ -294,8 +294,7 @@ class TriModeModel(modeling.TriModeModel):
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         engine = lm.engine(sequences)
-        while not engine.is_idle:
-            engine.step()
+        engine.run()
         aborted = [b for b, seq in enumerate(sequences) if seq.finish_reason == "abort"]
         if aborted:
             raise TriModeError(f"row {aborted[0]} stopped: the network gave non-finite logits")

@@ -30,7 +30,10 @@ def make(lm: TriModeLM, prompt: list[int], **options: Any) -> Sequence:
 def run(engine: Engine) -> list[Sequence]:
     finished = []
     while not engine.is_idle:
-        finished += engine.step()
+        for seq in engine.step():
+            if seq.error is not None:
+                raise seq.error
+            finished.append(seq)
     return finished
 
 
@@ -79,7 +82,7 @@ def test_a_mode_cannot_commit_what_is_not_causal_and_plain(
     engine = lm.engine([make(lm, [1, 2])])
     engine.step()
     with pytest.raises(AssertionError, match=rf"only {num_allowed} tokens of the latest step"):
-        engine.step()
+        engine.run()
 
 
 def test_commit_refuses_a_negative_number(lm: TriModeLM) -> None:

@@ -140,7 +140,7 @@ def _modes(config: TriModeConfig) -> dict[str, dict[str, Any]]:
         knobs[mode] = {
             "block_length": None if mode == "ar" else size,
             "threshold": params.reveal_threshold(mode) if mode == "diffusion" else params.threshold,
-            "branches": params.branching(mode)[0] or None,
+            "branches": params.setting(mode).num_groups or None,
             "temperature": params.temperature,
         }
     return knobs

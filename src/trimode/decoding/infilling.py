@@ -10,6 +10,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 from trimode.decoding.gap import NUM_JUDGED, Candidate, Gap
+from trimode.decoding.prefill import prefill
 from trimode.decoding.reveal import even_schedule, select
 from trimode.decoding.sequence import Sequence
 from trimode.decoding.step import BLOCK, Readout, Step, causal_step
@@ -39,9 +40,7 @@ def infill(seq: Sequence, gap: Gap) -> Generator[Step, Readout, None]:
     3. For every candidate a causal forward over fill and suffix, nothing of which is kept.
     """
     *before, last = seq.prompt_ids
-    if before:
-        yield causal_step("prefill", before, start=0, wanted=[len(before) - 1])
-        seq.commit(len(before))
+    yield from prefill(seq, before)
     canvases = _canvases(gap, last=last, mask=seq.mask_token_id, steps=seq.params.steps)
     threshold = seq.params.reveal_threshold("diffusion")
     while still_open := [canvas for canvas in canvases if any(canvas.is_masked)]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Generator
 from trimode.decoding.autoregressive import autoregressive
 from trimode.decoding.block_diffusion import block_diffusion
 from trimode.decoding.infilling import infill
+from trimode.decoding.prefill import prefill
 from trimode.decoding.sequence import Sequence
 from trimode.decoding.speculation import speculate
-from trimode.decoding.step import Readout, Step, causal_step
+from trimode.decoding.step import Readout, Step
 
 Steps = Generator[Step, Readout, None]
 
@@ -21,18 +22,20 @@ MODES: dict[str, Callable[[Sequence], Steps]] = {
     "quadratic": speculate,
 }
 """Each yields the steps of one round and returns in the common state, so modes may change between
-rounds."""
+rounds. `auto` is none of its own: it picks one for every round."""
 
 
 def life(seq: Sequence) -> Steps:
-    """All steps of one sequence. The prefill is causal with the adapter off and gives the first
-    token; a sequence with a gap to fill has a life of its own."""
+    """All steps of one sequence, from the cells it has on. The prefill gives the first token,
+    unless the sequence had emitted some before it lost its row; one with a gap to fill has a life
+    of its own."""
     if seq.gap is not None:
         yield from infill(seq, seq.gap)
         return
-    last = len(seq.prompt_ids) - 1
-    readout = yield causal_step("prefill", seq.prompt_ids, start=0, wanted=[last])
-    seq.commit(len(seq.prompt_ids))
-    seq.emit(readout.token_ids, readout.logprobs)
+    if seq.new_ids:
+        yield from prefill(seq, [*seq.prompt_ids, *seq.new_ids[:-1]])
+    else:
+        readout = yield from prefill(seq, seq.prompt_ids)
+        seq.emit(readout.token_ids, readout.logprobs)
     while not seq.is_finished:
-        yield from MODES[seq.mode](seq)
+        yield from MODES[seq.begin_round().mode](seq)

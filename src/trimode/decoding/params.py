@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimode.decoding.control import Control
+from trimode.decoding.setting import Setting
 from trimode.errors import RequestError
 
-MODE_NAMES = ("ar", "diffusion", "linear", "branching", "quadratic")
-SPECULATIVE = ("linear", "branching", "quadratic")
-"""Modes that write what `ar` writes, in rounds of drafting and verifying."""
+MODE_NAMES = ("ar", "diffusion", "linear", "branching", "quadratic", "auto")
+SPECULATIVE = ("linear", "branching", "quadratic", "auto")
+"""Modes that write what `ar` writes, in rounds of drafting and verifying; `auto` picks among them
+and `ar`, anew for every round."""
 
 DEFAULT_BRANCHES = 4
+MAX_AUTO_BRANCHES = 8
 
 DEFAULT_THRESHOLDS = {"diffusion": 0.9, "linear": 0.0}
 """Where neither `threshold` nor `steps` is given; 0 reveals all in one pass."""
@@ -57,11 +60,12 @@ class GenerationParams:
     """How one prompt is to be continued.
 
     Attributes:
-        mode: `ar`, `diffusion`, `linear`, `branching` or `quadratic`, which is branching over
-            every length, without guesses.
+        mode: `ar`, `diffusion`, `linear`, `branching`, `quadratic`, which is branching over every
+            length, without guesses, or `auto`, which needs an engine with a planner.
         max_new_tokens: At most so many tokens are emitted, at least 1.
         block_length: Diffusion block length K; in speculation, the tokens of one draft including
-            the last emitted one, so K - 1 are proposed. At least 1 in `diffusion`, else 2.
+            the last emitted one, so K - 1 are proposed. At least 1 in `diffusion`, else 2. `auto`
+            takes no longer ones.
         threshold: Reveal every masked position whose confidence reaches this, and always the best.
             `diffusion`: None and no `steps` means 0.9. `linear`: None means one pass per draft.
         steps: Passes per block, 1 to `block_length`, spread evenly. Alone it turns the threshold
@@ -242,7 +246,7 @@ class GenerationParams:
                 f"None, or 0 to 2 * block_length - 1 = {most}",
             )
             check("guesses", lambda v: v is None or isinstance(v, bool), "None, True or False")
-        if self.mode in ("branching", "quadratic"):
+        if self.mode in ("branching", "quadratic", "auto"):
             one_pass = "None, since drafts behind a verify forward are made in one pass"
             check("threshold", lambda v: v is None, one_pass)
             check("steps", lambda v: v is None, one_pass)
@@ -252,20 +256,21 @@ class GenerationParams:
             f"None, or 0 to 1 in {', '.join(SPECULATIVE)}",
         )
 
-    def branching(self, mode: str) -> tuple[int, bool]:
-        """Groups that a forward carries in `mode` behind a block or draft of its own, and whether
-        they may hold guesses."""
+    def setting(self, mode: str) -> Setting:
+        """How a round of `mode` is decoded; of `auto`, the widest that it may pick."""
+        length, most = self.block_length, 2 * self.block_length - 1
         if mode == "diffusion" and self.revision == "joint_threshold":
-            return self.most_edits, False
+            return Setting(mode, length, self.most_edits)
         if mode == "diffusion" and self.reveal_policy == "ar_weighted":
-            return 1, False
+            return Setting(mode, length, 1)
         if mode == "quadratic":
-            return self.block_length, False
+            return Setting(mode, length, length)
         if mode == "branching":
-            most = 2 * self.block_length - 1
             branches = min(DEFAULT_BRANCHES, most) if self.branches is None else self.branches
-            return branches, self.guesses is not False
-        return 0, False
+            return Setting(mode, length, branches, self.guesses is not False)
+        if mode == "auto":
+            return Setting("branching", length, min(MAX_AUTO_BRANCHES, most), True)
+        return Setting(mode, length)
 
     @property
     def reveal_policy(self) -> str:

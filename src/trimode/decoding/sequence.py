@@ -11,6 +11,7 @@ from trimode.decoding.gap import Gap
 from trimode.decoding.grammar import Matcher
 from trimode.decoding.law import Rules
 from trimode.decoding.params import GenerationParams
+from trimode.decoding.setting import Round, Setting
 from trimode.decoding.stats import Stats
 from trimode.decoding.step import TokenLogprobs
 
@@ -94,6 +95,13 @@ class Sequence:
         logprobs: Of each of them, if they were asked for.
         rules: What its answers are subject to beyond temperature and filters; None if nothing.
         finish_reason: None while running, then `stop`, `length` or `abort`.
+        abort_reason: Of an `abort`: `cancelled`, `deadline`, `non_finite` (the network broke down),
+            `no_token` (nothing is left to choose) or `error` (see there).
+        error: What its own `on_event` raised.
+        setting: How the present round is decoded.
+        latest_round: Of speculation; None before the first.
+        num_rounds: Begun so far.
+        choose_setting: Of mode `auto`, asked before each round; set by the engine.
         stop_text_len: Characters of text before the stop string that ended it; None if none did.
         num_committable: How many fed tokens of the latest step may be committed; set by the engine.
         num_cells: Cells of the row it owns; set by the engine.
@@ -126,6 +134,12 @@ class Sequence:
         self.new_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
+        self.abort_reason: str | None = None
+        self.error: Exception | None = None
+        self.setting = params.setting(params.mode)
+        self.latest_round: Round | None = None
+        self.num_rounds = 0
+        self.choose_setting: Callable[[Sequence], Setting] | None = None
         self.stop_text_len: int | None = None
         self.num_committable = 0
         self.num_cells = 0
@@ -157,6 +171,24 @@ class Sequence:
         """How many tokens may still be emitted."""
         return self.params.max_new_tokens - len(self.new_ids)
 
+    @property
+    def committed_ids(self) -> list[int]:
+        """Tokens whose K/V are kept."""
+        num_prompt = len(self.prompt_ids)
+        if self.length <= num_prompt:
+            return self.prompt_ids[: self.length]
+        return self.prompt_ids + self.new_ids[: self.length - num_prompt]
+
+    def begin_round(self) -> Setting:
+        """How the round that begins now is decoded."""
+        self.num_rounds += 1
+        self.setting = self.params.setting(self.mode)
+        if self.mode == "auto":
+            if self.choose_setting is None:
+                raise AssertionError("mode 'auto' needs an engine with a planner")
+            self.setting = self.choose_setting(self)
+        return self.setting
+
     def keep_draft(self, draft: Draft) -> None:
         """Have a draft for the next round, whatever its mode does with it."""
         self._draft = draft
@@ -169,7 +201,7 @@ class Sequence:
     def num_spare_groups(self, num_tokens: int) -> int:
         """Groups of a block each that a step has cells for, behind `num_tokens` others."""
         free = self.num_cells - self.length - num_tokens
-        return max(free // self.params.block_length, 0)
+        return max(free // self.setting.block_length, 0)
 
     def commit(self, num_tokens: int) -> None:
         """Keep the K/V of the first `num_tokens` fed in the latest step."""
@@ -198,7 +230,7 @@ class Sequence:
                 break
             if token_id == self.mask_token_id:
                 logger.error("sequence aborted: what was asked for leaves no token to go on with")
-                self.finish("abort")
+                self.abort("no_token")
                 break
             self.new_ids.append(token_id)
             num_emitted += 1
@@ -212,6 +244,11 @@ class Sequence:
     def finish(self, reason: str) -> None:
         """Nothing more is to come, for a reason other than the newest token."""
         self.finish_reason = self.finish_reason or reason
+
+    def abort(self, reason: str, error: Exception | None = None) -> None:
+        """It ends without having come to its end, unless it has."""
+        if not self.is_finished:
+            self.finish_reason, self.abort_reason, self.error = "abort", reason, error
 
     def event(
         self,

@@ -16,6 +16,7 @@ from itertools import takewhile
 
 from trimode.decoding.reveal import denoise
 from trimode.decoding.sequence import Draft, Sequence
+from trimode.decoding.setting import Round
 from trimode.decoding.step import BLOCK, Readout, Step, causal_step
 from trimode.model.masks import TRUNK
 
@@ -59,10 +60,13 @@ def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
     num_emitted = seq.emit(chosen[: num_accepted + 1], readout.logprobs)
     seq.stats.acceptance_lengths.append(num_emitted)
     seq.commit(num_emitted)
+    has_next = False
     for number, outcome in enumerate(outcomes):
         if outcome.num_accepted == num_accepted and outcome.bonus in (None, chosen[num_accepted]):
             seq.keep_draft(_draft_of_group(seq, readout, number, first=len(block)))
+            has_next = True
             break
+    seq.latest_round = Round(seq.setting, num_checked, num_accepted, has_next)
 
 
 def likeliest_outcomes(seq: Sequence, draft: Draft, num_checked: int) -> list[Outcome]:
@@ -73,8 +77,8 @@ def likeliest_outcomes(seq: Sequence, draft: Draft, num_checked: int) -> list[Ou
     where acceptance stops, with its share of what the first leaves. Where all of a draft that was
     cut is accepted, the guess is its first token that was cut off.
     """
-    num_wanted, has_guesses = seq.params.branching(seq.mode)
-    num_wanted = min(num_wanted, seq.num_spare_groups(num_checked + 1))
+    has_guesses = seq.setting.has_guesses
+    num_wanted = min(seq.setting.num_groups, seq.num_spare_groups(num_checked + 1))
     if not num_wanted:
         return []
     has_guesses = has_guesses and len(draft.runner_ups) == len(draft.token_ids)  # or made without
@@ -104,7 +108,7 @@ def _verify_step(seq: Sequence, block: list[int], outcomes: list[Outcome]) -> St
     step = causal_step("verify", block, start=seq.length, wanted=range(len(block)))
     if not outcomes:
         return step
-    length, masks = seq.params.block_length, [seq.mask_token_id]
+    length, masks = seq.setting.block_length, [seq.mask_token_id]
     token_ids, positions, groups = [*step.token_ids], [*step.positions], [*step.groups]
     wanted = [*step.wanted]
     for number, outcome in enumerate(outcomes):
@@ -121,20 +125,20 @@ def _verify_step(seq: Sequence, block: list[int], outcomes: list[Outcome]) -> St
         is_drafter_on=[group != TRUNK for group in groups],
         wanted=wanted,
         wants_confidence=True,
-        wants_runner_up=seq.params.branching(seq.mode)[1],
+        wants_runner_up=seq.setting.has_guesses,
     )
 
 
 def _draft(seq: Sequence) -> Generator[Step, Readout, Draft]:
     """A draft made now: the block denoised with the drafter on."""
-    block = [seq.last] + [seq.mask_token_id] * (seq.params.block_length - 1)
+    block = [seq.last] + [seq.mask_token_id] * (seq.setting.block_length - 1)
     filled = yield from denoise(
         seq,
         block,
         kind="draft",
         is_drafter_on=True,
         threshold=seq.params.reveal_threshold("linear"),
-        wants_runner_up=seq.params.branching(seq.mode)[1],
+        wants_runner_up=seq.setting.has_guesses,
     )
     return Draft(
         seq.length,
@@ -147,7 +151,7 @@ def _draft(seq: Sequence) -> Generator[Step, Readout, Draft]:
 
 def _draft_of_group(seq: Sequence, readout: Readout, number: int, *, first: int) -> Draft:
     """What a group answered; its first token, the bonus, is known by now."""
-    share = seq.params.block_length - 1
+    share = seq.setting.block_length - 1
     answers = slice(first + number * share, first + (number + 1) * share)
     draft = Draft(
         seq.length,

@@ -17,6 +17,8 @@ class Stats:
         tokens_fed: Tokens this sequence fed, by the same kinds.
         new_tokens: Tokens emitted.
         acceptance_lengths: Per round of speculation, accepted drafts plus the bonus token.
+        reused_tokens: Tokens whose K/V another sequence had left behind, so that they were not fed.
+        num_preemptions: Times it gave its row to another and went on later.
         seconds: Wall time from submission to the last token, other sequences' work included.
     """
 
@@ -24,6 +26,8 @@ class Stats:
     tokens_fed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORWARD_KINDS, 0))
     new_tokens: int = 0
     acceptance_lengths: list[int] = field(default_factory=list)
+    reused_tokens: int = 0
+    num_preemptions: int = 0
     seconds: float = 0.0
 
     def count(self, kind: str, num_tokens: int) -> None:

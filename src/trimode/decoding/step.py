@@ -47,6 +47,16 @@ class Step:
         """Absolute position that each wanted answer is for."""
         return [self.positions[i] + (self.groups[i] == TRUNK) for i in self.wanted]
 
+    def head(self, num_tokens: int) -> Step:
+        """A prefill cut short: its first tokens, and the answer behind the last of them, which
+        shows whether all went well."""
+        if self.kind != "prefill" or not 1 <= num_tokens <= len(self.token_ids):
+            raise AssertionError(f"{num_tokens} tokens of a {self.kind} of {len(self.token_ids)}")
+        start = self.positions[0]
+        return causal_step(
+            "prefill", self.token_ids[:num_tokens], start=start, wanted=[num_tokens - 1]
+        )
+
     @property
     def num_committable(self) -> int:
         """Leading fed tokens written causally with the adapter off: all that may be committed."""

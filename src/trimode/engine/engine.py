@@ -1,43 +1,85 @@
-"""The loop, written once: admit, gather what every sequence yields, one forward, resume each."""
+"""The loop, written once: admit, take what every sequence yields, one forward, resume each."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from trimode.decoding import Readout, Sequence, Step, life
 from trimode.decoding.modes import Steps
+from trimode.engine.planner import Planner
+from trimode.engine.rows import Rows
 from trimode.engine.runner import Feed, Runner
-from trimode.errors import CapacityError
-from trimode.model import DrafterAdapter, KVCache, TriModeModel
+from trimode.engine.scheduler import PREFILL_SHARE, Demand, Waiting, WaitingList, share
+from trimode.errors import CapacityError, ConfigError, RequestError
+from trimode.model import DrafterAdapter, TriModeModel
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Running:
-    """A sequence that owns a row: its suspended generator and the step it waits on."""
+    """A sequence that owns a row: its suspended generator and the step it waits on.
+
+    Attributes:
+        fed_at: The forward in which it was fed last.
+        num_before: Tokens it had emitted when it got the row.
+        is_between_rounds: Whether its step is the first of a round, so that nothing is lost if it
+            never runs.
+    """
 
     seq: Sequence
     row: int
     steps: Steps
     step: Step
-    started_s: float
+    entry: Waiting
+    fed_at: int
+    num_before: int
+    is_between_rounds: bool = False
+
+
+@dataclass(slots=True)
+class Counts:
+    """What an engine has done so far.
+
+    Attributes:
+        forwards: Model calls.
+        tokens_fed: Tokens in them.
+        reused_tokens: Tokens that needed not be fed, since another sequence had left their K/V.
+        preemptions: Times a sequence had to give its row to another.
+        finished: Sequences that ended, aborted ones included.
+    """
+
+    forwards: int = 0
+    tokens_fed: int = 0
+    reused_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
 
 
 class Engine:
     """Decodes many sequences together, each in its own mode, at its own length.
 
+    Not thread-safe: one thread owns it.
+
     Args:
         model: The network, in evaluation mode, on the device and in the dtype to run in.
-        num_rows: Sequences that run together; more wait in the order submitted.
+        num_rows: Sequences that run together; more wait.
         num_cells: Cells per row: prompt, new tokens and one block must fit.
         adapter: The drafter adapter, on for draft tokens only.
+        token_budget: Tokens of one forward, so that a long prompt is fed in several and holds
+            nobody up; None for no limit.
+        max_waiting: Sequences that may wait for a row; None for no limit.
+        time_slice: Tokens after which a sequence gives its row to one that waits, to go on later;
+            None for never.
+        planner: Of the rounds of sequences in mode `auto`.
+        clock: Seconds, for deadlines.
 
     Raises:
-        CapacityError: the K/V rows do not fit into memory, or a sequence into a row.
+        CapacityError: the K/V rows do not fit into memory.
+        ConfigError: a number is out of its range.
     """
 
     def __init__(
@@ -47,112 +89,235 @@ class Engine:
         num_rows: int,
         num_cells: int,
         adapter: DrafterAdapter | None = None,
+        token_budget: int | None = None,
+        max_waiting: int | None = None,
+        time_slice: int | None = None,
+        planner: Planner | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if num_rows < 1 or num_cells < 1:
             raise CapacityError(
                 f"num_rows is {num_rows} and num_cells {num_cells}; allowed: at least 1"
             )
-        weight = model.encoder.embed_tokens.weight
-        cache = KVCache(
-            model.config,
-            num_rows=num_rows,
-            num_cells=num_cells,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        self._num_cells = num_cells
+        least = PREFILL_SHARE * num_rows
+        if token_budget is not None and token_budget < least:
+            raise ConfigError(
+                f"token_budget is {token_budget}; allowed: at least {least}, which is"
+                f" {PREFILL_SHARE} for each of {num_rows} rows"
+            )
+        if max_waiting is not None and max_waiting < 0:
+            raise ConfigError(f"max_waiting is {max_waiting}; allowed: at least 0")
+        if time_slice is not None and time_slice < 1:
+            raise ConfigError(f"time_slice is {time_slice}; allowed: at least 1")
+        cache = model.new_cache(num_rows=num_rows, num_cells=num_cells)
+        self.num_rows = num_rows
+        self.num_cells = num_cells
+        self.counts = Counts()
         self._runner = Runner(model, cache, adapter=adapter)
-        self._free_rows = list(range(num_rows))
-        self._waiting: deque[tuple[Sequence, float]] = deque()
+        self._rows = Rows(num_rows, copy_prefix=self._runner.copy_prefix)
+        self._token_budget = token_budget
+        self._max_waiting = max_waiting
+        self._time_slice = time_slice
+        self._planner = planner
+        self._clock = clock
+        self._waiting = WaitingList()
         self._running: list[_Running] = []
+        self._started_s = clock()
 
     @property
     def is_idle(self) -> bool:
         return not (self._waiting or self._running)
 
-    def submit(self, seq: Sequence) -> None:
-        """Queue a sequence; it starts in the first step that has a row for it."""
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without a row."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with a row."""
+        return len(self._running)
+
+    def submit(self, seq: Sequence, *, client: str = "", timeout_s: float | None = None) -> None:
+        """Queue a sequence; it starts in the first step that has a row for it.
+
+        Args:
+            seq: New.
+            client: Whose it is; clients share the rows evenly.
+            timeout_s: Seconds from now after which it is aborted.
+
+        Raises:
+            CapacityError: it never fits into a row, or too many wait (`retry_after_s`).
+            RequestError: it is in mode `auto`, and there is no planner.
+        """
         if seq.length or seq.is_finished or seq in self._sequences():
             raise AssertionError("a sequence is submitted once")
+        if self._planner is None and "auto" in (seq.mode, seq.params.mode):
+            raise RequestError("mode is 'auto'; allowed: another, since this engine has no planner")
         needed = cells_needed(seq)
-        if needed > self._num_cells:
+        if needed > self.num_cells:
             raise CapacityError(
                 f"prompt of {len(seq.prompt_ids)} + max_new_tokens={seq.params.max_new_tokens} + "
                 f"blocks of {seq.params.block_length} need {needed} cells in mode {seq.mode!r}; a "
-                f"row has {self._num_cells}"
+                f"row has {self.num_cells}"
             )
-        self._waiting.append((seq, time.perf_counter()))
+        if self._max_waiting is not None and len(self._waiting) >= self._max_waiting + (
+            self._rows.num_free
+        ):
+            raise CapacityError(
+                f"{len(self._running)} requests run and {len(self._waiting)} wait; at most"
+                f" {self._max_waiting} may wait",
+                retry_after_s=self._seconds_each() * (1 + len(self._waiting)),
+            )
+        now = self._clock()
+        self._waiting.add(Waiting(seq, client, now, None if timeout_s is None else now + timeout_s))
 
     def step(self) -> list[Sequence]:
-        """Advance every running sequence by one forward.
+        """Advance the running sequences by one forward, all that fit its budget.
 
         Returns:
-            The sequences that finished in it.
+            The sequences that ended in it, for whatever reason. One whose own `on_event` raised has
+            that as its `error`; nothing of it is raised here.
+        """
+        ended = self._abort_late()
+        self._admit()
+        served = self._served()
+        if not served:
+            return ended
+        readouts = self._run(served)
+        for (running, step), readout in zip(served, readouts, strict=True):
+            self._resume(running, step, readout)
+            if running.seq.is_finished:
+                self._release(running, is_clean=readout is not None)
+                ended.append(running.seq)
+        self._preempt()
+        return ended
+
+    def run(self) -> None:
+        """Step until nothing is left.
 
         Raises:
-            Exception: What a sequence's own `on_event` raised. That sequence is aborted, all others
-                have advanced.
+            Exception: What a sequence's own `on_event` raised; the others can go on.
         """
-        self._admit()
-        if not self._running:
-            return []
-        before = list(self._running)
-        feeds = [Feed(running.seq, running.row, running.step) for running in before]
-        readouts = self._runner.run(feeds)
-        failures = []
-        for running, readout in zip(before, readouts, strict=True):
-            try:
-                _resume(running, readout)
-            except Exception as error:
-                running.seq.finish_reason = "abort"
-                failures.append(error)
-            if running.seq.is_finished:
-                self._release(running)
-        if failures:
-            raise failures[0]
-        return [running.seq for running in before if running.seq.is_finished]
+        while not self.is_idle:
+            for seq in self.step():
+                if seq.error is not None:
+                    raise seq.error
 
-    def abort(self, seq: Sequence) -> None:
+    def abort(self, seq: Sequence, reason: str = "cancelled") -> None:
         """Stop a sequence between steps, waiting or running; its row is free at once."""
-        seq.finish_reason = seq.finish_reason or "abort"
-        self._waiting = deque(entry for entry in self._waiting if entry[0] is not seq)
+        seq.abort(reason)
+        self._waiting.remove(seq)
         for running in [running for running in self._running if running.seq is seq]:
             self._release(running)
 
     def _sequences(self) -> list[Sequence]:
-        return [seq for seq, _ in self._waiting] + [running.seq for running in self._running]
+        return [entry.seq for entry in self._waiting] + [one.seq for one in self._running]
+
+    def _seconds_each(self) -> float:
+        """Between one sequence that ended and the next, so far; 1 before any has."""
+        num_finished = self.counts.finished
+        return (self._clock() - self._started_s) / num_finished if num_finished else 1.0
+
+    def _abort_late(self) -> list[Sequence]:
+        now = self._clock()
+        entries = [*self._waiting, *(running.entry for running in self._running)]
+        late = [e.seq for e in entries if e.deadline_s is not None and e.deadline_s <= now]
+        for seq in late:
+            self.abort(seq, "deadline")
+        return late
 
     def _admit(self) -> None:
-        while self._waiting and self._free_rows:
-            seq, started_s = self._waiting.popleft()
+        while self._waiting and self._rows.num_free:
+            entry = self._waiting.pop(running.entry.client for running in self._running)
+            seq = entry.seq
+            row = self._rows.take(seq, [*seq.prompt_ids, *seq.new_ids[:-1]])
+            self.counts.reused_tokens += seq.length
+            seq.num_cells = self.num_cells
+            seq.choose_setting = None if self._planner is None else self._planner.choose
             steps = life(seq)
-            row = self._free_rows.pop(0)
-            seq.num_cells = self._num_cells
-            self._running.append(_Running(seq, row, steps, next(steps), started_s))
+            running = _Running(
+                *(seq, row, steps, next(steps), entry),
+                fed_at=self.counts.forwards,
+                num_before=len(seq.new_ids),
+            )
+            self._running.append(running)
 
-    def _release(self, running: _Running) -> None:
+    def _served(self) -> list[tuple[_Running, Step]]:
+        """Who is fed in the next forward, and what."""
+        demands = [
+            Demand(len(one.step.token_ids), one.step.kind == "prefill", one.fed_at)
+            for one in self._running
+        ]
+        served = []
+        for one, num_tokens in zip(self._running, share(demands, self._token_budget), strict=True):
+            if num_tokens:
+                is_whole = num_tokens == len(one.step.token_ids)
+                served.append((one, one.step if is_whole else one.step.head(num_tokens)))
+        return served
+
+    def _run(self, served: list[tuple[_Running, Step]]) -> list[Readout | None]:
+        started_s = time.perf_counter()
+        readouts = self._runner.run([Feed(one.seq, one.row, step) for one, step in served])
+        num_tokens = sum(len(step.token_ids) for _, step in served)
+        self.counts.forwards += 1
+        self.counts.tokens_fed += num_tokens
+        for one, _ in served:
+            one.fed_at = self.counts.forwards
+        if self._planner is not None:
+            seconds = time.perf_counter() - started_s
+            self._planner.note_forward([one.seq for one, _ in served], num_tokens, seconds)
+        return readouts
+
+    def _resume(self, running: _Running, step: Step, readout: Readout | None) -> None:
+        """Hand a sequence its answers; it acts on them and says what it needs next."""
+        seq = running.seq
+        seq.stats.count(step.kind, len(step.token_ids))
+        if readout is None:
+            logger.error("sequence aborted: non-finite logits in a %s forward", step.kind)
+            seq.abort("non_finite")
+            return
+        seq.num_committable = step.num_committable
+        num_rounds = seq.num_rounds
+        try:
+            running.step = running.steps.send(readout)
+            running.is_between_rounds = seq.num_rounds > num_rounds
+        except StopIteration:
+            assert seq.is_finished
+        except Exception as error:
+            seq.abort("error", error)
+
+    def _preempt(self) -> None:
+        """Those whose time slice is over give their rows to as many that wait."""
+        if self._time_slice is None:
+            return
+        num_wanted = len(self._waiting) - self._rows.num_free
+        for running in list(self._running):
+            if num_wanted <= 0:
+                break
+            num_new = len(running.seq.new_ids) - running.num_before
+            clients = [one.entry.client for one in self._running if one is not running]
+            if (
+                running.is_between_rounds
+                and num_new >= self._time_slice
+                and self._waiting.has_one_for(running.entry.client, clients)
+            ):
+                num_wanted -= 1
+                self._take_row(running)
+                running.seq.length = 0
+                running.seq.stats.num_preemptions += 1
+                self.counts.preemptions += 1
+                self._waiting.add(running.entry)
+
+    def _release(self, running: _Running, *, is_clean: bool = True) -> None:
+        self._take_row(running, is_clean=is_clean)
+        running.seq.stats.seconds = self._clock() - running.entry.submitted_s
+        self.counts.finished += 1
+
+    def _take_row(self, running: _Running, *, is_clean: bool = True) -> None:
         running.steps.close()
-        running.seq.stats.seconds = time.perf_counter() - running.started_s
         self._running.remove(running)
-        self._free_rows.append(running.row)
-        self._free_rows.sort()
-
-
-def _resume(running: _Running, readout: Readout | None) -> None:
-    """Hand a sequence its answers; it acts on them and says what it needs next."""
-    seq, step = running.seq, running.step
-    seq.stats.count(step.kind, len(step.token_ids))
-    if readout is None:
-        logger.error(
-            "sequence aborted: the network gave non-finite logits in a %s forward", step.kind
-        )
-        seq.finish_reason = "abort"
-        return
-    seq.num_committable = step.num_committable
-    try:
-        running.step = running.steps.send(readout)
-    except StopIteration:
-        assert seq.is_finished
+        self._rows.give_back(running.row, is_clean=is_clean)
 
 
 def cells_needed(seq: Sequence) -> int:
@@ -162,5 +327,5 @@ def cells_needed(seq: Sequence) -> int:
     params = seq.params
     if seq.gap is not None:
         return len(seq.prompt_ids) + seq.gap.num_fed
-    num_groups = max(params.branching(mode)[0] for mode in (seq.mode, params.mode))
+    num_groups = max(params.setting(mode).num_groups for mode in (seq.mode, params.mode))
     return len(seq.prompt_ids) + params.max_new_tokens + params.block_length * (1 + num_groups)
