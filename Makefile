@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format results clean
+.PHONY: demo test soak check format results clean
 
 demo: $(STAMP)
 	GOMP_SPINCOUNT=3000 $(BIN)/python examples/three_modes.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Ten minutes of a server under mixed load and rude clients, then three with replicas that are killed.
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.serving.soak --seconds 600 --replica-seconds 180 \
+		--output benchmarks/results/soak_cpu_$(MONTH).json
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -21,7 +26,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every table that depends on the default model: benchmark, card, README, docs. About 30 minutes on
+# Every table that depends on the default model: benchmark, card, README, docs. About 50 minutes on
 # a machine that does nothing else. The pairs are made from what is installed, once. Not among them:
 # benchmarks/bench_cpu.py, which wants llama.cpp beside it.
 MONTH := $(shell date +%Y%m)
@@ -37,6 +42,9 @@ results: $(STAMP) $(PAIRS)
 	$(BIN)/python benchmarks/bench_reveal.py --output benchmarks/results/reveal_cpu_$(MONTH)
 	$(BIN)/python benchmarks/bench_infill.py --output benchmarks/results/infill_cpu_$(MONTH)
 	$(BIN)/python benchmarks/bench_revise.py --output benchmarks/results/revise_cpu_$(MONTH)
+	GOMP_SPINCOUNT=3000 $(BIN)/python benchmarks/bench_auto.py \
+		--output benchmarks/results/auto_cpu_$(MONTH)
+	$(BIN)/python benchmarks/bench_serve.py --output benchmarks/results/serve_cpu_$(MONTH)
 	$(BIN)/python benchmarks/model_card.py
 	$(BIN)/python benchmarks/fill_tables.py
 

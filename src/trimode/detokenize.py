@@ -55,6 +55,35 @@ class GrowingText:
         return decode(self._tokenizer, self._window)[self._num_shown :]
 
 
+class StandingText:
+    """Text of a growing list of tokens as a reader may have it: nothing that a later token can
+    change, nothing that a stop string may yet take back.
+
+    Args:
+        tokenizer: Of the model.
+        stop: The strings that end the text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop: Sequence[str] = ()) -> None:
+        self._text = GrowingText(tokenizer)
+        self._stop = stop
+        self._held = ""
+        self._num_given = 0
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Take the next tokens; returns the text that now stands, possibly none."""
+        self._held += self._text.push(token_ids)
+        length = free_len(self._held, self._stop)
+        piece, self._held = self._held[:length], self._held[length:]
+        self._num_given += length
+        return piece
+
+    def finish(self, text: str) -> str:
+        """What of the final text, all of it, was not given yet."""
+        rest, self._num_given = text[self._num_given :], len(text)
+        return rest
+
+
 def free_len(text: str, stop: Sequence[str]) -> int:
     """Characters of `text` that cannot belong to a stop string, whatever follows."""
     for start in range(len(text)):

@@ -6,7 +6,7 @@ import ast
 import re
 import secrets
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from operator import index
@@ -146,6 +146,41 @@ def infill_text(
     Raises:
         RequestError: an argument is not valid, or there is no gap.
     """
+    options = {name: value for name, value in locals().items() if name not in ("lm", "text")}
+    filling = infill_steps(lm, text, **options)
+    while True:
+        try:
+            seq = next(filling)
+        except StopIteration as end:
+            found = end.value
+            assert isinstance(found, Infilling)
+            return found
+        lm.engine([seq]).run()
+        if seq.finish_reason == "abort":
+            raise RequestError("the network gave non-finite numbers; nothing was filled in")
+
+
+def infill_steps(
+    lm: LanguageModel,
+    text: str,
+    *,
+    spans: Items[tuple[int, int]] | None = None,
+    lengths: Items[int] | None = None,
+    language: str | None = None,
+    context: int | None = None,
+    threshold: float | None = None,
+    steps: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> Generator[Sequence, None, Infilling]:
+    """`infill_text` for one who runs the engine: yields a sequence for each gap, and goes on when
+    that one has finished.
+
+    Raises:
+        RequestError: as `infill_text`.
+    """
     if lm.tokenizer is None:
         raise RequestError("infilling text needs a tokenizer, and this checkpoint has none")
     if not isinstance(text, str):
@@ -186,11 +221,7 @@ def infill_text(
         seq = _sequence(
             *(lm, done, behind), lengths=lengths, context=context or DEFAULT_CONTEXT, params=params
         )
-        engine = lm.engine([seq])
-        while not engine.is_idle:
-            engine.step()
-        if seq.finish_reason == "abort":
-            raise RequestError("the network gave non-finite numbers; nothing was filled in")
+        yield seq
         candidates = _ranked(lm, seq, done, later, language=language, has_crlf=has_crlf)
         gaps.append(FilledGap(len(done), candidates))
         done += candidates[0].text

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,24 @@ from transformers import PreTrainedTokenizerBase
 from trimode.arguments import Prompt, as_prompts, as_seeds, as_tuple, plain
 from trimode.checkpoint.adapter import check_use, find_adapter, load_adapter, merge_lora
 from trimode.checkpoint.io import load_model, load_tokenizer, resolve
+from trimode.checkpoint.share import load_share
 from trimode.conversation import Messages, answering
 from trimode.decoding import Event, GenerationParams, Sequence, Stats
 from trimode.decoding.control import CONTROL_NAMES, Control
 from trimode.decoding.grammar import Grammars
 from trimode.decoding.reveal import degenerate_reason
 from trimode.decoding.step import TokenLogprobs
-from trimode.detokenize import GrowingText, decode, free_len
+from trimode.detokenize import StandingText, decode
 from trimode.engine import Engine
+from trimode.engine.costs import find_costs
 from trimode.engine.engine import cells_needed
+from trimode.engine.planner import Planner
+from trimode.engine.ranks import Ranks, join
 from trimode.errors import ConfigError, RequestError
 from trimode.infill import Infilling, infill_text
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.products import as_weights
+from trimode.model.shares import share_adapter
 from trimode.revision import Revision, revise_text
 
 logger = logging.getLogger(__name__)
@@ -68,6 +74,7 @@ class TriModeLM:
         tokenizer: transformers tokenizer; None for a checkpoint without one, which takes prompts of
             token ids only.
         adapter: The drafter adapter, or None.
+        ranks: That share the network, if it was loaded so: those other than the first only follow.
     """
 
     def __init__(
@@ -76,10 +83,12 @@ class TriModeLM:
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         adapter: DrafterAdapter | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.adapter = adapter
+        self.ranks = ranks
         self._grammars = Grammars(tokenizer, num_tokens=model.config.vocab_size)
 
     def generate(
@@ -123,8 +132,8 @@ class TriModeLM:
 
         Args:
             prompt: A string or token ids; or a list of either, which need not be equally long.
-            mode: `ar`, `diffusion`, `linear`, `branching` or `quadratic`. For one seed all but
-                `diffusion` give the same text.
+            mode: `ar`, `diffusion`, `linear`, `branching`, `quadratic`, or `auto`, which picks among
+                them for every round. For one seed all but `diffusion` give the same text.
             max_new_tokens, block_length, threshold, steps, policy, entropy_bound, revision,
             edit_threshold, edit_budget, doubt, remask_schedule, remask_rate, branches, guesses,
             draft_cutoff, temperature, top_p, top_k, ignore_eos, stop_token_ids: See
@@ -145,9 +154,7 @@ class TriModeLM:
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
         is_single, sequences = self._sequences(**arguments)
-        engine = self.engine(sequences)
-        while not engine.is_idle:
-            engine.step()
+        self.engine(sequences).run()
         generations = [self.generation(seq) for seq in sequences]
         return generations[0] if is_single else generations
 
@@ -182,12 +189,16 @@ class TriModeLM:
         """
         if self.tokenizer is None:
             raise RequestError("streaming text needs a tokenizer, and this checkpoint has none")
+        return Stream(self, self.prepare(prompt, **options))
+
+    def prepare(self, prompt: Prompt, **options: Any) -> Sequence:
+        """One prompt and options of `generate`, checked: a sequence for an `Engine`."""
         arguments = inspect.signature(self.generate).bind(prompt, **options)
         arguments.apply_defaults()
         is_single, sequences = self._sequences(**arguments.arguments)
         if not is_single:
-            raise RequestError(f"stream takes one prompt, and got a list of {len(sequences)}")
-        return Stream(self, sequences[0])
+            raise RequestError(f"this takes one prompt, and got a list of {len(sequences)}")
+        return sequences[0]
 
     def _sequences(
         self,
@@ -273,6 +284,12 @@ class TriModeLM:
             on_event=on_event,
         )
 
+    @cached_property
+    def planner(self) -> Planner:
+        """Of mode `auto`: learns from all that this model decodes. Made when first wanted, which
+        takes a few seconds where forwards were not measured before."""
+        return Planner(find_costs(self.model, adapter=self.adapter))
+
     def engine(self, sequences: Items[Sequence]) -> Engine:
         """An engine just large enough for these sequences, with them submitted."""
         engine = Engine(
@@ -280,6 +297,7 @@ class TriModeLM:
             num_rows=min(len(sequences), MAX_BATCH),
             num_cells=max(map(cells_needed, sequences)),
             adapter=self.adapter,
+            planner=self.planner if any(seq.mode == "auto" for seq in sequences) else None,
         )
         for seq in sequences:
             engine.submit(seq)
@@ -338,10 +356,8 @@ class Stream(Iterator[str]):
         self._seq = seq
         self._engine: Engine | None = lm.engine([seq])
         assert lm.tokenizer is not None
-        self._text = GrowingText(lm.tokenizer)
+        self._text = StandingText(lm.tokenizer, stop=seq.params.stop)
         self._num_taken = 0
-        self._held = ""
-        self._num_yielded = 0
 
     @property
     def stats(self) -> Stats:
@@ -363,11 +379,12 @@ class Stream(Iterator[str]):
         while self._engine is not None:
             try:
                 self._engine.step()
+                if self._seq.error is not None:
+                    raise self._seq.error
             except BaseException:
                 self.close()
                 raise
             piece = self._next_piece()
-            self._num_yielded += len(piece)
             if piece:
                 return piece
         raise StopIteration
@@ -375,12 +392,10 @@ class Stream(Iterator[str]):
     def _next_piece(self) -> str:
         if self._seq.is_finished:
             self._engine = None
-            return self._lm.generation(self._seq).text[self._num_yielded :]
-        self._held += self._text.push(self._seq.new_ids[self._num_taken :])
-        self._num_taken = len(self._seq.new_ids)
-        length = free_len(self._held, self._seq.params.stop)
-        piece, self._held = self._held[:length], self._held[length:]
-        return piece
+            return self._text.finish(self._lm.generation(self._seq).text)
+        new_ids = self._seq.new_ids[self._num_taken :]
+        self._num_taken += len(new_ids)
+        return self._text.push(new_ids)
 
 
 def load(
@@ -391,6 +406,7 @@ def load(
     lora: str | Path | None = None,
     drafter: str | Path | None = None,
     weights: str | None = None,
+    tensor_parallel: bool = False,
 ) -> TriModeLM:
     """Open a checkpoint.
 
@@ -404,17 +420,37 @@ def load(
             default model. If a tokenizer lies beside it, that one is used.
         drafter: On for draft tokens only, e.g. `linear_spec_lora`.
         weights: `plain`, `packed` or `int8`; see `TriModeModel.pack`. Default: packed for float32
-            on the CPU, else plain.
+            on the CPU, else plain; always plain with `tensor_parallel`.
+        tensor_parallel: Share the network out over the ranks that torchrun has started; all of them
+            load it. Then rank 0 generates and calls `.ranks.close()`, the others `.ranks.follow()`.
 
     Raises:
         CheckpointError: it cannot be used, and why.
-        ConfigError: there is no such device, or no such form of the weights there.
+        ConfigError: there is no such device, or no such form of the weights there; torchrun has not
+            started this process, or its ranks cannot share the network out.
     """
-    folder = resolve(path)
-    device = _as_device(device)
+    options = {"dtype": dtype, "lora": lora, "drafter": drafter, "weights": weights}
+    if not tensor_parallel:
+        return _load(resolve(path), None, device=_as_device(device), **options)
+    if weights not in (None, "plain"):
+        raise ConfigError(f"weights is {weights!r}; allowed with tensor_parallel: plain")
+    options["weights"] = "plain"
+    ranks = join(_as_device(device))
+    try:
+        return _load(resolve(path), ranks, device=ranks.device, **options)
+    except BaseException:
+        ranks.close()
+        raise
+
+
+def _load(folder: Path, ranks: Ranks | None, *, device: torch.device, **options: Any) -> TriModeLM:
+    dtype, lora, drafter, weights = (options[n] for n in ("dtype", "lora", "drafter", "weights"))
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = load_model(folder, device=device, dtype=dtype)
+    if ranks is None:
+        model = load_model(folder, device=device, dtype=dtype)
+    else:
+        model = load_share(folder, mesh=ranks.mesh, device=device, dtype=dtype)
     tokenizer = load_tokenizer(folder)
     if lora is not None:
         lora = find_adapter(lora, checkpoint=folder)
@@ -429,7 +465,11 @@ def load(
         is_quick = device.type == "cpu" and model.dtype is torch.float32
         weights = "packed" if is_quick else "plain"
     model.pack(as_weights(weights))
-    return TriModeLM(model, tokenizer, adapter=adapter)
+    if ranks is not None:
+        if adapter is not None:
+            share_adapter(adapter, ranks.mesh)
+        ranks.connect(model, adapter)
+    return TriModeLM(model, tokenizer, adapter=adapter, ranks=ranks)
 
 
 def _as_device(device: str | torch.device | None) -> torch.device:

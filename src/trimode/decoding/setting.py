@@ -36,9 +36,11 @@ class Round:
         num_checked: Drafted tokens that were verified.
         num_accepted: How many of them were right.
         has_next: Whether the next draft was made in the same forward.
+        is_fresh: Whether the draft had a forward of its own.
     """
 
     setting: Setting
     num_checked: int
     num_accepted: int
     has_next: bool
+    is_fresh: bool

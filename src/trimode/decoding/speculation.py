@@ -46,6 +46,7 @@ def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
     what may still be emitted; where that is one token there is nothing to draft.
     """
     draft = seq.take_draft()
+    is_fresh = draft is None
     if draft is None and seq.num_remaining > 1:
         draft = yield from _draft(seq)
     draft = draft or Draft.nothing(seq.length)
@@ -66,7 +67,7 @@ def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
             seq.keep_draft(_draft_of_group(seq, readout, number, first=len(block)))
             has_next = True
             break
-    seq.latest_round = Round(seq.setting, num_checked, num_accepted, has_next)
+    seq.latest_round = Round(seq.setting, num_checked, num_accepted, has_next, is_fresh)
 
 
 def likeliest_outcomes(seq: Sequence, draft: Draft, num_checked: int) -> list[Outcome]:

@@ -12,6 +12,7 @@ from trimode.decoding.choose import choose
 from trimode.decoding.law import RowLaw
 from trimode.decoding.sequence import Sequence
 from trimode.decoding.step import Readout, Step
+from trimode.errors import ConfigError
 from trimode.model import (
     AdapterSwitch,
     DrafterAdapter,
@@ -39,16 +40,28 @@ class Runner:
         model: The network, in evaluation mode.
         cache: Rows for as many sequences as ever run together.
         adapter: The drafter adapter; None drafts with the network itself.
+
+    Raises:
+        ConfigError: the network is a part of one that another rank leads.
     """
 
     def __init__(
         self, model: TriModeModel, cache: KVCache, *, adapter: DrafterAdapter | None = None
     ) -> None:
+        if model.num_ranks > 1 and model.leader is None:
+            raise ConfigError(
+                "this rank has a part of the model only and decides nothing; call `.ranks.follow()`"
+                " here, and `generate` on rank 0"
+            )
         self._model = model
         self._cache = cache
         self._adapter = adapter
         self._device = cache.keys.device
         self._banned = torch.tensor(model.config.banned_token_ids, device=self._device)
+
+    def copy_prefix(self, source: int, target: int, num_cells: int) -> None:
+        """See `KVCache.copy_prefix`."""
+        self._cache.copy_prefix(source, target, num_cells)
 
     @torch.inference_mode()
     def run(self, feeds: Items[Feed]) -> list[Readout | None]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trimode.errors import ConfigError
+from trimode.model.linear import times_share
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers an adapter may sit on; the published drafter uses `o_proj` only (facts 2.5)."""
@@ -39,7 +41,13 @@ class LoraPair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
-        return nn.functional.linear(nn.functional.linear(x, self.down), self.up) * self.scale
+        return _times(_times(x, self.down), self.up) * self.scale
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    if isinstance(weight, DTensor):
+        return times_share(x, weight)
+    return nn.functional.linear(x, weight)
 
 
 class DrafterAdapter(nn.Module):
@@ -110,6 +118,9 @@ def merge(adapter: DrafterAdapter, layers: nn.ModuleList) -> None:
         weight = linear_of(layers[layer_index], target).weight
         work = torch.promote_types(weight.dtype, torch.float32)
         update = pair.up.to(work) @ pair.down.to(work) * pair.scale
+        if isinstance(weight, DTensor):  # every rank has the whole update and needs its part
+            mesh, placements = weight.device_mesh, weight.placements
+            update = distribute_tensor(update, mesh, placements, src_data_rank=None)
         weight.copy_(weight.to(work) + update)
 
 

@@ -115,10 +115,14 @@ class RowAttention:
     Args:
         cache: Written in place, in every layer.
         feeds: One per sequence, in packed order, sorted by number of tokens.
+
+    Attributes:
+        cache, feeds: As given.
     """
 
     def __init__(self, cache: KVCache, feeds: Sequence[RowFeed]) -> None:
-        self._cache = cache
+        self.cache = cache
+        self.feeds = feeds
         self._buckets: list[_Bucket] = []
         first = 0
         for num_tokens, group in itertools.groupby(feeds, key=lambda feed: len(feed.groups)):
@@ -155,7 +159,7 @@ class RowAttention:
     def _write(self, bucket: _Bucket, layer_index: int, key: Tensor, value: Tensor) -> None:
         if isinstance(bucket.fed, Tensor):
             rows, cells = bucket.fed
-            self._cache.write(layer_index, rows, cells, key, value)
+            self.cache.write(layer_index, rows, cells, key, value)
             return
         for views, new in zip(bucket.fed, (key, value), strict=True):
             tokens = new.view(*bucket.shape, *new.shape[1:])
@@ -164,7 +168,7 @@ class RowAttention:
     def _read(self, bucket: _Bucket, layer_index: int) -> tuple[Tensor, Tensor]:
         """[rows, G, num_cells, D] keys and values."""
         if isinstance(bucket.seen, Tensor):
-            keys, values = self._cache.keys[layer_index], self._cache.values[layer_index]
+            keys, values = self.cache.keys[layer_index], self.cache.values[layer_index]
             cells = slice(bucket.num_cells)
             return keys[bucket.seen, :, cells], values[bucket.seen, :, cells]
         return bucket.seen[0][layer_index], bucket.seen[1][layer_index]

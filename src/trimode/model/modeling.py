@@ -7,7 +7,8 @@ published ones (`encoder.*`, `diffusion_head.weight`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from trimode.errors import ConfigError
 from trimode.model.adapter import AdapterSwitch
 from trimode.model.attention import Attend, DenseAttention
+from trimode.model.cache import KVCache
 from trimode.model.configuration import NemotronLabsDiffusionConfig, TriModeConfig
 from trimode.model.linear import Linear
 from trimode.model.masks import dense_mask
@@ -235,6 +237,20 @@ class Encoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+class Leader(Protocol):
+    """What a network that is shared out over ranks tells the other ranks, on rank 0."""
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, attend: Attend, adapter: AdapterSwitch | None
+    ) -> AbstractContextManager[None]:
+        """Have the others run the forward that is run inside; arguments as `encode` has them."""
+        ...
+
+    def add_cache(self, cache: KVCache) -> None:
+        """Have the others make one like it, and keep theirs as it is."""
+        ...
+
+
 class TriModeModel(PreTrainedModel):
     """One network, many views: every view is an argument of `encode`, none is stored."""
 
@@ -252,6 +268,8 @@ class TriModeModel(PreTrainedModel):
         self.diffusion_head: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
         self.weights: Weights = "plain"  # changed by `pack` only
+        self.num_ranks = 1  # that share out the layers; see `model.shares`
+        self.leader: Leader | None = None  # on rank 0, where there are others
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -281,10 +299,13 @@ class TriModeModel(PreTrainedModel):
 
         Raises:
             ConfigError: no such form; int8 for other than float32 on the CPU; plain or packed after
-                int8; or a part that is not ours (PEFT's, say), whose share would be lost.
+                int8; a part that is not ours (PEFT's, say), whose share would be lost; or weights
+                that are shared out over ranks.
         """
         if as_weights(weights) == self.weights:
             return self
+        if self.num_ranks > 1:
+            raise ConfigError(f"weights is {weights!r}; a model shared out over ranks is plain")
         layers: Any = self.encoder.layers
         if self.weights != "plain":
             for index, layer in enumerate(layers):
@@ -336,6 +357,25 @@ class TriModeModel(PreTrainedModel):
         self.pack("plain")
         return super()._apply(fn, recurse)
 
+    def new_cache(self, *, num_rows: int, num_cells: int) -> KVCache:
+        """K/V rows for this network: on its device, in its dtype, for the heads of this rank.
+
+        Raises:
+            CapacityError: they do not fit into memory, here or on another rank.
+        """
+        weight = self.encoder.embed_tokens.weight
+        cache = KVCache(
+            self.config,
+            num_rows=num_rows,
+            num_cells=num_cells,
+            device=weight.device,
+            dtype=weight.dtype,
+            num_ranks=self.num_ranks,
+        )
+        if self.leader is not None:
+            self.leader.add_cache(cache)
+        return cache
+
     def encode(
         self,
         input_ids: Tensor,
@@ -360,6 +400,19 @@ class TriModeModel(PreTrainedModel):
         Returns:
             [..., H]. `diffusion_head` of any of it gives logits over the vocabulary.
         """
+        if self.leader is None:
+            return self._encode(input_ids, position_ids, attend, adapter, checkpointing)
+        with self.leader.forward(input_ids, position_ids, attend, adapter):
+            return self._encode(input_ids, position_ids, attend, adapter, checkpointing)
+
+    def _encode(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attend: Attend,
+        adapter: AdapterSwitch | None,
+        checkpointing: Checkpointing,
+    ) -> Tensor:
         x = self.encoder.embed_tokens(input_ids)
         angles = self.rotary(position_ids, x.dtype)
         if self.weights != "plain":

@@ -1,0 +1,249 @@
+"""What mode `auto` does: how each round of a sequence is decoded, so that tokens come fast.
+
+Forwards are shared, so what counts is the rate of the whole batch: the tokens that all who run emit
+in a forward, over the seconds that a forward with all that they feed takes. A sequence picks what
+makes this largest, the others taken as they are. Nothing here touches what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from functools import lru_cache
+from weakref import WeakKeyDictionary
+
+from trimode.decoding import Sequence
+from trimode.decoding.params import MAX_AUTO_BRANCHES
+from trimode.decoding.setting import Round, Setting
+from trimode.engine.acceptance import AR_PACE, Acceptance, Outlook, Pace, Shift
+from trimode.engine.costs import Costs
+
+REVIEW_ROUNDS = 8
+"""A sequence thinks its setting over once in so many rounds."""
+
+MARGIN = 0.04
+NUM_REVIEWS = 2
+"""It changes its setting for one that is better by `MARGIN` in so many reviews in a row ..."""
+
+PLAIN_GAIN = 0.25
+"""... or by so much in one."""
+
+PROBE_SHARE = 0.02
+"""Of all time, what probes may cost more than they bring."""
+
+PROBE_LENGTH = 8
+PROBE_ROUNDS = 16
+"""Rounds between two probes of a sequence."""
+
+MOST_SAVED = 4
+"""Probes for which time is kept."""
+
+
+@dataclass(slots=True)
+class _Request:
+    """What the planner keeps of a sequence.
+
+    Attributes:
+        setting: In force; None before its first round.
+        pace: Expected with it.
+        shift: How easy its text is to draft.
+        latest: The last round that was learned from.
+        num_rounds: Since the last review.
+        num_better: Reviews in a row that found something better.
+        since_probe: Rounds since the last probe.
+        charged_s: What the probe under way was charged; None if there is none.
+        seconds_per_token: Of the whole batch, when it was charged.
+        counted_in: The latest forward whose totals it is part of.
+    """
+
+    setting: Setting | None = None
+    pace: Pace = AR_PACE
+    shift: Shift = field(default_factory=Shift)
+    latest: Round | None = None
+    num_rounds: int = 0
+    num_better: int = 0
+    since_probe: int = PROBE_ROUNDS
+    charged_s: float | None = None
+    seconds_per_token: float = 0.0
+    counted_in: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """Of the sequences in a forward: how many, tokens that they emit and feed in it on average."""
+
+    num_rows: int
+    tokens: float
+    fed: float
+
+    def plus(self, pace: Pace) -> _Totals:
+        return _Totals(self.num_rows + 1, self.tokens + pace.tokens, self.fed + pace.fed)
+
+    def minus(self, pace: Pace) -> _Totals:
+        return _Totals(self.num_rows - 1, self.tokens - pace.tokens, self.fed - pace.fed)
+
+
+class Planner:
+    """Picks a setting for each round of each sequence in mode `auto`.
+
+    One may serve engine after engine of the same network, not two at the same time.
+
+    Args:
+        costs: What forwards cost.
+
+    Attributes:
+        costs: As given, refined by every forward.
+        num_switches: Times that a sequence changed its setting, probes apart.
+        num_probes: Rounds spent on finding out.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self._known = Acceptance()
+        self._requests: WeakKeyDictionary[Sequence, _Request] = WeakKeyDictionary()
+        self._num_forwards = 0
+        self._total = _Totals(0, 0.0, 0.0)
+        self._allowed_s = 0.0  # for probes
+        self.num_switches = 0
+        self.num_probes = 0
+
+    def choose(self, seq: Sequence) -> Setting:
+        """How the round of `seq` that begins now is decoded."""
+        one = self._requests.setdefault(seq, _Request())
+        self._learn(seq, one)
+        others = self._others(one)
+        one.num_rounds += 1
+        one.since_probe += 1
+        if one.setting is None:
+            one.setting, one.pace, _ = self._best(seq, one, others)
+        elif one.charged_s is not None:
+            self._settle(one)
+            self._review(seq, one, others)
+        elif one.num_rounds >= REVIEW_ROUNDS:
+            self._review(seq, one, others)
+        return self._probe(seq, one, others) or one.setting
+
+    def note_forward(self, fed: Items[Sequence], num_tokens: int, seconds: float) -> None:
+        """Learn what a forward cost, and who runs."""
+        self._num_forwards += 1
+        self._allowed_s += PROBE_SHARE * seconds
+        if not any(map(_is_prefilled, fed)):
+            self.costs.note(len(fed), num_tokens, seconds)
+        total = _Totals(0, 0.0, 0.0)
+        for seq in fed:
+            if seq.mode == "auto":
+                one = self._requests.setdefault(seq, _Request())
+                one.counted_in = self._num_forwards
+                total = total.plus(one.pace)
+            else:
+                total = total.plus(_seen_pace(seq))
+        self._total = total
+
+    def _learn(self, seq: Sequence, one: _Request) -> None:
+        one.shift.fade()
+        happened = seq.latest_round
+        if happened is not None and happened is not one.latest:
+            one.latest = happened
+            is_cut = seq.params.draft_cutoff is not None
+            self._known.learn(one.shift, happened, is_cut=is_cut)
+
+    def _others(self, one: _Request) -> _Totals:
+        """Those of the latest forward without this one."""
+        return self._total.minus(one.pace) if one.counted_in == self._num_forwards else self._total
+
+    def _rate(self, others: _Totals, pace: Pace) -> float:
+        """Tokens a second of the whole batch, one of it going at this pace."""
+        total = others.plus(pace)
+        return total.tokens / self.costs.curve(total.num_rows)(total.fed)
+
+    def _best(self, seq: Sequence, one: _Request, others: _Totals) -> tuple[Setting, Pace, float]:
+        """The best setting, its pace, and by what part it is better for a sequence than its present
+        one. One of B sequences moves the rate of all by a B-th of what it gains itself."""
+        outlook = Outlook(self._known, one.shift.value, seq.params.block_length)
+        if one.setting is not None:
+            one.pace = outlook.pace(one.setting)
+        paces = {setting: outlook.pace(setting) for setting in settings(seq.params.block_length)}
+        rates = {setting: self._rate(others, pace) for setting, pace in paces.items()}
+        best = max(rates, key=lambda setting: rates[setting])
+        gain = (others.num_rows + 1) * (rates[best] / self._rate(others, one.pace) - 1)
+        return best, paces[best], gain
+
+    def _review(self, seq: Sequence, one: _Request, others: _Totals) -> None:
+        """Change the setting if another is better, plainly or for long enough."""
+        one.num_rounds = 0
+        best, pace, gain = self._best(seq, one, others)
+        one.num_better = one.num_better + 1 if gain > MARGIN else 0
+        if gain > PLAIN_GAIN or one.num_better >= NUM_REVIEWS:
+            one.setting, one.pace, one.num_better = best, pace, 0
+            self.num_switches += 1
+
+    def _probe(self, seq: Sequence, one: _Request, others: _Totals) -> Setting | None:
+        """A round of linear where the present setting would never tell how well longer drafts do:
+        if they would pay were all of them right, and if there is time for it.
+
+        What it costs more than a round as usual is paid in advance; what it brings is paid back.
+        """
+        assert one.setting is not None
+        length = min(seq.params.block_length, PROBE_LENGTH)
+        is_known = one.setting.mode != "ar" and one.setting.block_length >= length
+        if is_known or one.since_probe < PROBE_ROUNDS:
+            return None
+        at_best = Pace(length / 2, length)
+        gain = (others.num_rows + 1) * (
+            self._rate(others, at_best) / self._rate(others, one.pace) - 1
+        )
+        if gain <= MARGIN:
+            one.since_probe = 0
+            return None
+        usual, probed = others.plus(one.pace), others.plus(at_best)
+        curve = self.costs.curve(usual.num_rows)
+        charged_s = 2 * (curve(probed.fed) - curve(usual.fed))
+        self._allowed_s = min(self._allowed_s, MOST_SAVED * charged_s)
+        if charged_s > self._allowed_s:
+            return None
+        self._allowed_s -= charged_s
+        one.charged_s, one.since_probe = charged_s, 0
+        one.seconds_per_token = 1 / self._rate(others, one.pace)
+        self.num_probes += 1
+        return Setting("linear", length)
+
+    def _settle(self, one: _Request) -> None:
+        """A probe is over. One that paid is worth another at once, and so is one that checked a
+        draft left over from before instead of one of its own."""
+        assert one.charged_s is not None
+        assert one.latest is not None
+        num_forwards = 2 if one.latest.is_fresh else 1
+        gained = one.latest.num_accepted + 1 - num_forwards * one.pace.tokens
+        gained_s = gained * one.seconds_per_token
+        self._allowed_s += gained_s
+        if gained_s > one.charged_s or not one.latest.is_fresh:
+            one.since_probe = PROBE_ROUNDS
+        one.charged_s = None
+
+
+@lru_cache
+def settings(block_length: int) -> tuple[Setting, ...]:
+    """What a sequence may pick from, `ar` first."""
+    lengths = sorted({2, 3, *(2**i for i in range(2, 32) if 2**i < block_length), block_length})
+    found = [Setting("ar", block_length)]
+    for length in (length for length in lengths if length <= block_length):
+        found.append(Setting("linear", length))
+        most = min(MAX_AUTO_BRANCHES, 2 * length - 1)
+        counts = [count for count in (1, 2, 4, 8) if count <= most]
+        found += [Setting("branching", length, count, True) for count in counts]
+    return tuple(found)
+
+
+def _is_prefilled(seq: Sequence) -> bool:
+    """Whether it feeds tokens that it did not make just now."""
+    return seq.length + 1 < len(seq.prompt_ids) + len(seq.new_ids)
+
+
+def _seen_pace(seq: Sequence) -> Pace:
+    """Of a sequence in another mode, so far."""
+    stats = seq.stats
+    num_forwards = stats.num_forwards - stats.forwards["prefill"]
+    if not num_forwards:
+        return AR_PACE
+    num_fed = sum(stats.tokens_fed.values()) - stats.tokens_fed["prefill"]
+    return Pace((stats.new_tokens - 1) / num_forwards, num_fed / num_forwards)
