@@ -35,7 +35,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "training": {"checkpoint", "model", "errors", "_version"},
     "evaluation": {"training", "runtime", "engine", "decoding", "checkpoint", "model", "errors"},
-    "serving": {"runtime", "engine", "decoding", "checkpoint", "model", "errors", "_version"},
+    "serving": {
+        *("runtime", "infill", "conversation", "detokenize"),  # it runs what runtime runs, in steps
+        *("engine", "decoding", "checkpoint", "model", "errors", "_version"),
+    },
     "hf": {"runtime", "engine", "decoding", "checkpoint", "model", "errors"},
     "cli": {
         *("serving", "evaluation", "training", "runtime", "infill", "engine"),

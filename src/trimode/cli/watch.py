@@ -42,6 +42,7 @@ LEGENDS = {
     "linear": ("masked", "drafted", "accepted", "rejected", "AR choice"),
     "branching": ("masked", "drafted", "accepted", "rejected", "AR choice"),
     "quadratic": ("masked", "drafted", "accepted", "rejected", "AR choice"),
+    "auto": ("masked", "drafted", "accepted", "rejected", "AR choice"),
 }
 
 _UNSAFE = re.compile(

@@ -1,0 +1,196 @@
+"""What requests may hold: OpenAI's fields, and ours beside them, flat and optional.
+
+A field that is not given has OpenAI's default where OpenAI has the field (temperature 1, 16 tokens
+for a completion), else that of `TriModeLM.generate`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+TokenId = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Text = Annotated[str, Field(min_length=1)]
+Filter = Annotated[float, Field(gt=0, le=1)]
+Temperature = Annotated[float, Field(ge=0, le=1e5)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Fields of OpenAI's that are not supported -> values that ask for nothing, beside null."""
+
+    model: str | None = Field(None, description="the name under /v1/models; null: the one served")
+    temperature: Temperature | None = Field(None, description="0 is greedy")
+    top_k: Count | None = None
+    top_p: Filter | None = None
+    seed: Seed | None = Field(
+        None, description="fixes the text; choice i has seed + i; drawn where not given"
+    )
+    threshold: Share | None = None
+    steps: Count | None = None
+    timeout_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="seconds after which the request ends with 504"
+    )
+    user: str | None = Field(None, description="taken and not used, as OpenAI's field is for them")
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's `stream_options`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    include_usage: bool = Field(False, description="a last chunk with the usage")
+
+
+class _Generating(_Request):
+    """What completions and chat have in common."""
+
+    max_tokens: Count | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = Field(
+        None, description="a string, or up to 16 of them"
+    )
+    logit_bias: dict[str, float] | None = Field(None, description="by token id, written as text")
+    mode: Literal["ar", "diffusion", "linear", "branching", "quadratic", "auto"] | None = None
+    block_length: Count | None = None
+    policy: str | None = None
+    entropy_bound: Annotated[float, Field(ge=0)] | None = None
+    revision: Literal["joint_threshold", "ar_doubt", "remdm"] | None = None
+    edit_threshold: Share | None = None
+    edit_budget: Count | None = None
+    doubt: Share | None = None
+    remask_schedule: Literal["cap", "rescale", "conf", "loop"] | None = None
+    remask_rate: Share | None = None
+    branches: Annotated[int, Field(ge=0)] | None = None
+    guesses: bool | None = None
+    draft_cutoff: Share | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[TokenId] | None = None
+    json_schema: dict[str, Any] | bool | str | None = None
+    regex: Text | None = None
+    grammar: Text | None = None
+    max_thinking_tokens: Annotated[int, Field(ge=0)] | None = None
+    end_think_token_id: TokenId | None = None
+    events: bool | None = Field(None, description="with stream: chunks with a `trimode_event`")
+
+
+class CompletionRequest(_Generating):
+    """`POST /v1/completions`."""
+
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "best_of": (1,),
+        "echo": (False,),
+        "frequency_penalty": (0,),
+        "presence_penalty": (0,),
+        "suffix": (),
+    }
+
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]] = Field(
+        description="a string, token ids, or a list of either"
+    )
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a conversation; `developer` is `system`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] = Field(description="a string, or a list of text parts")
+
+
+class JsonSchema(BaseModel):
+    """Of `response_format`; always kept to, `strict` or not."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's `response_format`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class ChatRequest(_Generating):
+    """`POST /v1/chat/completions`."""
+
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "audio": (),
+        "frequency_penalty": (0,),
+        "function_call": ("none",),
+        "functions": ([],),
+        "metadata": ({},),
+        "modalities": (["text"],),
+        "parallel_tool_calls": (True, False),
+        "prediction": (),
+        "presence_penalty": (0,),
+        "prompt_cache_key": (),
+        "prompt_cache_retention": (),
+        "reasoning_effort": (),
+        "safety_identifier": (),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class InfillRequest(_Request):
+    """`POST /v1/infill`: `text` with `<FILL>` for each gap, or `prompt` and `suffix` around one."""
+
+    text: str | None = Field(None, description="with <FILL> for every gap")
+    prompt: str | None = Field(None, description="the text before one gap")
+    suffix: str | None = Field(None, description="the text behind it")
+    lengths: Annotated[list[Count], Field(min_length=1, max_length=48)] | None = None
+    language: Literal["python"] | None = None
+    context: Count | None = None
+
+
+OURS = (
+    *("mode", "block_length", "threshold", "steps", "policy", "entropy_bound", "revision"),
+    *("edit_threshold", "edit_budget", "doubt", "remask_schedule", "remask_rate", "branches"),
+    *("guesses", "draft_cutoff", "top_p", "top_k", "seed", "stop", "stop_token_ids", "ignore_eos"),
+    *("repetition_penalty", "max_thinking_tokens", "end_think_token_id", "json_schema", "regex"),
+    "grammar",
+)
+"""Fields that are arguments of `TriModeLM.generate` by the same name."""
+
+OURS_OF_INFILL = (
+    *("lengths", "language", "context", "threshold", "steps", "top_k", "top_p", "seed"),
+)
+"""Fields that are arguments of `TriModeLM.infill` by the same name."""

@@ -1,0 +1,321 @@
+"""A request's bytes as checked fields, and its fields as jobs. Every refusal is one line that names
+the field."""
+
+from __future__ import annotations
+
+import difflib
+import secrets
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, ValidationError
+
+from trimode.serving.jobs import Failed, Job, ModelCard
+from trimode.serving.refusals import Refusal, bad_request
+from trimode.serving.schemas import (
+    OURS,
+    OURS_OF_INFILL,
+    ChatRequest,
+    CompletionRequest,
+    InfillRequest,
+    Message,
+)
+from trimode.serving.settings import Settings
+
+DEFAULT_COMPLETION_TOKENS = 16
+DEFAULT_TEMPERATURE = 1.0
+R = TypeVar("R", CompletionRequest, ChatRequest, InfillRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks.
+
+    Attributes:
+        request_id: Of the request.
+        name: The client, by its key or its address.
+    """
+
+    request_id: str
+    name: str
+
+
+def parse(kind: type[R], body: bytes) -> R:
+    """A body as a request.
+
+    Raises:
+        Refusal: 400, naming the field.
+    """
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise bad_request(
+            f"the body is not valid UTF-8: byte 0x{body[error.start]:02x} at offset {error.start}"
+        ) from None
+    try:
+        fields = pydantic_core.from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise bad_request(f"the body is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise bad_request(f"the body is {_shown(fields)}; allowed: a JSON object")
+    fields = _without_neutral(kind, fields)
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _refusal(kind, error) from None
+
+
+def completion_jobs(request: CompletionRequest, caller: Caller, *, settings: Settings) -> list[Job]:
+    """A job for each choice: all of the first prompt, then of the second, and so on.
+
+    Raises:
+        Refusal: 400, naming the field.
+    """
+    prompts: list[Any] = [request.prompt]
+    if isinstance(request.prompt, list) and request.prompt:
+        is_many = not isinstance(request.prompt[0], int)
+        prompts = request.prompt if is_many else [request.prompt]
+    if not request.prompt and not isinstance(request.prompt, str):
+        raise bad_request('prompt is []; allowed: "" for an empty prompt', param="prompt")
+    options = _options(request)
+    options["max_new_tokens"] = _max_tokens(
+        "max_tokens", request.max_tokens or DEFAULT_COMPLETION_TOKENS, settings=settings
+    )
+    if request.logprobs is not None:
+        options["logprobs"] = request.logprobs
+    return _jobs("generate", prompts, request, options=options, caller=caller, settings=settings)
+
+
+def chat_jobs(request: ChatRequest, caller: Caller, *, settings: Settings) -> list[Job]:
+    """A job for each choice.
+
+    Raises:
+        Refusal: 400, naming the field.
+    """
+    options = _options(request)
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        raise bad_request(
+            "max_tokens and max_completion_tokens are given; allowed: one of them",
+            param="max_tokens",
+        )
+    for name in ("max_tokens", "max_completion_tokens"):
+        if (number := getattr(request, name)) is not None:
+            options["max_new_tokens"] = _max_tokens(name, number, settings=settings)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad_request(
+            f"top_logprobs is {request.top_logprobs}; allowed: only with logprobs true",
+            param="top_logprobs",
+        )
+    if request.logprobs:
+        options["logprobs"] = request.top_logprobs or 0
+    options |= _format(request)
+    messages = [_plain(message) for message in request.messages]
+    return _jobs("chat", [messages], request, options=options, caller=caller, settings=settings)
+
+
+def infill_job(request: InfillRequest, caller: Caller, *, settings: Settings) -> Job:
+    """The one job.
+
+    Raises:
+        Refusal: 400, naming the field.
+    """
+    options = {
+        name: value for name in OURS_OF_INFILL if (value := getattr(request, name)) is not None
+    }
+    if request.temperature is not None:
+        options["temperature"] = request.temperature
+    text = request.text
+    if (text is None) == (request.prompt is None):
+        raise bad_request(
+            "allowed: text with <FILL> for every gap, or prompt and suffix", param="text"
+        )
+    if text is None:
+        assert request.prompt is not None
+        text = request.prompt + (request.suffix or "")
+        options["spans"] = [(len(request.prompt), len(request.prompt))]
+    elif request.suffix is not None:
+        raise bad_request("suffix is given beside text; allowed: with prompt", param="suffix")
+    return Job(
+        request_id=caller.request_id,
+        task="infill",
+        inputs=text,
+        options=options,
+        client=caller.name,
+        timeout_s=_timeout(request.timeout_s, settings),
+    )
+
+
+def check_model(name: str | None, card: ModelCard) -> None:
+    """A request's `model` is the one that is served; it is a name and never opened.
+
+    Raises:
+        Refusal: 404.
+    """
+    if name is not None and name != card.name:
+        message = f"model {_shown(name)} is not served; there is {card.name!r}"
+        raise Refusal(Failed(status=404, code="model_not_found", message=message, param="model"))
+
+
+def _options(request: CompletionRequest | ChatRequest) -> dict[str, Any]:
+    """Arguments of `TriModeLM.generate` that a request gives."""
+    options = {name: value for name in OURS if (value := getattr(request, name)) is not None}
+    temperature = request.temperature
+    options["temperature"] = DEFAULT_TEMPERATURE if temperature is None else temperature
+    if request.logit_bias is not None:
+        options["logit_bias"] = {
+            _token_id(token_id): value for token_id, value in request.logit_bias.items()
+        }
+    if request.stream_options is not None and not request.stream:
+        raise bad_request(
+            "stream_options is given; allowed: only with stream true", param="stream_options"
+        )
+    if request.events and not request.stream:
+        raise bad_request("events is true; allowed: only with stream true", param="events")
+    return options
+
+
+def _jobs(
+    task: str,
+    inputs: list[Any],
+    request: CompletionRequest | ChatRequest,
+    *,
+    options: dict[str, Any],
+    caller: Caller,
+    settings: Settings,
+) -> list[Job]:
+    n = request.n or 1
+    if n * len(inputs) > settings.max_choices:
+        raise bad_request(
+            f"{len(inputs)} prompts with n={n} are {n * len(inputs)} texts; allowed:"
+            f" {settings.max_choices} in one request",
+            param="n",
+        )
+    seed = secrets.randbits(32) if request.seed is None else request.seed
+    return [
+        Job(
+            request_id=caller.request_id,
+            task=task,
+            inputs=one,
+            options={**options, "seed": seed + choice},
+            client=caller.name,
+            timeout_s=_timeout(request.timeout_s, settings),
+            wants_events=bool(request.events),
+        )
+        for one in inputs
+        for choice in range(n)
+    ]
+
+
+def _format(request: ChatRequest) -> dict[str, Any]:
+    """`response_format` as an argument."""
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return {}
+    given = [name for name in ("json_schema", "regex", "grammar") if getattr(request, name)]
+    if given:
+        raise bad_request(
+            f"response_format is given beside {given[0]}; allowed: one of them",
+            param="response_format",
+        )
+    if wanted.type == "json_object":
+        return {"json_schema": {"type": "object"}}
+    if wanted.json_schema is None:
+        raise bad_request(
+            "response_format.json_schema is missing; type 'json_schema' needs it",
+            param="response_format",
+        )
+    return {"json_schema": wanted.json_schema.schema_}
+
+
+def _plain(message: Message) -> dict[str, str]:
+    content = message.content
+    if not isinstance(content, str):
+        content = "".join(part.text for part in content)
+    return {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": content,
+    }
+
+
+def _max_tokens(name: str, number: int, *, settings: Settings) -> int:
+    most = settings.max_output_tokens
+    if most is not None and number > most:
+        raise bad_request(f"{name} is {number}; allowed here: at most {most}", param=name)
+    return number
+
+
+def _timeout(given: float | None, settings: Settings) -> float:
+    if given is not None and given > settings.timeout_s:
+        raise bad_request(
+            f"timeout_s is {given:g}; allowed here: at most {settings.timeout_s:g}",
+            param="timeout_s",
+        )
+    return settings.timeout_s if given is None else given
+
+
+def _token_id(word: str) -> int:
+    if not (word.isascii() and word.isdecimal() and len(word) <= 10):
+        raise bad_request(
+            f"logit_bias has {_shown(word)}; allowed: token ids as keys", param="logit_bias"
+        )
+    return int(word)
+
+
+def _without_neutral(kind: type[R], fields: dict[str, Any]) -> dict[str, Any]:
+    """Without fields of OpenAI's that are not supported and ask for nothing."""
+    known = dict.fromkeys(kind.model_fields)
+    kept: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in kind.NEUTRAL:
+            values: tuple[Any, ...] = kind.NEUTRAL[name]
+            if value is not None and not any(_is_same(value, one) for one in values):
+                allowed = ", ".join(["null", *map(_shown, values)])
+                raise bad_request(
+                    f"{name} is {_shown(value)}, which is not supported; allowed: {allowed}",
+                    param=name,
+                )
+        elif name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise bad_request(f"{_shown(name)} is not a field of this request{hint}", param=name)
+        else:
+            kept[name] = value
+    return kept
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _refusal(kind: type[BaseModel], error: ValidationError) -> Refusal:
+    """The first thing that is wrong. Where a field may be of several kinds, its description says
+    which."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = str(first["loc"][0])
+    if first["type"] == "missing":
+        path = ".".join(str(part) for part in first["loc"])
+        return bad_request(f"{path} is missing", param=field)
+    if first["type"] == "extra_forbidden":
+        path = ".".join(str(part) for part in first["loc"])
+        return bad_request(f"{path} is not a field of this request", param=field)
+    others = {one["msg"] for one in error.errors() if one["loc"][0] == field}
+    message, value = first["msg"], first["input"]
+    path = ".".join(str(part) for part in first["loc"] if not _is_branch(part))
+    allowed = message.removeprefix("Input should be ")
+    description = kind.model_fields[field].description
+    if len(others) > 1 and description is not None:
+        allowed = description
+    return bad_request(f"{path} is {_shown(value)}; allowed: {allowed}", param=field)
+
+
+def _is_branch(part: int | str) -> bool:
+    """Whether a part of an error's place names a branch of a union rather than a field."""
+    return isinstance(part, str) and (
+        part in ("str", "bool", "int", "constrained-str") or "[" in part
+    )
+
+
+def _shown(value: Any) -> str:
+    text = pydantic_core.to_json(value).decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,401 @@
+"""The backend of one process: jobs become sequences of one engine, in a thread of its own.
+
+Encoding, checking and decoding text is done on asyncio's side; the engine's thread runs the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from trimode.conversation import answering
+from trimode.decoding import Sequence
+from trimode.decoding.params import DEFAULT_BRANCHES, MODE_NAMES
+from trimode.detokenize import GrowingText, StandingText
+from trimode.engine import Engine
+from trimode.errors import CapacityError, ConfigError, RequestError, UnsupportedError
+from trimode.infill import DEFAULT_CONTEXT, DEFAULT_LENGTHS, FilledGap, Infilling, infill_steps
+from trimode.runtime import MAX_BATCH, TriModeLM
+from trimode.serving.engine_thread import EngineThread, Ticket
+from trimode.serving.jobs import (
+    Done,
+    Failed,
+    Happening,
+    Job,
+    ModelCard,
+    Piece,
+    TextLogprobs,
+    Update,
+)
+from trimode.serving.model_metrics import ModelMetrics
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+INFILL_CELLS = DEFAULT_CONTEXT + 64 * len(DEFAULT_LENGTHS)
+"""Cells of a row in which a gap is filled with the default arguments."""
+
+SHUTTING_DOWN = Failed(
+    status=503, code="unavailable", message="the server is shutting down", retry_after_s=5
+)
+
+_ABORTS = {
+    "cancelled": SHUTTING_DOWN,
+    "deadline": Failed(status=504, code="deadline", message="the request's time was up"),
+    "non_finite": Failed(
+        status=500, code="internal_error", message="the network gave non-finite numbers"
+    ),
+    "no_token": Failed(
+        status=400,
+        code="invalid_request",
+        message="what was asked for (grammar, logit_bias, ...) leaves no token to go on with",
+    ),
+}
+_TOO_SLOW = Failed(status=408, code="too_slow", message="events came faster than they were read")
+_BROKEN = Failed(status=500, code="internal_error", message="the model broke down; see the log")
+
+
+class LocalBackend:
+    """A loaded model behind `trimode.serving.jobs.Backend`.
+
+    Args:
+        lm: With a tokenizer.
+        name: Under which requests ask for it.
+        num_rows: Texts that are made together; more wait.
+        context_len: Prompt and new tokens at most; None means the model's own.
+        token_budget, max_waiting, time_slice: See `trimode.engine.Engine`.
+        max_new_tokens: Where a job gives none, at most so many, as far as they fit.
+        max_prompt_tokens: Longer prompts are refused; None for no limit but the context.
+        has_auto: Whether mode `auto` is there, for which forwards are measured at first, once for
+            each machine.
+
+    Raises:
+        ConfigError: the model has no tokenizer, or a number is out of its range.
+        CapacityError: the K/V rows do not fit into memory.
+    """
+
+    def __init__(
+        self,
+        lm: TriModeLM,
+        *,
+        name: str,
+        num_rows: int = MAX_BATCH,
+        context_len: int | None = None,
+        token_budget: int | None = None,
+        max_waiting: int | None = None,
+        time_slice: int | None = None,
+        max_new_tokens: int = 1024,
+        max_prompt_tokens: int | None = None,
+        has_auto: bool = True,
+    ) -> None:
+        if lm.tokenizer is None:
+            raise ConfigError("serving needs a tokenizer, and this checkpoint has none")
+        own = lm.model.config.max_position_embeddings
+        if context_len is not None and not 2 <= context_len <= own:
+            raise ConfigError(f"the context is {context_len}; allowed: 2 to the model's own, {own}")
+        block_length = lm.model.config.block_size
+        context_len = context_len or own
+        self.card = ModelCard(
+            name=name,
+            modes=tuple(mode for mode in MODE_NAMES if mode != "auto" or has_auto),
+            block_length=block_length,
+            context_len=context_len,
+            has_chat=bool(lm.tokenizer.chat_template),
+            has_drafter=lm.adapter is not None,
+            num_parameters=lm.model.num_parameters(),
+        )
+        room = block_length * (1 + DEFAULT_BRANCHES)
+        engine = Engine(
+            lm.model,
+            num_rows=num_rows,
+            num_cells=max(context_len + room, INFILL_CELLS),
+            adapter=lm.adapter,
+            token_budget=token_budget,
+            max_waiting=max_waiting,
+            time_slice=time_slice,
+            planner=lm.planner if has_auto else None,
+        )
+        self._lm = lm
+        self._max_new_tokens = max_new_tokens
+        self._max_prompt_tokens = max_prompt_tokens
+        self._metrics = ModelMetrics(engine)
+        self._thread = EngineThread(engine, on_step=self._metrics.note_step)
+        # Two: a long prompt does not hold up the next one.
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="trimode-text")
+        self._is_closing = False
+        self._tickets: set[Ticket] = set()
+        self._num_jobs = 0
+        self._all_done = asyncio.Event()
+        self._text_of = lru_cache(maxsize=65_536)(self._decode_one)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether jobs are taken now."""
+        return not self._is_closing and self._thread.is_alive
+
+    def metrics(self) -> str:
+        """What is measured on the model's side, in Prometheus' text format."""
+        return self._metrics.as_text()
+
+    async def run(self, job: Job) -> AsyncGenerator[Update, None]:
+        """Updates of one job; see `trimode.serving.jobs.Backend`."""
+        if self._is_closing:
+            yield SHUTTING_DOWN
+            return
+        self._num_jobs += 1
+        try:
+            updates = self._infill(job) if job.task == "infill" else self._generate(job)
+            async with aclosing(updates):
+                async for update in updates:
+                    yield update
+        except (RequestError, UnsupportedError) as error:
+            yield _refused(job, error)
+        except CapacityError as error:
+            yield _no_room(error)
+        except Exception:
+            logger.exception("job failed", extra={"request_id": job.request_id})
+            yield _BROKEN
+        finally:
+            self._num_jobs -= 1
+            if self._is_closing and not self._num_jobs:
+                self._all_done.set()
+
+    async def close(self, *, timeout_s: float) -> None:
+        """Take no more jobs, finish those that run until the time is up, abort the rest."""
+        self._is_closing = True
+        if self._num_jobs:
+            try:
+                await asyncio.wait_for(self._all_done.wait(), timeout_s)
+            except TimeoutError:
+                logger.warning("%d jobs did not finish in time; aborted", self._num_jobs)
+                for ticket in self._tickets:
+                    self._thread.abort(ticket)
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.stop)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _generate(self, job: Job) -> AsyncGenerator[Update, None]:
+        ticket = Ticket(client=job.client, timeout_s=job.timeout_s)
+        ticket.seq = seq = await self._in_pool(lambda: self._sequence(job, ticket))
+        assert self._lm.tokenizer is not None
+        text = StandingText(self._lm.tokenizer, stop=seq.params.stop)
+        shown = _ShownLogprobs(GrowingText(self._lm.tokenizer), self._text_of)
+        num_taken = 0
+        async with self._running(ticket):
+            while True:
+                await self._change(ticket)
+                is_over, num_ready = ticket.is_over, ticket.num_ready
+                while ticket.events:
+                    yield self._happening(ticket)
+                if is_over:
+                    break
+                if num_ready > num_taken:
+                    token_ids = tuple(seq.new_ids[num_taken:num_ready])
+                    logprobs = shown.push(seq, num_taken, num_ready)
+                    num_taken = num_ready
+                    yield Piece(text.push(token_ids), token_ids, logprobs)
+        failed = self._failure(ticket)
+        if failed is not None:
+            yield failed
+            return
+        generation = self._lm.generation(seq)
+        rest = text.finish(generation.text)
+        if rest or num_taken < len(seq.new_ids):
+            logprobs = shown.push(seq, num_taken, len(seq.new_ids))
+            yield Piece(rest, tuple(seq.new_ids[num_taken:]), logprobs)
+        mode = seq.params.mode
+        self._metrics.note_done(mode, seq.stats, prompt_tokens=len(seq.prompt_ids))
+        yield Done(
+            text=generation.text,
+            token_ids=tuple(seq.new_ids),
+            prompt_tokens=len(seq.prompt_ids),
+            finish_reason=generation.finish_reason,
+            seed=seq.params.seed,
+            mode=mode,
+            stats=seq.stats,
+        )
+
+    async def _infill(self, job: Job) -> AsyncGenerator[Update, None]:
+        steps = infill_steps(self._lm, job.inputs, **job.options)
+        prompt_tokens, spent_s = 0, 0.0
+        while True:
+            step = await self._in_pool(lambda: _advance(steps))
+            if isinstance(step, Infilling):
+                break
+            left_s = None if job.timeout_s is None else max(job.timeout_s - spent_s, 0.0)
+            ticket = Ticket(client=job.client, timeout_s=left_s)
+            ticket.seq = step
+            prompt_tokens += len(step.prompt_ids)
+            async with self._running(ticket):
+                while not ticket.is_over:
+                    await self._change(ticket)
+            spent_s += step.stats.seconds
+            failed = self._failure(ticket)
+            if failed is not None:
+                yield failed
+                return
+        self._metrics.note_done("infill", step.stats, prompt_tokens=prompt_tokens)
+        yield Done(
+            text=step.text,
+            token_ids=tuple(i for gap in step.gaps for i in gap.candidates[0].token_ids),
+            prompt_tokens=prompt_tokens,
+            finish_reason="stop",
+            seed=step.seed,
+            mode="infill",
+            stats=step.stats,
+            gaps=tuple(map(_gap_as_object, step.gaps)),
+        )
+
+    def _sequence(self, job: Job, ticket: Ticket) -> Sequence:
+        options: dict[str, Any] = dict(job.options)
+        if job.task == "chat":
+            options = answering(self._lm.tokenizer, job.inputs, options)
+            prompt_ids = self._lm.encode(options.pop("prompt"))
+        else:
+            prompt_ids = self._lm.encode(job.inputs)
+        num_prompt, context = len(prompt_ids), self.card.context_len
+        most = self._max_prompt_tokens
+        if most is not None and num_prompt > most:
+            raise RequestError(f"the prompt has {num_prompt} tokens; allowed here: {most}")
+        room = context - num_prompt
+        num_new = options.setdefault("max_new_tokens", max(min(room, self._max_new_tokens), 1))
+        if num_new > room:
+            raise RequestError(
+                f"prompt of {num_prompt} tokens + max_new_tokens={num_new} ="
+                f" {num_prompt + num_new}, beyond the context of {context}"
+            )
+        if job.wants_events:
+            options["on_event"] = lambda _, event: ticket.note(event)
+        options.setdefault("seed", secrets.randbits(32))
+        return self._lm.prepare(prompt_ids, **options)
+
+    @asynccontextmanager
+    async def _running(self, ticket: Ticket) -> AsyncIterator[None]:
+        """A ticket in the engine's hands; whoever leaves early has it aborted."""
+        self._tickets.add(ticket)
+        self._thread.submit(ticket)
+        try:
+            yield
+        finally:
+            self._tickets.discard(ticket)
+            if not ticket.is_over:
+                self._thread.abort(ticket)
+
+    async def _change(self, ticket: Ticket) -> None:
+        await ticket.changed.wait()
+        ticket.changed.clear()
+
+    async def _in_pool(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+    def _failure(self, ticket: Ticket) -> Failed | None:
+        """Why a ticket that is over gave no text, if so."""
+        if ticket.error is not None:
+            if isinstance(ticket.error, (RequestError, CapacityError, UnsupportedError)):
+                raise ticket.error
+            return SHUTTING_DOWN if self._is_closing else _BROKEN
+        seq = ticket.seq
+        if seq.finish_reason != "abort":
+            return None
+        self._metrics.note_abort(seq.abort_reason or "error")
+        if isinstance(seq.error, BufferError):
+            return _TOO_SLOW
+        if seq.error is not None:
+            logger.error("a watcher of a sequence raised", exc_info=seq.error)
+        return _ABORTS.get(seq.abort_reason or "", _BROKEN)
+
+    def _happening(self, ticket: Ticket) -> Happening:
+        event, num_forwards, new_tokens, elapsed_s = ticket.events.popleft()
+        masked = event.is_masked or (False,) * len(event.token_ids)
+        return Happening(
+            kind=event.kind,
+            position=event.position - len(ticket.seq.prompt_ids),
+            token_ids=event.token_ids,
+            texts=tuple(
+                "" if is_masked else self._text_of(token_id)
+                for token_id, is_masked in zip(event.token_ids, masked, strict=True)
+            ),
+            is_masked=event.is_masked,
+            num_accepted=event.num_accepted,
+            old_texts=tuple(map(self._text_of, event.old_ids)),
+            reason=event.reason,
+            num_forwards=num_forwards,
+            new_tokens=new_tokens,
+            elapsed_s=elapsed_s,
+        )
+
+    def _decode_one(self, token_id: int) -> str:
+        assert self._lm.tokenizer is not None
+        return self._lm.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+
+
+class _ShownLogprobs:
+    """A text's log-probabilities as they come, with where each token begins."""
+
+    def __init__(self, text: GrowingText, text_of: Callable[[int], str]) -> None:
+        self._text = text
+        self._text_of = text_of
+        self._num_chars = 0
+
+    def push(self, seq: Sequence, start: int, stop: int) -> tuple[TextLogprobs, ...]:
+        """Those of new tokens `start` to `stop`, if any were asked for."""
+        if seq.params.control.logprobs is None:
+            return ()
+        shown = []
+        for token_id, one in zip(seq.new_ids[start:stop], seq.logprobs[start:stop], strict=True):
+            top = tuple((self._text_of(other), logprob) for other, logprob in one.top)
+            shown.append(TextLogprobs(self._text_of(token_id), self._num_chars, one.logprob, top))
+            self._num_chars += len(self._text.push([token_id]))
+        return tuple(shown)
+
+
+def _advance(steps: Generator[Sequence, None, Infilling]) -> Sequence | Infilling:
+    """The next gap's sequence or, after the last, what came of all."""
+    try:
+        return next(steps)
+    except StopIteration as end:
+        found = end.value
+        assert isinstance(found, Infilling)
+        return found
+
+
+def _gap_as_object(gap: FilledGap) -> dict[str, Any]:
+    return {
+        "start": gap.start,
+        "text": gap.text,
+        "candidates": [
+            {
+                "text": fill.text,
+                "token_ids": list(fill.token_ids),
+                "log_prob": fill.log_prob,
+                "fill_log_prob": fill.fill_log_prob,
+                "suffix_log_prob": fill.suffix_log_prob,
+                "is_valid": fill.is_valid,
+            }
+            for fill in gap.candidates
+        ],
+    }
+
+
+def _no_room(error: CapacityError) -> Failed:
+    if error.retry_after_s is None:
+        return Failed(status=413, code="too_large", message=str(error))
+    return Failed(
+        status=429, code="overloaded", message=str(error), retry_after_s=error.retry_after_s
+    )
+
+
+def _refused(job: Job, error: Exception) -> Failed:
+    """With the option that the message begins with, if it begins with one."""
+    message = str(error)
+    name = message.split(" ", 1)[0]
+    is_param = name in job.options or name in ("prompt", "messages", "text")
+    return Failed(
+        status=400, code="invalid_request", message=message, param=name if is_param else None
+    )

@@ -1,0 +1,166 @@
+"""`trimode serve` as a process: it says where it is, refuses in one line, and ends as it should."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from trimode.cli.main import BAD_INPUT, FAILURE, main
+
+WAIT_S = 60.0
+
+
+@contextmanager
+def _serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The process, where it listens, and the words of its first lines."""
+    command = [sys.executable, "-m", "trimode", "serve", "--port", "0", "--no-auto", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRIMODE_API_KEYS", None)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        seen = []
+        try:
+            for line in process.stderr:
+                seen.append(line)
+                found = re.search(r"is ready at (http://\S+)", line)
+                if found:
+                    yield process, found[1], seen
+                    break
+            else:
+                raise AssertionError("".join(seen))
+        finally:
+            process.kill()
+            process.stderr.close()
+
+
+def _stream(client: httpx.Client, url: str, max_tokens: int) -> Iterator[str]:
+    body = {"prompt": "def ", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        yield from (line for line in response.iter_lines() if line)
+
+
+def test_a_running_stream_finishes_and_nothing_new_begins() -> None:
+    """Prevents: a rolling update that cuts answers off, or hands requests to who is leaving."""
+    with _serving() as (process, url, _), httpx.Client(timeout=WAIT_S) as client:
+        with httpx.Client(timeout=WAIT_S) as other:
+            assert other.get(f"{url}/ready").status_code == 200
+            lines = _stream(client, url, 300)
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            for _ in range(3000):
+                ready = other.get(f"{url}/ready")
+                if ready.status_code == 503:
+                    break
+            assert (ready.status_code, ready.headers["connection"]) == (503, "close")
+            refused = other.post(f"{url}/v1/completions", json={"prompt": "x"})
+            assert refused.status_code == 503
+            assert "retry-after" in refused.headers
+        assert list(lines)[-1] == "data: [DONE]"
+        assert process.wait(WAIT_S) == 0
+
+
+def test_what_takes_too_long_is_told() -> None:
+    """Prevents: a shutdown that waits for ever, or a stream that ends without saying why."""
+    words = ("--name", "small", "--shutdown-timeout", "0")
+    with _serving(*words) as (process, url, seen), httpx.Client(timeout=WAIT_S) as client:
+        assert "trimode: small is ready at" in seen[-1]
+        lines = _stream(client, url, 2000)
+        next(lines)
+        process.send_signal(signal.SIGINT)
+        assert '"the server is shutting down"' in list(lines)[-1]
+        assert process.wait(WAIT_S) == 0
+
+
+def test_the_second_signal_ends_it_at_once() -> None:
+    """Prevents: a server that only SIGKILL ends while something runs."""
+    with _serving() as (process, url, _):
+        with httpx.Client(timeout=WAIT_S) as client, httpx.Client(timeout=WAIT_S) as other:
+            assert other.get(f"{url}/ready").status_code == 200
+            lines = _stream(client, url, 2000)
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            for _ in range(3000):
+                if other.get(f"{url}/ready").status_code == 503:
+                    break
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+        assert process.wait(WAIT_S) == FAILURE
+
+
+def test_keys_and_limits_by_flags(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Prevents: a flag that is taken and not passed on."""
+    keys = tmp_path / "keys"
+    keys.write_text("secret-key-1\n")
+    flags = ["--api-keys", str(keys), "--max-output-tokens", "3", "--max-body-bytes", "500"]
+    flags += ["--max-context", "64", "--max-batch", "2", "--cors", "https://a.example"]
+    with _serving(str(tiny_checkpoint()), *flags) as (process, url, _):
+        with httpx.Client(timeout=WAIT_S, headers={"Origin": "https://a.example"}) as client:
+            assert client.get(f"{url}/v1/models").status_code == 401
+            client.headers["Authorization"] = "Bearer secret-key-1"
+            listed = client.get(f"{url}/v1/models")
+            assert listed.headers["access-control-allow-origin"] == "https://a.example"
+            (model,) = listed.json()["data"]
+            assert (model["id"], model["trimode"]["context_len"]) == ("tiny", 64)
+            for body, status in (
+                ({"prompt": "x", "max_tokens": 3}, 200),
+                ({"prompt": "x", "max_tokens": 4}, 400),
+                ({"prompt": "x" * 600}, 413),
+            ):
+                assert client.post(f"{url}/v1/completions", json=body).status_code == status
+            assert "trimode_rows 2.0" in client.get(f"{url}/metrics").text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 0
+
+
+def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents: a traceback, or a model loaded for minutes before the port is looked at."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == FAILURE
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"trimode: error: Address already in use: 127.0.0.1 port {port}; choose another --port"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--port", "70000"], "--port is 70000; allowed: 0 to 65535"),
+        (["--max-batch", "0"], "--max-batch is 0; allowed: at least 1"),
+        (["--rate", "0"], "requests_per_minute is 0.0; allowed: more than 0"),
+        (["--cors", "*"], "origin '*' is not valid"),
+        (["--api-keys", "/nonexistent"], "API keys '/nonexistent' cannot be read"),
+        (["--host", "no.such.host.invalid"], "--host is 'no.such.host.invalid'"),
+        (["--port", "0", "--max-context", "1"], "the context is 1; allowed: 2 to"),
+        (["--port", "0", "/nonexistent"], "/nonexistent"),
+    ],
+)
+def test_flags_that_are_wrong(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prevents: a server that starts with a limit other than the one that was meant."""
+    assert main(["serve", *words]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """Prevents: `trimode --help` waiting for torch or the web packages."""
+    code = (
+        "import sys, trimode.cli.serve; print({'torch', 'fastapi', 'uvicorn'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,151 @@
+"""What the pages say of serving is run: commands, flags, metrics, and the files under `deploy`."""
+
+from __future__ import annotations
+
+import argparse
+import configparser
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import trimode
+from tests.serving.conftest import Served, serving
+from trimode.cli import serve as command
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "serving.md"]
+ADDRESS = "127.0.0.1:8000"
+
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def pocket() -> Iterator[Served]:
+    """The default model as the pages have it, with a chat template in use."""
+    lm = trimode.load(lora="instruct_lora")
+    with serving(lm, name="pocket", num_rows=4, context_len=512) as served:
+        yield served
+
+
+def _blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of each."""
+    return _BLOCK.findall(page.read_text("utf-8"))
+
+
+def _commands(page: Path, word: str) -> list[str]:
+    """The commands of a page that begin with a word, variables before it left out."""
+    text = "".join(text for _, text in _blocks(page)).replace("\\\n", " ")
+    commands = []
+    for line in text.splitlines():
+        line = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line)
+        if line.startswith(f"{word} "):
+            commands.append(line)
+    return commands
+
+
+CURLS = [(page.name, line) for page in PAGES for line in _commands(page, "curl") if ADDRESS in line]
+
+
+def test_there_are_examples() -> None:
+    """Prevents a pattern that finds nothing from proving everything."""
+    assert len(CURLS) >= 7
+    assert len(_serve_lines()) >= 5
+
+
+@pytest.mark.parametrize(("page", "line"), CURLS)
+def test_curl_examples_run(page: str, line: str, pocket: Served) -> None:
+    """Prevents an example that does not work."""
+    line = line.replace(f"http://{ADDRESS}", pocket.url)
+    line = line.replace("curl ", "curl --fail-with-body --max-time 60 ", 1)
+    ran = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=90)
+    assert ran.returncode == 0, (page, ran.stdout, ran.stderr)
+    assert ran.stdout.strip()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_client_examples_run(page: Path, pocket: Served) -> None:
+    """Prevents the same in Python, and a stream that gives nothing."""
+    for language, text in _blocks(page):
+        if language == "python" and "OpenAI(" in text:
+            ran = subprocess.run(
+                [sys.executable, "-c", text.replace(f"http://{ADDRESS}", pocket.url)],
+                capture_output=True,
+                text=True,
+                timeout=90,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            assert ran.returncode == 0, ran.stderr
+            assert ran.stdout.strip()
+
+
+def _unit() -> configparser.ConfigParser:
+    parser = configparser.RawConfigParser(strict=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(ROOT / "deploy" / "trimode.service", encoding="utf-8")
+    return parser
+
+
+def _serve_lines() -> list[str]:
+    """Every `trimode serve ...` of the pages, and what the service and the image run."""
+    lines = [line for page in PAGES for line in _commands(page, "trimode")]
+    unit = _unit()["Service"]["ExecStart"]
+    image = (ROOT / "deploy" / "Containerfile").read_text("utf-8")
+    entry = re.search(r"^ENTRYPOINT \[(.*)\]$", image, re.MULTILINE)
+    assert entry is not None
+    lines += [unit[unit.index("trimode serve") :], entry[1].replace('"', "").replace(",", "")]
+    return [line for line in lines if line.startswith("trimode serve")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    command.add_arguments(parser)
+    return parser
+
+
+@pytest.mark.parametrize("line", _serve_lines())
+def test_serve_commands_parse(line: str) -> None:
+    """Prevents a flag in a page, a service or an image that is not there any more."""
+    _parser().parse_args(shlex.split(line.split(" # ")[0])[2:])
+
+
+def test_every_flag_is_on_the_page_and_there() -> None:
+    """Prevents flags that nobody finds, and a table that promises others."""
+    text = PAGES[1].read_text("utf-8")
+    table = text[text.index("### Flags") : text.index("### What comes back when")]
+    named = set(re.findall(r"`(--[a-z-]+)`", table))
+    flags = {flag for flag in _parser()._option_string_actions if flag.startswith("--")}
+    assert named == flags - {"--help"}
+
+
+def test_every_metric_of_the_page_is_measured(pocket: Served) -> None:
+    """Prevents a dashboard made by the page from staying empty."""
+    named = re.findall(r"`(trimode_[a-z_]+)", PAGES[1].read_text("utf-8"))
+    found = set(re.findall(r"^# TYPE (\S+)", httpx.get(f"{pocket.url}/metrics").text, re.MULTILINE))
+    assert len(named) > 10
+    assert set(named) <= found
+
+
+def test_the_service_waits_for_the_server() -> None:
+    """Prevents systemd from killing a server that still lets texts finish."""
+    default = _parser().get_default("shutdown_timeout")
+    assert float(_unit()["Service"]["TimeoutStopSec"]) > default
+
+
+def test_the_image_is_made_of_what_is_there() -> None:
+    """Prevents a build that fails at a file or an extra that has gone, and a server as root."""
+    image = (ROOT / "deploy" / "Containerfile").read_text("utf-8")
+    for sources in re.findall(r"^COPY (.*) \S+$", image, re.MULTILINE):
+        assert all((ROOT / source).exists() for source in sources.split())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = re.search(r'"\.\[(.*)\]"', image)
+    assert extras is not None
+    assert set(extras[1].split(",")) <= set(project["optional-dependencies"])
+    assert re.search(r"^USER (?!root)\w+$", image, re.MULTILINE)
