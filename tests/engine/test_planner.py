@@ -19,7 +19,7 @@ from trimode.decoding import GenerationParams, Sequence
 from trimode.decoding.setting import Round, Setting
 from trimode.engine import Engine, costs
 from trimode.engine.costs import ROWS, TOKENS, Costs, find_costs, measure
-from trimode.engine.planner import PROBE_SHARE, Planner, settings
+from trimode.engine.planner import MOST_SAVED, PROBE_SHARE, Planner, settings
 from trimode.runtime import TriModeLM
 
 Cost = Callable[[int, float], float]
@@ -130,7 +130,7 @@ def usual(used: list[Setting]) -> Setting:
 def best_fixed(cost: Cost, chances: list[Chance], num_tokens: int) -> float:
     """Tokens a second of the best setting that is the same for all rounds."""
     rates = []
-    for setting in settings(8):
+    for setting in (Setting("ar", 8), *settings(8)):
         if setting.num_fed <= 16:  # wider ones are far behind on these machines
             world = World(cost, chances)
             world.fixed = setting
@@ -197,7 +197,7 @@ def test_a_batch_that_empties_is_noticed() -> None:
     assert usual(world.requests[0].used[-20:]).block_length == 8
 
 
-@pytest.mark.parametrize("chance", [0.42, 0.46, 0.5, 0.54])
+@pytest.mark.parametrize("chance", [0.5, 0.6, 0.66])
 def test_it_does_not_flap_near_the_break_even(chance: float) -> None:
     """Prevents: noise in what is accepted and in what forwards take deciding the mode."""
     world = World(laptop, [lambda _: chance], noise=0.3)
@@ -205,7 +205,7 @@ def test_it_does_not_flap_near_the_break_even(chance: float) -> None:
     start, used = world.planner.num_switches, world.requests[0].used
     del used[:]
     world.run(8000)
-    assert world.planner.num_switches - start <= 10 * len(used) / 1000
+    assert world.planner.num_switches - start <= 8 * len(used) / 1000
 
 
 def test_drafts_that_never_hold_cost_what_probes_may() -> None:
@@ -219,6 +219,19 @@ def test_drafts_that_never_hold_cost_what_probes_may() -> None:
     assert world.planner.num_probes - start > 10
     world.fixed = Setting("ar", 8)
     assert rate > (1 - PROBE_SHARE - 0.005) * world.run(2000)
+
+
+def test_a_probe_that_never_ran_is_paid_back() -> None:
+    """Prevents: a request that loses its row just before its probe bringing down the engine, or
+    using up the time for probes."""
+    world = World(laptop, [lambda _: 0.0])
+    world.run(500)
+    [one] = world.requests
+    start = world.planner.num_probes
+    world.planner.note_forward([one.seq], 1, 1.0)
+    found = [world.planner.choose(one.seq) for _ in range(100)]  # and each time it loses its row
+    assert {setting.mode for setting in found} <= {"ar", "linear"}
+    assert world.planner.num_probes - start > MOST_SAVED
 
 
 def test_settings_stay_within_what_a_row_was_measured_for() -> None:
@@ -378,7 +391,8 @@ class Restless:
         self._random = random.Random(0)
 
     def choose(self, seq: Sequence) -> Setting:
-        return self._random.choice(settings(seq.params.block_length))
+        length = seq.params.block_length
+        return self._random.choice([Setting("ar", length), *settings(length)])
 
     def note_forward(self, fed: Any, num_tokens: int, seconds: float) -> None:
         pass
@@ -420,8 +434,8 @@ def test_auto_writes_what_ar_writes(lm: TriModeLM, is_restless: bool) -> None:
         assert not isinstance(expected, list)
         assert seq.new_ids == expected.token_ids, seq.params
     assert engine.counts.preemptions
-    kinds = {kind for seq, _ in made for kind, number in seq.stats.forwards.items() if number}
-    assert kinds == {"prefill", "draft", "verify"} | ({"decode"} if is_restless else set())
+    for kind in ("draft", "verify", *(["decode"] if is_restless else [])):
+        assert sum(seq.stats.forwards[kind] for seq, _ in made) > 5
 
 
 def test_generate_and_stream_have_a_planner(

@@ -28,11 +28,13 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def pocket() -> Iterator[Served]:
+def pocket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The default model as the pages have it, with a chat template in use."""
     lm = trimode.load(lora="instruct_lora")
-    with serving(lm, name="pocket", num_rows=4, context_len=512) as served:
-        yield served
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        with serving(lm, name="pocket", num_rows=4, context_len=512, has_auto=True) as served:
+            yield served
 
 
 def _blocks(page: Path) -> list[tuple[str, str]]:

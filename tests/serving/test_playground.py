@@ -480,6 +480,8 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, served: Served) -> No
     visit.set(max_tokens=16)
     visit.race()
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    inner = "all => all.every(e => e.scrollWidth <= e.clientWidth)"
+    assert page.locator(".lane .canvas").evaluate_all(inner)
     page.click("#tab-infill")
     page.fill("#source", "y" * 60 + " = <FILL>\n")
     page.click("#fill")

@@ -54,7 +54,7 @@ pytestmark = [
 ]
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "ray.yaml"
-LONG = 400
+LONG = 480
 """Tokens of a text that is not done before something happens to it."""
 
 PATIENCE_S = 60.0
@@ -320,21 +320,23 @@ def test_a_killed_replica_costs_no_text(lm: TriModeLM, caplog: pytest.LogCapture
     """Prevents streams that break off, or of which something comes twice, and the loss of jobs of
     which nothing was sent yet; and one job's misfortune from becoming another's."""
     jobs = [_job(seed, num_tokens=LONG, mode="ar") for seed in (7, 8)]
-    small, later = _job(9), _job(10)
+    queued = [_job(seed, num_tokens=LONG, mode="ar") for seed in range(9, 15)]
+    later = _job(15)
 
     async def use(backend: RayBackend) -> None:
         running = [backend.run(job) for job in jobs]
         firsts = await asyncio.gather(*(anext(updates) for updates in running))
-        waiting = asyncio.create_task(_all(backend.run(small)))
+        waiting = [asyncio.create_task(_all(backend.run(job))) for job in queued]
         await _kill_where("trimode_waiting")
         rests = await asyncio.gather(*(_all(updates) for updates in running))
         for job, first, rest in zip(jobs, firsts, rests, strict=True):
             _check_whole([first, *rest], _expected(lm, job))
-        _check_whole(await waiting, _expected(lm, small))
+        for job, updates in zip(queued, await asyncio.gather(*waiting), strict=True):
+            _check_whole(updates, _expected(lm, job))
         _check_whole(await _all(backend.run(later)), _expected(lm, later))
 
     _with_backend(use)
-    assert caplog.text.count("a replica was lost; another one makes its text anew") == 2
+    assert caplog.text.count("a replica was lost; another one makes its text anew") >= 2
 
 
 @pytest.mark.usefixtures("two")

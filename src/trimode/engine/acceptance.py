@@ -2,22 +2,25 @@
 
 That a drafted position holds, if those before it do, has the log-odds b_j + s: b_j is shared by all
 requests and takes s for 0, s is how much easier than others this one's text is to draft at present.
-Both take a small step towards what was seen after every round. One number is learned within a few rounds and tells of
-positions that were never drafted; what differs by position is the model's, and shared.
+Both take a small step towards what was seen after every round. One number is learned within a few
+rounds and tells of positions that were never drafted; what differs by position is the model's, and
+shared. Of what was seen seldom the best is hoped, or a few unlucky rounds would rule it out for
+good.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import mul
 
 from trimode.decoding.setting import Round, Setting
 
-HOPEFUL = 1.5
-"""Log-odds of a position of which nothing is known: 0.82, so that it is tried."""
+HOPE = 1.5
+"""Added to shared log-odds, over the root of how often they were seen: 0.82 at first."""
 
 SHARED_RATE = 0.02
 OWN_RATE = 0.06
@@ -44,15 +47,21 @@ AR_PACE = Pace(1.0, 1.0)
 
 
 class _Shared:
-    """Log-odds learned together: by position, or of one kind of event."""
+    """Log-odds by position, learned together."""
 
-    def __init__(self, start: float) -> None:
-        self._odds = [start]
+    def __init__(self) -> None:
+        self._odds = [0.0]
         self._num_seen = [0]
 
     def at(self, index: int) -> float:
         """A position that never was reached is taken to be as the last that was."""
         return self._odds[min(index, len(self._odds) - 1)]
+
+    def hoped(self, index: int) -> float:
+        """The same, the higher the less is known."""
+        return self.at(index) + HOPE / math.sqrt(
+            1 + self._num_seen[min(index, len(self._odds) - 1)]
+        )
 
     def learn(self, index: int, error: float) -> None:
         while index >= len(self._odds):
@@ -88,13 +97,14 @@ class Shift:
 class Acceptance:
     """What is known of drafts.
 
-    A draft that had a forward of its own is better than one made behind a verify forward, before
-    the token that it follows was known; so they are kept apart.
+    One that had a forward of its own (fresh) is better than one made behind a verify forward
+    (early), before the token that it follows was known; how much, depends on which outcomes have
+    groups, so early ones are known by the setting that made them.
     """
 
-    _fresh: _Shared = field(default_factory=lambda: _Shared(HOPEFUL))
-    _early: _Shared = field(default_factory=lambda: _Shared(HOPEFUL))
-    _hits: dict[tuple[int, int], _Shared] = field(default_factory=dict)
+    _fresh: _Shared = field(default_factory=_Shared)
+    _early: defaultdict[Setting, _Shared] = field(default_factory=lambda: defaultdict(_Shared))
+    _hits: defaultdict[Setting, _Shared] = field(default_factory=lambda: defaultdict(_Shared))
 
     def learn(self, shift: Shift, happened: Round, *, is_cut: bool) -> None:
         """Take in a round of speculation.
@@ -106,34 +116,46 @@ class Acceptance:
                 accepted, the next position counts as wrong.
         """
         setting = happened.setting
-        if happened.num_checked or is_cut:
-            num_seen = happened.num_accepted + (
-                happened.num_accepted < happened.num_checked
-                or (is_cut and happened.num_checked < setting.block_length - 1)
-            )
-            shared = self._fresh if happened.is_fresh else self._early
-            total = 0.0
-            for j in range(num_seen):
-                holds = j < happened.num_accepted
-                total += holds - _chance(shared.at(j) + shift.value)
-                shared.learn(j, holds - _chance(shared.at(j)))
+        if not (happened.is_fresh or setting.num_groups):
+            return  # a draft left over from another setting
+        is_short = happened.num_checked < setting.block_length - 1
+        num_seen = happened.num_accepted + (
+            happened.num_accepted < happened.num_checked or (is_cut and is_short)
+        )
+        shared = self._fresh if happened.is_fresh else self._early[setting]
+        total = 0.0
+        for j in range(num_seen):
+            holds = j < happened.num_accepted
+            total += holds - _chance(shared.at(j) + shift.value)
+            shared.learn(j, holds - _chance(shared.at(j)))
+        if num_seen:
             shift.learn(total)
-        if setting.num_groups and happened.num_checked == setting.block_length - 1:
-            kind = setting.block_length, setting.num_groups
-            ranked = Outlook(self, shift.value, setting.block_length).ranked_hit(setting)
-            better = self._hits.setdefault(kind, _Shared(0.0))
-            better.learn(0, happened.has_next - _chance(ranked + better.at(0)))
+        if setting.num_groups and not is_short:
+            better = self._hits[setting]
+            chance = _chance(self._ranked_hit(setting, shift.value) + better.at(0))
+            better.learn(0, happened.has_next - chance)
 
-    def early(self, j: int) -> float:
-        return self._early.at(j)
+    def fresh(self, num_drafted: int, shift: float) -> list[float]:
+        """Chances that 0, 1, ... positions in a row hold of a draft with a forward of its own."""
+        return _reached(self._fresh.hoped(j) + shift for j in range(num_drafted))
 
-    def fresh(self, j: int) -> float:
-        return self._fresh.at(j)
+    def early(self, setting: Setting, shift: float) -> list[float]:
+        """The same of a draft made behind a verify forward."""
+        shared = self._early[setting]
+        return _reached(shared.hoped(j) + shift for j in range(setting.block_length - 1))
 
-    def hit(self, setting: Setting) -> float:
-        """By how much groups hit more often than the averages alone would have it, in log-odds."""
-        known = self._hits.get((setting.block_length, setting.num_groups))
-        return 0.0 if known is None else known.at(0)
+    def hit(self, setting: Setting, shift: float) -> float:
+        """Chance that a verify forward makes the next draft as well."""
+        return _chance(self._ranked_hit(setting, shift) + self._hits[setting].at(0))
+
+    def _ranked_hit(self, setting: Setting, shift: float) -> float:
+        """Log-odds that a round ends in one of the lengths that are likeliest on average; a draft's
+        own confidences know more, by how much is learned."""
+        if setting.num_groups >= setting.block_length:
+            return _odds(1.0)
+        reached = [*self.early(setting, shift), 0.0]
+        ends = sorted((a - b for a, b in pairwise(reached)), reverse=True)
+        return _odds(sum(ends[: setting.num_groups]))
 
 
 class Outlook:
@@ -147,10 +169,8 @@ class Outlook:
 
     def __init__(self, known: Acceptance, shift: float, most: int) -> None:
         self._known = known
-        self._fresh = _reached(known.fresh(j) + shift for j in range(most - 1))
-        self._early = _reached(known.early(j) + shift for j in range(most - 1))
-        self._fresh_tokens = list(accumulate(self._fresh))
-        self._early_tokens = list(accumulate(self._early))
+        self._shift = shift
+        self._fresh_tokens = list(accumulate(known.fresh(most - 1, shift)))
 
     def pace(self, setting: Setting) -> Pace:
         """Of a request that goes on so.
@@ -160,22 +180,13 @@ class Outlook:
         """
         if setting.mode == "ar":
             return AR_PACE
-        length = setting.block_length
+        length, fresh = setting.block_length, self._fresh_tokens[setting.block_length - 1]
         if not setting.num_groups:
-            return Pace(self._fresh_tokens[length - 1] / 2, length)
-        hit = _chance(self.ranked_hit(setting) + self._known.hit(setting))
-        tokens = hit * self._early_tokens[length - 1] + (1 - hit) * self._fresh_tokens[length - 1]
-        fed = length * (1 + setting.num_groups + 1 - hit)
+            return Pace(fresh / 2, length)
+        hit = self._known.hit(setting, self._shift)
+        tokens = hit * sum(self._known.early(setting, self._shift)) + (1 - hit) * fresh
+        fed = setting.num_fed + (1 - hit) * length
         return Pace(tokens / (2 - hit), fed / (2 - hit))
-
-    def ranked_hit(self, setting: Setting) -> float:
-        """Log-odds that a round ends in one of the lengths that are likeliest on average."""
-        length = setting.block_length
-        if setting.num_groups >= length:
-            return _odds(1.0)
-        reached = [*self._early[:length], 0.0]
-        ends = sorted((a - b for a, b in zip(reached, reached[1:], strict=False)), reverse=True)
-        return _odds(sum(ends[: setting.num_groups]))
 
 
 def _reached(odds: Iterable[float]) -> list[float]:

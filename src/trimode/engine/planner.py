@@ -109,18 +109,21 @@ class Planner:
 
     def choose(self, seq: Sequence) -> Setting:
         """How the round of `seq` that begins now is decoded."""
-        one = self._requests.setdefault(seq, _Request())
-        self._learn(seq, one)
+        one = self._request(seq)
+        has_run = self._learn(seq, one)
         others = self._others(one)
         one.num_rounds += 1
         one.since_probe += 1
         if one.setting is None:
             one.setting, one.pace, _ = self._best(seq, one, others)
-        elif one.charged_s is not None:
+        elif one.charged_s is not None and has_run:
             self._settle(one)
             self._review(seq, one, others)
         elif one.num_rounds >= REVIEW_ROUNDS:
             self._review(seq, one, others)
+        if one.charged_s is not None:  # its row was taken away before the probe began
+            self._allowed_s += one.charged_s
+            one.charged_s, one.since_probe = None, PROBE_ROUNDS
         return self._probe(seq, one, others) or one.setting
 
     def note_forward(self, fed: Items[Sequence], num_tokens: int, seconds: float) -> None:
@@ -132,20 +135,28 @@ class Planner:
         total = _Totals(0, 0.0, 0.0)
         for seq in fed:
             if seq.mode == "auto":
-                one = self._requests.setdefault(seq, _Request())
+                one = self._request(seq)
                 one.counted_in = self._num_forwards
                 total = total.plus(one.pace)
             else:
                 total = total.plus(_seen_pace(seq))
         self._total = total
 
-    def _learn(self, seq: Sequence, one: _Request) -> None:
+    def _learn(self, seq: Sequence, one: _Request) -> bool:
+        """Whether there was a round of speculation to learn from."""
         one.shift.fade()
         happened = seq.latest_round
-        if happened is not None and happened is not one.latest:
-            one.latest = happened
-            is_cut = seq.params.draft_cutoff is not None
-            self._known.learn(one.shift, happened, is_cut=is_cut)
+        if happened is None or happened is one.latest:
+            return False
+        one.latest = happened
+        self._known.learn(one.shift, happened, is_cut=seq.params.draft_cutoff is not None)
+        return True
+
+    def _request(self, seq: Sequence) -> _Request:
+        one = self._requests.get(seq)
+        if one is None:
+            one = self._requests[seq] = _Request()
+        return one
 
     def _others(self, one: _Request) -> _Totals:
         """Those of the latest forward without this one."""
@@ -162,11 +173,16 @@ class Planner:
         outlook = Outlook(self._known, one.shift.value, seq.params.block_length)
         if one.setting is not None:
             one.pace = outlook.pace(one.setting)
-        paces = {setting: outlook.pace(setting) for setting in settings(seq.params.block_length)}
-        rates = {setting: self._rate(others, pace) for setting, pace in paces.items()}
-        best = max(rates, key=lambda setting: rates[setting])
-        gain = (others.num_rows + 1) * (rates[best] / self._rate(others, one.pace) - 1)
-        return best, paces[best], gain
+        best, pace = Setting("ar", seq.params.block_length), AR_PACE
+        rate = self._rate(others, pace)
+        for setting, at_best in settings(seq.params.block_length).items():
+            if self._rate(others, at_best) > rate:  # or it is not worth a closer look
+                found = outlook.pace(setting)
+                found_rate = self._rate(others, found)
+                if found_rate > rate:
+                    best, pace, rate = setting, found, found_rate
+        gain = (others.num_rows + 1) * (rate / self._rate(others, one.pace) - 1)
+        return best, pace, gain
 
     def _review(self, seq: Sequence, one: _Request, others: _Totals) -> None:
         """Change the setting if another is better, plainly or for long enough."""
@@ -222,16 +238,17 @@ class Planner:
 
 
 @lru_cache
-def settings(block_length: int) -> tuple[Setting, ...]:
-    """What a sequence may pick from, `ar` first."""
+def settings(block_length: int) -> dict[Setting, Pace]:
+    """What a sequence may pick from beside `ar`, and its pace if all drafts were right."""
     lengths = sorted({2, 3, *(2**i for i in range(2, 32) if 2**i < block_length), block_length})
-    found = [Setting("ar", block_length)]
+    found = {}
     for length in (length for length in lengths if length <= block_length):
-        found.append(Setting("linear", length))
-        most = min(MAX_AUTO_BRANCHES, 2 * length - 1)
-        counts = [count for count in (1, 2, 4, 8) if count <= most]
-        found += [Setting("branching", length, count, True) for count in counts]
-    return tuple(found)
+        found[Setting("linear", length)] = Pace(length / 2, length)
+        for count in (1, 2, 4, 8):
+            if count <= min(MAX_AUTO_BRANCHES, 2 * length - 1):
+                setting = Setting("branching", length, count, True)
+                found[setting] = Pace(length, setting.num_fed)
+    return found
 
 
 def _is_prefilled(seq: Sequence) -> bool:

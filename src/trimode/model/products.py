@@ -1,7 +1,7 @@
 """Products with weights that will not change any more: fused, in a quicker order, or in int8.
 
 A product knows how to multiply and how to give its weight back, nothing of the network. The
-original weight is not kept beside it.
+original weight is not kept beside it, unless it is small.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ WEIGHTS: tuple[Weights, ...] = ("plain", "packed", "int8")
 
 SMALL_WEIGHT = 2**19
 """Elements below which a weight is left to `SmallProduct`."""
+
+MOST_FEW = 4
+"""Tokens up to which `SmallProduct` takes the plain weight."""
 
 _EXPECTED_ROWS = 8
 """What oneDNN is told to pack for; any number above 1 gives the same order here."""
@@ -98,19 +101,27 @@ class DenseProduct(_Fixed):
 
 
 class SmallProduct(DenseProduct):
-    """MKL's `W x^T` in float32 on the CPU, for a weight that stays in the cache.
-
-    Its calls cost less than oneDNN's, which is most of what so small a product takes.
+    """A weight that stays in the cache, in float32 on the CPU: MKL's `W x^T` for a few tokens,
+    whose calls cost less than oneDNN's, and a packed copy of it for more, which then is quicker.
     """
 
     least_rows = 2  # one column is another product, three times as slow
 
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        has_onednn = torch.backends.mkldnn.is_available()
+        self._packed = PackedProduct(weight, bias) if has_onednn else None
+
     def __call__(self, x: Tensor) -> Tensor:
+        if self._packed is not None and x.shape[:-1].numel() > MOST_FEW:
+            return self._packed(x)
         if x.ndim != 2 or self.bias is not None:
             return super().__call__(x)
         return torch.mm(self.weight, x.t()).t().contiguous()
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self._packed is not None and x.shape[:-1].numel() > MOST_FEW:
+            return self._packed.plus(x, residual)
         if x.ndim != 2 or self.bias is not None:
             return super().plus(x, residual)
         return torch.addmm(residual.t(), self.weight, x.t()).t().contiguous()

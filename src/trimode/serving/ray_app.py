@@ -172,13 +172,11 @@ def start_replicas(
     if is_own and model is not None:
         resolve(model)  # what is not there is said at once, and what is loaded is loaded once
     _connect(is_own=is_own)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _leave)  # Ray's own handler would abort the process
 
-    def end(*, waits: bool = True) -> None:
-        atexit.unregister(end)
-        serve.delete(APP_NAME, _blocking=waits)
-        ray.shutdown()  # and with it Serve, if this Ray is our own
+    def end() -> None:
+        if not is_own:
+            serve.delete(APP_NAME, _blocking=False)
+        ray.shutdown()  # and with it all that a Ray of our own has started
 
     try:
         if APP_NAME in serve.status().applications:
@@ -186,7 +184,6 @@ def start_replicas(
     except BaseException:
         ray.shutdown()
         raise
-    atexit.register(end, waits=False)  # where nobody closes the backend any more
     try:
         deployment = _deployment(
             model,
@@ -196,7 +193,7 @@ def start_replicas(
             ray_actor_options=_resources(load.get("device"), num_replicas=num_replicas),
         )
         handle = serve.run(deployment, name=APP_NAME, route_prefix=None)
-        return RayBackend(handle, on_close=end)
+        backend = RayBackend(handle, on_close=end)
     except RuntimeError as error:
         cause = _cause()
         end()
@@ -204,6 +201,8 @@ def start_replicas(
     except BaseException:
         end()
         raise
+    atexit.register(backend.stop)  # where nobody closes it any more
+    return backend
 
 
 def _connect(*, is_own: bool) -> None:
@@ -212,9 +211,11 @@ def _connect(*, is_own: bool) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not is_own:
         ray.init(namespace="serve", **quiet)
+        _end_quietly()
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would ask, or send
     ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    _end_quietly()
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
 
 
@@ -253,8 +254,10 @@ def _resources(device: str | None, *, num_replicas: int) -> dict[str, float]:
     return {"num_cpus": float(int(share)) if share >= 1 else share}
 
 
-def _leave(*_: Any) -> None:
-    sys.exit(128 + signal.SIGTERM)
+def _end_quietly() -> None:
+    """At SIGTERM, as long as no server handles it; Ray's handler aborts the process."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _only(names: tuple[str, ...], args: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,7 +266,8 @@ def _only(names: tuple[str, ...], args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cause() -> str:
     """What Ray has of a replica that did not start: our own error, else the last line."""
-    deployment = serve.status().applications[APP_NAME].deployments.get("Replica")
-    lines = [line.strip() for line in deployment.message.splitlines()] if deployment else []
+    application = serve.status().applications.get(APP_NAME)
+    deployments = application.deployments.values() if application is not None else ()
+    lines = [line.strip() for one in deployments for line in one.message.splitlines()]
     ours = [line.partition(": ")[2] for line in lines if line.startswith("trimode.errors.")]
     return (ours or [line for line in lines if line] or ["see the logs of Ray"])[-1]

@@ -86,6 +86,7 @@ class RayBackend:
         self._is_closing = False
         self._is_aborting = False
         self._has_stopped = threading.Event()
+        self._stopping = threading.Lock()
         self._reports: list[Report] = []
         while not self._look():
             time.sleep(LOOK_EVERY_S / 10)
@@ -135,9 +136,16 @@ class RayBackend:
                 self._is_aborting = True
                 for call in list(self._calls):
                     _let_go(call)
-        self._has_stopped.set()
-        await asyncio.to_thread(self._watch.join)
-        await asyncio.to_thread(self._on_close)
+        await asyncio.to_thread(self.stop)
+
+    def stop(self) -> None:
+        """End it at once, whatever runs; a second time nothing."""
+        with self._stopping:
+            if not self._has_stopped.is_set():
+                self._is_closing = True
+                self._has_stopped.set()
+                self._watch.join()  # or it would ask a Ray that is gone, and so start another
+                self._on_close()
 
     async def _run(self, job: Job) -> AsyncGenerator[Update, None]:
         """One try after another, until one brings the end."""
