@@ -5,7 +5,7 @@ Fixtures hand out factories, so that a test says what it needs: `tiny_model(torc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ ORIGINAL_CONTEXT = 32
 
 torch.set_num_threads(1)  # tiny matrices: threads cost, 40 times over on a busy machine
 transformers_logging.set_verbosity_error()  # its advice on our configs and classes is noise here
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is measured of this machine goes to a folder of its own, not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from trimode.decoding import GenerationParams, Sequence
+from trimode.decoding import Event, GenerationParams, Sequence
+from trimode.decoding.control import Control
 from trimode.decoding.gap import Gap
 from trimode.decoding.setting import Setting
 from trimode.engine import Engine
@@ -392,3 +393,128 @@ def test_a_gap_and_its_cells(lm: TriModeLM) -> None:
     some.submit(seq)
     some.run()
     assert seq.finish_reason == "stop"
+
+
+def test_no_row_is_given_away_to_be_taken_again(lm: TriModeLM) -> None:
+    """Prevents: two of one client's rows making way for two that wait, where only one of those may
+    have them, and the other comes straight back."""
+    some = engine(lm, 2, time_slice=2)
+    runs = [make(lm, [n], mode="ar", max_new_tokens=6) for n in (1, 2)]
+    waits = [make(lm, [n], mode="ar", max_new_tokens=30) for n in (3, 4)]
+    for seq, client in zip(runs, "ac", strict=True):
+        some.submit(seq, client=client)
+    some.step()
+    for seq in waits:
+        some.submit(seq, client="a")
+    while not runs[1].is_finished:
+        some.step()
+    assert runs[1].stats.num_preemptions == 0
+    assert runs[0].stats.num_preemptions == 1
+    some.run()
+
+
+def test_a_preempted_round_begins_once(lm: TriModeLM) -> None:
+    """Prevents: a planner asked twice for one round; a draft thrown away that had been made."""
+    asked: list[tuple[Sequence, int]] = []
+
+    class Notes(AnyPlanner):
+        def choose(self, seq: Sequence) -> Setting:
+            asked.append((seq, len(seq.new_ids)))
+            return Setting("branching", 4, 4)
+
+    def texts(time_slice: int | None) -> list[Sequence]:
+        some = engine(lm, 1, time_slice=time_slice, planner=Notes(0))
+        found = [make(lm, [n], mode="auto", max_new_tokens=20) for n in (1, 2)]
+        for seq in found:
+            some.submit(seq)
+        some.run()
+        return found
+
+    whole, sliced = texts(None), texts(1)
+    assert sum(seq.stats.num_preemptions for seq in sliced) > 10
+    assert len(asked) == len(set(asked))
+    for one, other in zip(whole, sliced, strict=True):
+        assert one.new_ids == other.new_ids
+        assert one.num_rounds == other.num_rounds
+        assert one.stats.acceptance_lengths == other.stats.acceptance_lengths
+        kinds = ("draft", "verify")
+        assert [one.stats.forwards[k] for k in kinds] == [other.stats.forwards[k] for k in kinds]
+
+
+@pytest.mark.parametrize("new_mode", ["ar", "linear", "quadratic", "auto"])
+def test_the_mode_may_change_while_it_waits(lm: TriModeLM, new_mode: str) -> None:
+    """Prevents: another text, or the old mode, after a change without a row."""
+    some = engine(lm, 1, time_slice=3)
+    changed = make(lm, [1, 2], mode="branching", max_new_tokens=20)
+    other = make(lm, [3], mode="ar", max_new_tokens=20)
+    some.submit(changed)
+    some.submit(other)
+    while not changed.stats.num_preemptions:
+        some.step()
+    changed.mode = new_mode
+    some.run()
+    assert changed.new_ids == alone(lm, make(lm, [1, 2], mode="ar", max_new_tokens=20))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "ar", "control": Control(repetition_penalty=1.5, logprobs=2)},
+        {"mode": "linear", "control": Control(repetition_penalty=1.5, logprobs=2)},
+        {"mode": "branching", "control": Control(logit_bias={7: 3.0}, logprobs=0)},
+        {"mode": "auto", "control": Control(max_thinking_tokens=6, end_think_token_id=9)},
+        {"mode": "linear", "control": Control(max_thinking_tokens=6, end_think_token_id=9)},
+        {"mode": "diffusion", "control": Control(max_thinking_tokens=6, end_think_token_id=9)},
+        {"mode": "diffusion", "control": Control(repetition_penalty=1.5)},
+    ],
+    ids=lambda options: f"{options['mode']}",
+)
+def test_rules_and_events_do_not_show_a_lost_row(lm: TriModeLM, options: dict[str, Any]) -> None:
+    """Prevents: a penalty, a budget of thought or log-probabilities that forget or count twice what
+    was written before a row was lost; an event told twice."""
+
+    def run(time_slice: int | None, budget: int | None) -> list[tuple[Sequence, list[Event]]]:
+        found = []
+        some = engine(lm, 2, time_slice=time_slice, token_budget=budget, planner=_Plain())
+        for n in range(4):
+            events: list[Event] = []
+            values = {"max_new_tokens": 16, "block_length": 4, "seed": n, "temperature": 1.0}
+            params = GenerationParams(**(values | {"ignore_eos": True} | options))
+            seq = lm.sequence([*SYSTEM, n] * (1 + n % 2), params, on_event=events.append)
+            some.submit(seq)
+            found.append((seq, events))
+        some.run()
+        return found
+
+    whole, cut = run(None, None), run(1, 12)
+    assert all(seq.stats.num_preemptions for seq, _ in cut)
+    for (one, events), (other, others) in zip(whole, cut, strict=True):
+        assert other.new_ids == one.new_ids
+        assert others == events
+        assert len(other.logprobs) == len(one.logprobs)
+        for mine, its in zip(one.logprobs, other.logprobs, strict=True):
+            assert mine.logprob == pytest.approx(its.logprob, abs=1e-9)
+            assert [i for i, _ in mine.top] == [i for i, _ in its.top]
+
+
+class _Plain(AnyPlanner):
+    """Always the same, so that two runs can be compared."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def choose(self, seq: Sequence) -> Setting:
+        return Setting("branching", 4, 3, True)
+
+
+def test_one_token_in_one_token_out(lm: TriModeLM) -> None:
+    """Prevents: the smallest of all requests lost between prefill and end, sliced or not."""
+    modes = ("ar", "linear", "branching", "quadratic", "auto", "diffusion")
+    some = engine(lm, 2, time_slice=1, token_budget=8)
+    sequences = [make(lm, [n], mode=mode, max_new_tokens=1) for n, mode in enumerate(modes)]
+    for seq in sequences:
+        some.submit(seq)
+    some.run()
+    for n, seq in enumerate(sequences):
+        assert seq.new_ids == alone(lm, make(lm, [n], mode="ar", max_new_tokens=1))
+        assert seq.finish_reason == "length"

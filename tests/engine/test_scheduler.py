@@ -78,7 +78,8 @@ def test_clients_share_the_rows() -> None:
     taken: list[str] = []
     order = []
     while len(found):
-        entry = found.pop(taken)
+        entry = found.next(taken)
+        found.remove(entry.seq)
         taken.append(entry.client)
         order.append(sequences.index(entry.seq))
     assert order == [0, 3, 4, 1, 2]
@@ -108,4 +109,4 @@ def test_the_waiting_list_forgets() -> None:
     removed: Any = found.remove(first)
     assert removed.seq is first
     assert found.remove(first) is None
-    assert found.pop([]).seq is second
+    assert found.next([]).seq is second

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -35,6 +36,7 @@ class Served:
 
     url: str
     backend: LocalBackend
+    signal: Callable[[], None]
 
     @property
     def engine(self) -> Any:
@@ -100,14 +102,20 @@ def tiny_lm(tiny_model: Any, random_adapter: Any, byte_tokenizer: Any) -> TriMod
 
 
 @contextmanager
-def serving(lm: TriModeLM, settings: Settings | None = None, **options: Any) -> Iterator[Served]:
+def serving(
+    lm: TriModeLM,
+    settings: Settings | None = None,
+    *,
+    shutdown_timeout_s: float = WAIT_S,
+    **options: Any,
+) -> Iterator[Served]:
     """A server on a free port, stopped at the end."""
     backend = LocalBackend(lm, **{"name": "tiny", "num_rows": 8, "has_auto": False, **options})
     is_ready = threading.Event()
     server = Server(
         create_app(backend, settings or Settings()),
         backend,
-        shutdown_timeout_s=WAIT_S,
+        shutdown_timeout_s=shutdown_timeout_s,
         on_ready=is_ready.set,
     )
     with listen("127.0.0.1", 0) as listening:
@@ -122,7 +130,8 @@ def serving(lm: TriModeLM, settings: Settings | None = None, **options: Any) -> 
         thread.start()
         try:
             assert is_ready.wait(WAIT_S)
-            yield Served(f"http://127.0.0.1:{port}", backend)
+            signal = partial(server.handle_exit, 15, None)
+            yield Served(f"http://127.0.0.1:{port}", backend, signal)
         finally:
             server.handle_exit(15, None)
             thread.join(WAIT_S)
@@ -134,6 +143,13 @@ def served(tiny_lm: TriModeLM) -> Iterator[Served]:
     """One server for a module, without limits that matter."""
     with serving(tiny_lm) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def serve_all(tiny_lm: TriModeLM) -> Iterator[Callable[..., Served]]:
+    """The same for all tests of a module."""
+    with ExitStack() as stack:
+        yield lambda settings: stack.enter_context(serving(tiny_lm, settings))
 
 
 @pytest.fixture

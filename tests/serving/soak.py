@@ -200,7 +200,7 @@ class Soak:
         reader, writer = await asyncio.open_connection(host, int(port), limit=256)
         try:
             writer.write(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"POST /v1/completions HTTP/1.1\r\nHost: [::]\r\nContent-Type: application/json\r\n"
                 b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw
             )
             await writer.drain()
@@ -248,7 +248,7 @@ class Soak:
                 self._chance.choice(
                     [
                         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9,
-                        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{",
+                        b"POST /v1/infill HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 999\r\n\r\n{",
                         b"GET / HTTP/9.9\r\n\r\n",
                         b"\r\n\r\n\r\n",
                     ]

@@ -42,6 +42,8 @@ def _message(response: httpx.Response, status: int) -> str:
         ({"max_tokens": True}, "max_tokens is true; allowed: a valid integer"),
         ({"prompt": []}, 'prompt is []; allowed: "" for an empty prompt'),
         ({"prompt": [1, "x"]}, "allowed: a string, token ids, or a list of either"),
+        ({"logit_bias": {"1": 1, "01": 2}}, 'logit_bias has "01"; allowed: token ids as keys'),
+        ({"stream": True, "stream_options": {"a\nb": 1}}, 'stream_options."a\\nb" is not a field'),
         ({"prompt": [-1]}, "allowed: a string, token ids, or a list of either"),
         ({"prompt": [999]}, "prompt has token id 999; allowed: 0 to 258"),
         ({"stream_options": {}}, "stream_options is given; allowed: only with stream true"),
@@ -54,7 +56,7 @@ def _message(response: httpx.Response, status: int) -> str:
         ({"logit_bias": {"258": 1}}, "a token of logit_bias is 258"),
         ({"n": 33}, "1 prompts with n=33 are 33 texts; allowed: 32 in one request"),
         ({"seed": -1}, "seed is -1; allowed: greater than or equal to 0"),
-        ({"seed": 2**64 - 1, "n": 2}, "seed is 18446744073709551616"),
+        ({"seed": 2**64 - 1, "n": 2}, "allowed with n=2: at most 18446744073709551614"),
         ({"timeout_s": 601}, "timeout_s is 601; allowed here: at most 600"),
         ({"regex": "("}, "regex"),
         ({"prompt": "x" * 500, "max_tokens": 13}, "500 tokens + max_tokens=13 = 513, beyond"),
@@ -84,6 +86,15 @@ def test_what_is_wrong_is_named(served: Served, fields: dict[str, Any], message:
         ({"top_logprobs": 2}, "top_logprobs is 2; allowed: only with logprobs true"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "allowed: one of them"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema is missing"),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "x", "schema": {}}}},
+            "response_format.json_schema is given; allowed: none with type 'text'",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "json_schema": {}},
+            "response_format is given beside json_schema; allowed: one of them",
+        ),
+        ({"moderation": {}}, "moderation is {}, which is not supported; allowed: null"),
         ({"response_format": {"type": "xml"}}, 'response_format.type is "xml"; allowed:'),
     ],
 )
@@ -109,6 +120,8 @@ def test_neutral_fields_of_openai_are_taken(served: Served) -> None:
         (b'{"prompt": "\xff"}', "the body is not valid UTF-8: byte 0xff at offset 12"),
         (b'{"prompt": "x"', "the body is not valid JSON"),
         (b'{"prompt": "x", "temperature": NaN}', "the body is not valid JSON"),
+        (b'{"prompt": "x", "n": 1, "n": 2}', 'the body has "n" twice; allowed: once'),
+        (b'{"prompt": "x", "logit_bias": {"1": 1, "1": 2}}', 'the body has "1" twice'),
         (b'{"prompt": "\\ud800"}', "the body is not valid JSON"),
         (b'["x"]', 'the body is ["x"]; allowed: a JSON object'),
         (b"", "the body is not valid JSON"),
@@ -231,7 +244,7 @@ def test_a_body_that_does_not_come(serve: Callable[..., Served]) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
             b"content-length: 100\r\n\r\n{"
         )
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
@@ -244,7 +257,8 @@ def test_output_and_prompt_limits(serve: Callable[..., Served]) -> None:
     assert _message(refused, 400) == "max_tokens is 6; allowed here: at most 5"
     refused = server.post("completions", {"prompt": "xxxx", "max_tokens": 5})
     assert _message(refused, 400) == "the prompt has 4 tokens; allowed here: 3"
-    refused = server.post("completions", {"prompt": "x"})
+    within = server.post("completions", {"prompt": "x", "ignore_eos": True})
+    assert within.json()["usage"]["completion_tokens"] == 5  # 16 were not asked for
     assert server.post("completions", {"prompt": "x", "max_tokens": 5}).status_code == 200
 
 
@@ -331,7 +345,7 @@ def test_a_client_that_leaves_frees_its_row(serve: Callable[..., Served], is_str
     content = json.dumps(body).encode()
     with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
             b"content-length: " + str(len(content)).encode() + b"\r\n\r\n" + content
         )
         brake.let(2)

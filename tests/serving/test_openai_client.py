@@ -73,6 +73,29 @@ def test_several_prompts_times_n(client: openai.OpenAI, tiny_lm: TriModeLM) -> N
     assert answer.usage.prompt_tokens == len("one") + len("two longer")
 
 
+def test_equal_prompts_count_each(client: openai.OpenAI) -> None:
+    """Prevents: prompts that read the same taken for one; choices of one counted anew."""
+    answer = client.completions.create(model="tiny", prompt=["ab", "ab"], n=2, max_tokens=1)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 4
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
+    """Prevents: a conversation refused for the fields that our own answer brought along."""
+    asked = {"role": "user", "content": "x"}
+    answer = client.chat.completions.create(model="tiny", messages=[asked], max_tokens=3)
+    messages = [asked, answer.choices[0].message, asked]
+    assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=3).choices
+
+
+def test_a_prompt_too_long_is_the_messages(client: openai.OpenAI) -> None:
+    """Prevents: an error of a chat that names a field it does not have."""
+    messages = [{"role": "user", "content": "x" * 600}]
+    with pytest.raises(openai.BadRequestError, match="605 tokens") as caught:
+        client.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
+    assert caught.value.param == "messages"
+
+
 @pytest.mark.parametrize("prompt", [[100, 101, 102], [[100, 101], [102]]])
 def test_prompts_of_token_ids(client: openai.OpenAI, prompt: list[int]) -> None:
     """Prevents: a list of ids read as a list of prompts, or the other way round."""
@@ -115,7 +138,7 @@ def test_a_stop_string_over_chunk_borders(client: openai.OpenAI) -> None:
         extra_body={"regex": REGEX, "mode": "ar"},
     ) as stream:
         chunks = [choice for chunk in stream for choice in chunk.choices]
-    assert [chunk.text for chunk in chunks if chunk.text] == ["a", "b", "c"]
+    assert "".join(chunk.text for chunk in chunks) == "abc"
     assert chunks[-1].finish_reason == "stop"
 
 

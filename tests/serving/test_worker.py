@@ -4,7 +4,9 @@ tells everybody when it breaks."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -267,27 +269,87 @@ def test_many_jobs_of_one_request_end_together(make: Make) -> None:
     assert backend._thread.engine.counts.tokens_fed < 4 * 300
 
 
-def test_a_stream_that_nobody_takes_is_dropped() -> None:
-    """Prevents: a connection held for ever by a client that does not read."""
+def test_a_stream_that_breaks_is_counted_out() -> None:
+    """Prevents: a place among the concurrent requests that is never given back."""
     ended = []
 
     async def events() -> Any:
-        while True:
+        try:
             yield b"data: x\n\n"
+            raise RuntimeError("planted")
+        finally:
+            ended.append("events")
 
     async def on_end() -> None:
-        ended.append(True)
+        ended.append("request")
 
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.body":
-            await asyncio.Event().wait()
+    async def send(_: Any) -> None:
+        pass
 
     async def receive() -> Any:
         await asyncio.Event().wait()
 
-    stream = EventStream(events(), write_timeout_s=0.01, on_end=on_end)
-    _run(stream({}, receive, send))
-    assert ended == [True]
+    stream = EventStream(events(), on_end=on_end)
+    with pytest.raises(RuntimeError, match="planted"):
+        _run(stream({}, receive, send))
+    assert ended == ["events", "request"]
+
+
+def test_a_closing_server_answers_those_who_are_not_in_the_engine_yet(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: a request torn off without an answer, for its prompt was still being encoded."""
+    backend = make()
+    is_in, may_go = threading.Event(), threading.Event()
+    encode = backend._lm.encode
+
+    def slow(prompt: Any) -> list[int]:
+        is_in.set()
+        assert may_go.wait(WAIT_S)
+        return encode(prompt)
+
+    monkeypatch.setattr(backend._lm, "encode", slow)
+
+    async def close() -> list[Update]:
+        jobs = [asyncio.create_task(_all(backend, _job(max_new_tokens=2))) for _ in range(4)]
+        await asyncio.to_thread(is_in.wait, WAIT_S)
+        await backend.close(timeout_s=0)
+        may_go.set()
+        return [update for updates in await asyncio.gather(*jobs) for update in updates]
+
+    found = _run(close())
+    assert [getattr(update, "status", None) for update in found] == [503] * 4
+
+
+def test_of_many_jobs_none_begins_before_all_are_accepted(make: Make) -> None:
+    """Prevents: a stream that begins and breaks off, for a later choice was never possible."""
+    backend = make()
+
+    async def ask(bad: Job) -> list[Update]:
+        jobs = [_job(**GOES_ON), bad]
+        jobs = [dataclasses.replace(job, wants_word=True) for job in jobs]
+        async with aclosing(run_all(backend, jobs)) as updates:
+            return [update async for _, update in updates]
+
+    for bad, status in ((_job(inputs=[999]), 400), (_job(max_new_tokens=600), 400)):
+        (failed,) = _run(ask(bad))
+        assert isinstance(failed, Failed)
+        assert failed.status == status
+    *pieces, done = _run(ask(_job(max_new_tokens=2, ignore_eos=True)))
+    assert isinstance(done, Done)
+    assert all(isinstance(piece, Piece | Done) for piece in pieces)
+    full = make(num_rows=1, max_waiting=0)
+    brake = Brake(full._thread)
+    brake.off()
+
+    async def ask_for_two() -> list[Update]:
+        jobs = [dataclasses.replace(_job(**GOES_ON), wants_word=True) for _ in range(2)]
+        async with aclosing(run_all(full, jobs)) as updates:
+            return [update async for _, update in updates]
+
+    (failed,) = _run(ask_for_two())
+    assert isinstance(failed, Failed)
+    assert failed.status == 429
 
 
 def test_happenings_are_counted_from_the_first_new_token(make: Make, tiny_lm: TriModeLM) -> None:

@@ -23,6 +23,10 @@ HELP = "answer requests over HTTP, OpenAI-compatible"
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+POSITIVE = (
+    *("max_body_bytes", "max_prompt_tokens", "max_output_tokens", "max_concurrent"),
+    *("max_concurrent_per_key", "rate", "timeout"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +81,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--token-budget",
         type=int,
         metavar="N",
-        help="tokens of one forward, so that long prompts hold nobody up (default 512, or 4 for each"
-        " text if that is more)",
+        help="tokens of one forward, so that long prompts hold nobody up (default 512, or 4 times"
+        " --max-batch)",
     )
     engine.add_argument(
         "--time-slice",
@@ -114,6 +118,14 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ORIGIN",
         help="web pages elsewhere that may ask, such as https://example.org",
+    )
+    http.add_argument(
+        "--allow-host",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names under which it may be asked without keys, beside localhost, --host and IP"
+        " addresses; * for any",
     )
     http.add_argument("--open-metrics", action="store_true", help="/metrics needs no key")
     http.add_argument(
@@ -234,6 +246,11 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is {getattr(args, name)}; allowed: at least {least}")
+    for name in POSITIVE:
+        number = getattr(args, name)
+        if number is not None and not number > 0:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is {number:g}; allowed: more than 0")
     if args.tensor_parallel and args.replicas > 1:
         raise ConfigError(
             f"--tensor-parallel with --replicas {args.replicas}; allowed: one of the two"
@@ -254,6 +271,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
     return Settings(
         api_keys=read_api_keys(args.api_keys),
+        allowed_hosts=(args.host, *args.allow_host),
         cors_origins=tuple(args.cors),
         has_open_metrics=args.open_metrics,
         max_body_bytes=args.max_body_bytes,
@@ -276,12 +294,13 @@ def _name(model: str | None) -> str:
 
 
 def _log_as_json() -> None:
-    """Our log and uvicorn's, one JSON object a line, requests included."""
+    """Our log, uvicorn's and asyncio's, one JSON object a line, requests included."""
     from trimode.serving.logs import JsonFormatter
 
     ours = logging.getLogger("trimode")
+    ours.setLevel(min(ours.level, logging.INFO))
     for handler in ours.handlers:
         handler.setFormatter(JsonFormatter())
-        logging.getLogger("uvicorn.error").addHandler(handler)
-    ours.setLevel(min(ours.level, logging.INFO))
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).addHandler(handler)
+            logging.getLogger(name).setLevel(logging.WARNING)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from trimode.decoding.gap import Gap
 from trimode.decoding.grammar import Matcher
 from trimode.decoding.law import Rules
-from trimode.decoding.params import GenerationParams
+from trimode.decoding.params import MODE_NAMES, GenerationParams
 from trimode.decoding.setting import Round, Setting
 from trimode.decoding.stats import Stats
 from trimode.decoding.step import TokenLogprobs
+from trimode.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ class Sequence:
         self.num_committable = 0
         self.num_cells = 0
         self._draft: Draft | None = None
+        self._begun = ("", -1)  # mode and length of the latest round
         self._detokenize = detokenize
         self._on_event = on_event
 
@@ -154,6 +156,8 @@ class Sequence:
 
     @mode.setter
     def mode(self, mode: str) -> None:
+        if mode not in MODE_NAMES:
+            raise RequestError(f"mode is {mode!r}; allowed: {', '.join(MODE_NAMES)}")
         self.params.control.check_mode(mode, ignore_eos=self.params.ignore_eos)
         self._mode = mode
 
@@ -180,12 +184,19 @@ class Sequence:
         return self.prompt_ids + self.new_ids[: self.length - num_prompt]
 
     def begin_round(self) -> Setting:
-        """How the round that begins now is decoded."""
-        self.num_rounds += 1
+        """How the round that begins now is decoded. One that lost its row before its first
+        forward goes on as it was meant to, unless the mode has changed since."""
+        begun = (self.mode, self.length)
+        if begun == self._begun:
+            return self.setting
+        self.num_rounds += begun[1] != self._begun[1]
+        self._begun = begun
         self.setting = self.params.setting(self.mode)
         if self.mode == "auto":
             if self.choose_setting is None:
-                raise AssertionError("mode 'auto' needs an engine with a planner")
+                raise RequestError(
+                    "mode is 'auto'; allowed: another, since this engine has no planner"
+                )
             self.setting = self.choose_setting(self)
         return self.setting
 
@@ -193,9 +204,10 @@ class Sequence:
         """Have a draft for the next round, whatever its mode does with it."""
         self._draft = draft
 
-    def take_draft(self) -> Draft | None:
+    @property
+    def pending_draft(self) -> Draft | None:
         """The draft that was kept, if nothing has been committed since."""
-        draft, self._draft = self._draft, None
+        draft = self._draft
         return draft if draft is not None and draft.start == self.length else None
 
     def num_spare_groups(self, num_tokens: int) -> int:

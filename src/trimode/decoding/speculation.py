@@ -45,7 +45,7 @@ def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
     temperature. The draft is always a whole block, as the drafter was trained on, and then cut to
     what may still be emitted; where that is one token there is nothing to draft.
     """
-    draft = seq.take_draft()
+    draft = seq.pending_draft
     is_fresh = draft is None
     if draft is None and seq.num_remaining > 1:
         draft = yield from _draft(seq)

@@ -17,9 +17,9 @@ class Stats:
         tokens_fed: Tokens this sequence fed, by the same kinds.
         new_tokens: Tokens emitted.
         acceptance_lengths: Per round of speculation, accepted drafts plus the bonus token.
-        reused_tokens: Tokens whose K/V another sequence had left behind, so that they were not fed.
+        reused_tokens: Tokens whose K/V lay in a row already, so that they were not fed.
         num_preemptions: Times it gave its row to another and went on later.
-        seconds: Wall time from submission to the last token, other sequences' work included.
+        seconds: Wall time from submission to the end, other sequences' work included.
     """
 
     forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORWARD_KINDS, 0))

@@ -25,7 +25,8 @@ class _Running:
 
     Attributes:
         fed_at: The forward in which it was fed last.
-        num_before: Tokens it had emitted when it got the row.
+        since_s: When it got the row.
+        num_before: Tokens it had emitted then.
         is_between_rounds: Whether its step is the first of a round, so that nothing is lost if it
             never runs.
     """
@@ -36,6 +37,7 @@ class _Running:
     step: Step
     entry: Waiting
     fed_at: int
+    since_s: float
     num_before: int
     is_between_rounds: bool = False
 
@@ -47,7 +49,7 @@ class Counts:
     Attributes:
         forwards: Model calls.
         tokens_fed: Tokens in them.
-        reused_tokens: Tokens that needed not be fed, since another sequence had left their K/V.
+        reused_tokens: Tokens that needed not be fed, since their K/V lay in a row already.
         preemptions: Times a sequence had to give its row to another.
         finished: Sequences that ended, aborted ones included.
     """
@@ -122,11 +124,13 @@ class Engine:
         self._clock = clock
         self._waiting = WaitingList()
         self._running: list[_Running] = []
-        self._started_s = clock()
+        self._ended: list[Sequence] = []  # not returned by `step` yet
+        self._held_s = 0.0  # by sequences that had a row, all together
 
     @property
     def is_idle(self) -> bool:
-        return not (self._waiting or self._running)
+        """Whether a step has nothing to do and nothing to return."""
+        return not (self._waiting or self._running or self._ended)
 
     @property
     def num_waiting(self) -> int:
@@ -148,12 +152,14 @@ class Engine:
 
         Raises:
             CapacityError: it never fits into a row, or too many wait (`retry_after_s`).
-            RequestError: it is in mode `auto`, and there is no planner.
+            RequestError: it is in mode `auto`, and there is no planner; `timeout_s` is no time.
         """
         if seq.length or seq.is_finished or seq in self._sequences():
             raise AssertionError("a sequence is submitted once")
         if self._planner is None and "auto" in (seq.mode, seq.params.mode):
             raise RequestError("mode is 'auto'; allowed: another, since this engine has no planner")
+        if timeout_s is not None and not timeout_s >= 0:
+            raise RequestError(f"timeout_s is {timeout_s}; allowed: None, or seconds, at least 0")
         needed = cells_needed(seq)
         if needed > self.num_cells:
             raise CapacityError(
@@ -175,22 +181,24 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Advance the running sequences by one forward, all that fit its budget.
 
+        Where the forward itself fails (memory, say), every sequence is left as it was, and the next
+        step tries again.
+
         Returns:
             The sequences that ended in it, for whatever reason. One whose own `on_event` raised has
             that as its `error`; nothing of it is raised here.
         """
-        ended = self._abort_late()
+        self._abort_late()
         self._admit()
+        self._preempt()
         served = self._served()
-        if not served:
-            return ended
-        readouts = self._run(served)
+        readouts = self._run(served) if served else []
         for (running, step), readout in zip(served, readouts, strict=True):
             self._resume(running, step, readout)
             if running.seq.is_finished:
                 self._release(running, is_clean=readout is not None)
-                ended.append(running.seq)
-        self._preempt()
+                self._ended.append(running.seq)
+        ended, self._ended = self._ended, []
         return ended
 
     def run(self) -> None:
@@ -205,9 +213,13 @@ class Engine:
                     raise seq.error
 
     def abort(self, seq: Sequence, reason: str = "cancelled") -> None:
-        """Stop a sequence between steps, waiting or running; its row is free at once."""
+        """Stop a sequence between steps, waiting or running; its row is free at once. No step
+        returns it."""
         seq.abort(reason)
-        self._waiting.remove(seq)
+        self._ended = [one for one in self._ended if one is not seq]
+        waited = self._waiting.remove(seq)
+        if waited is not None:
+            self._end(waited)
         for running in [running for running in self._running if running.seq is seq]:
             self._release(running)
 
@@ -215,23 +227,27 @@ class Engine:
         return [entry.seq for entry in self._waiting] + [one.seq for one in self._running]
 
     def _seconds_each(self) -> float:
-        """Between one sequence that ended and the next, so far; 1 before any has."""
+        """Between one sequence that ends and the next while all rows are taken, going by those that
+        ended so far; 1 before any has had a row."""
         num_finished = self.counts.finished
-        return (self._clock() - self._started_s) / num_finished if num_finished else 1.0
+        each_s = self._held_s / num_finished / self.num_rows if num_finished else 0.0
+        return each_s or 1.0
 
-    def _abort_late(self) -> list[Sequence]:
+    def _abort_late(self) -> None:
         now = self._clock()
         entries = [*self._waiting, *(running.entry for running in self._running)]
-        late = [e.seq for e in entries if e.deadline_s is not None and e.deadline_s <= now]
-        for seq in late:
-            self.abort(seq, "deadline")
-        return late
+        for entry in entries:
+            if entry.deadline_s is not None and entry.deadline_s <= now:
+                self.abort(entry.seq, "deadline")
+                self._ended.append(entry.seq)
 
     def _admit(self) -> None:
+        """Give what rows are free to those that wait."""
         while self._waiting and self._rows.num_free:
-            entry = self._waiting.pop(running.entry.client for running in self._running)
+            entry = self._waiting.next(running.entry.client for running in self._running)
             seq = entry.seq
             row = self._rows.take(seq, [*seq.prompt_ids, *seq.new_ids[:-1]])
+            self._waiting.remove(seq)
             self.counts.reused_tokens += seq.length
             seq.num_cells = self.num_cells
             seq.choose_setting = None if self._planner is None else self._planner.choose
@@ -239,9 +255,34 @@ class Engine:
             running = _Running(
                 *(seq, row, steps, next(steps), entry),
                 fed_at=self.counts.forwards,
+                since_s=self._clock(),
                 num_before=len(seq.new_ids),
             )
             self._running.append(running)
+
+    def _preempt(self) -> None:
+        """Those whose time slice is over give their rows to others that wait, one after another,
+        so that each sees whom the rows went to before."""
+        if self._time_slice is None or not self._waiting:
+            return
+        preempted = []
+        try:
+            for running in list(self._running):
+                seq, client = running.seq, running.entry.client
+                num_new = len(seq.new_ids) - running.num_before
+                if num_new < self._time_slice or not running.is_between_rounds:
+                    continue
+                clients = [one.entry.client for one in self._running if one is not running]
+                if self._waiting.has_one_for(client, clients):
+                    self._take_row(running)
+                    seq.length = 0
+                    seq.stats.num_preemptions += 1
+                    self.counts.preemptions += 1
+                    preempted.append(running.entry)
+                    self._admit()
+        finally:
+            for entry in preempted:
+                self._waiting.add(entry)
 
     def _served(self) -> list[tuple[_Running, Step]]:
         """Who is fed in the next forward, and what."""
@@ -287,37 +328,19 @@ class Engine:
         except Exception as error:
             seq.abort("error", error)
 
-    def _preempt(self) -> None:
-        """Those whose time slice is over give their rows to as many that wait."""
-        if self._time_slice is None:
-            return
-        num_wanted = len(self._waiting) - self._rows.num_free
-        for running in list(self._running):
-            if num_wanted <= 0:
-                break
-            num_new = len(running.seq.new_ids) - running.num_before
-            clients = [one.entry.client for one in self._running if one is not running]
-            if (
-                running.is_between_rounds
-                and num_new >= self._time_slice
-                and self._waiting.has_one_for(running.entry.client, clients)
-            ):
-                num_wanted -= 1
-                self._take_row(running)
-                running.seq.length = 0
-                running.seq.stats.num_preemptions += 1
-                self.counts.preemptions += 1
-                self._waiting.add(running.entry)
-
     def _release(self, running: _Running, *, is_clean: bool = True) -> None:
         self._take_row(running, is_clean=is_clean)
-        running.seq.stats.seconds = self._clock() - running.entry.submitted_s
-        self.counts.finished += 1
+        self._end(running.entry)
 
     def _take_row(self, running: _Running, *, is_clean: bool = True) -> None:
         running.steps.close()
         self._running.remove(running)
         self._rows.give_back(running.row, is_clean=is_clean)
+        self._held_s += self._clock() - running.since_s
+
+    def _end(self, entry: Waiting) -> None:
+        entry.seq.stats.seconds = self._clock() - entry.submitted_s
+        self.counts.finished += 1
 
 
 def cells_needed(seq: Sequence) -> int:

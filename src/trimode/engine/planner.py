@@ -32,6 +32,7 @@ PROBE_SHARE = 0.02
 """Of all time, what probes may cost more than they bring."""
 
 PROBE_LENGTH = 8
+PROBE_FORWARDS = 2
 PROBE_ROUNDS = 16
 """Rounds between two probes of a sequence."""
 
@@ -51,8 +52,8 @@ class _Request:
         num_rounds: Since the last review.
         num_better: Reviews in a row that found something better.
         since_probe: Rounds since the last probe.
-        charged_s: What the probe under way was charged; None if there is none.
-        seconds_per_token: Of the whole batch, when it was charged.
+        expected_s: What the probe under way was expected to cost; None if there is none.
+        seconds_per_token: Of the whole batch, when it began.
         counted_in: The latest forward whose totals it is part of.
     """
 
@@ -63,7 +64,7 @@ class _Request:
     num_rounds: int = 0
     num_better: int = 0
     since_probe: int = PROBE_ROUNDS
-    charged_s: float | None = None
+    expected_s: float | None = None
     seconds_per_token: float = 0.0
     counted_in: int = -1
 
@@ -116,31 +117,35 @@ class Planner:
         one.since_probe += 1
         if one.setting is None:
             one.setting, one.pace, _ = self._best(seq, one, others)
-        elif one.charged_s is not None and has_run:
+        elif one.expected_s is not None and has_run:
             self._settle(one)
             self._review(seq, one, others)
         elif one.num_rounds >= REVIEW_ROUNDS:
             self._review(seq, one, others)
-        if one.charged_s is not None:  # its row was taken away before the probe began
-            self._allowed_s += one.charged_s
-            one.charged_s, one.since_probe = None, PROBE_ROUNDS
+        if one.expected_s is not None:  # its row was taken away before the probe began
+            self._allowed_s += one.expected_s
+            one.expected_s, one.since_probe = None, PROBE_ROUNDS
         return self._probe(seq, one, others) or one.setting
 
     def note_forward(self, fed: Items[Sequence], num_tokens: int, seconds: float) -> None:
         """Learn what a forward cost, and who runs."""
         self._num_forwards += 1
         self._allowed_s += PROBE_SHARE * seconds
-        if not any(map(_is_prefilled, fed)):
-            self.costs.note(len(fed), num_tokens, seconds)
-        total = _Totals(0, 0.0, 0.0)
+        total, expected_s = _Totals(0, 0.0, 0.0), 0.0
         for seq in fed:
             if seq.mode == "auto":
                 one = self._request(seq)
                 one.counted_in = self._num_forwards
+                expected_s += (one.expected_s or 0.0) / PROBE_FORWARDS
                 total = total.plus(one.pace)
             else:
                 total = total.plus(_seen_pace(seq))
         self._total = total
+        if not expected_s and not any(map(_is_prefilled, fed)):
+            self.costs.note(len(fed), num_tokens, seconds)
+        if expected_s:
+            usual_s = self.costs.curve(total.num_rows)(total.fed) * self.costs.drift
+            self._allowed_s -= seconds - usual_s - expected_s
 
     def _learn(self, seq: Sequence, one: _Request) -> bool:
         """Whether there was a round of speculation to learn from."""
@@ -197,7 +202,9 @@ class Planner:
         """A round of linear where the present setting would never tell how well longer drafts do:
         if they would pay were all of them right, and if there is time for it.
 
-        What it costs more than a round as usual is paid in advance; what it brings is paid back.
+        What it is expected to cost more than a round as usual is paid in advance, what it does cost
+        (`note_forward`: forwards of two kinds are dearer than their tokens alone) is put right
+        after, and what it brings is paid back.
         """
         assert one.setting is not None
         length = min(seq.params.block_length, PROBE_LENGTH)
@@ -213,12 +220,12 @@ class Planner:
             return None
         usual, probed = others.plus(one.pace), others.plus(at_best)
         curve = self.costs.curve(usual.num_rows)
-        charged_s = 2 * (curve(probed.fed) - curve(usual.fed))
-        self._allowed_s = min(self._allowed_s, MOST_SAVED * charged_s)
-        if charged_s > self._allowed_s:
+        expected_s = PROBE_FORWARDS * (curve(probed.fed) - curve(usual.fed))
+        self._allowed_s = min(self._allowed_s, MOST_SAVED * expected_s)
+        if expected_s > self._allowed_s:
             return None
-        self._allowed_s -= charged_s
-        one.charged_s, one.since_probe = charged_s, 0
+        self._allowed_s -= expected_s
+        one.expected_s, one.since_probe = expected_s, 0
         one.seconds_per_token = 1 / self._rate(others, one.pace)
         self.num_probes += 1
         return Setting("linear", length)
@@ -226,15 +233,15 @@ class Planner:
     def _settle(self, one: _Request) -> None:
         """A probe is over. One that paid is worth another at once, and so is one that checked a
         draft left over from before instead of one of its own."""
-        assert one.charged_s is not None
+        assert one.expected_s is not None
         assert one.latest is not None
         num_forwards = 2 if one.latest.is_fresh else 1
         gained = one.latest.num_accepted + 1 - num_forwards * one.pace.tokens
         gained_s = gained * one.seconds_per_token
         self._allowed_s += gained_s
-        if gained_s > one.charged_s or not one.latest.is_fresh:
+        if gained_s > one.expected_s or not one.latest.is_fresh:
             one.since_probe = PROBE_ROUNDS
-        one.charged_s = None
+        one.expected_s = None
 
 
 @lru_cache

@@ -74,7 +74,9 @@ class Runner:
             For each feed its answers, or None where they were not finite; that row has been
             scrubbed.
         """
-        order = sorted(range(len(feeds)), key=lambda i: len(feeds[i].step.token_ids))
+        order = sorted(
+            range(len(feeds)), key=lambda i: (len(feeds[i].step.token_ids), feeds[i].row)
+        )
         packed = [feeds[i] for i in order]
         hidden = self._encode(packed)
         wanted, start = [], 0

@@ -46,16 +46,14 @@ class WaitingList:
         """At the end."""
         self._entries.append(entry)
 
-    def pop(self, running: Iterable[str]) -> Waiting:
-        """The first of the client with the fewest rows.
+    def next(self, running: Iterable[str]) -> Waiting:
+        """The first of the client with the fewest rows; it stays in the list.
 
         Args:
             running: The client of each row that is taken.
         """
         num_rows = Counter(running)
-        first = min(self._entries, key=lambda entry: num_rows[entry.client])
-        self._entries.remove(first)
-        return first
+        return min(self._entries, key=lambda entry: num_rows[entry.client])
 
     def has_one_for(self, client: str, running: Iterable[str]) -> bool:
         """Whether a row that `client` gives back goes to one that waits, rather than to a next one

@@ -19,6 +19,9 @@ from torch import Tensor
 from trimode.model.cache import KVCache
 from trimode.model.masks import TRUNK, cell_mask, fed_mask
 
+LEAST_RUN = 5
+"""Rows of a run of neighbours, on average, for which it has an attention call of its own."""
+
 _Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
@@ -80,7 +83,8 @@ class RowFeed:
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
-    """Rows that feed equally many tokens: one attention call, no padding of queries.
+    """Rows that feed equally many tokens, neighbours if there are many: one attention call, no
+    padding of queries.
 
     Attributes:
         first, stop: The packed tokens that are theirs.
@@ -109,8 +113,9 @@ class RowAttention:
     """Attention of packed tokens: each sees its row's committed cells and what its group allows.
 
     Rows that feed equally many tokens share one call, so feeds must come sorted by their number of
-    tokens. Writes the fed K/V into the cells after the committed length, where the next forward
-    overwrites them unless the length moves.
+    tokens; sorted by row as well, neighbours are read where they lie. Writes the fed K/V into the
+    cells after the committed length, where the next forward overwrites them unless the length
+    moves.
 
     Args:
         cache: Written in place, in every layer.
@@ -128,8 +133,9 @@ class RowAttention:
         for num_tokens, group in itertools.groupby(feeds, key=lambda feed: len(feed.groups)):
             if self._buckets and num_tokens <= self._buckets[-1].shape[1]:
                 raise AssertionError("feeds are not sorted by their number of tokens")
-            self._buckets.append(_bucket(cache, list(group), first=first))
-            first = self._buckets[-1].stop
+            for neighbours in _runs(list(group)):
+                self._buckets.append(_bucket(cache, neighbours, first=first))
+                first = self._buckets[-1].stop
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query: [P, N, D]; key, value: [P, G, D] -> [P, N, D]."""
@@ -172,6 +178,17 @@ class RowAttention:
             cells = slice(bucket.num_cells)
             return keys[bucket.seen, :, cells], values[bucket.seen, :, cells]
         return bucket.seen[0][layer_index], bucket.seen[1][layer_index]
+
+
+def _runs(feeds: list[RowFeed]) -> list[list[RowFeed]]:
+    """The feeds in runs of neighbouring rows, if these are long: a call more costs less than to
+    copy the K/V of many rows together."""
+    runs = [[feeds[0]]]
+    for before, feed in itertools.pairwise(feeds):
+        if feed.row != before.row + 1:
+            runs.append([])
+        runs[-1].append(feed)
+    return runs if len(feeds) >= LEAST_RUN * len(runs) else [feeds]
 
 
 def _bucket(cache: KVCache, feeds: list[RowFeed], *, first: int) -> _Bucket:

@@ -19,8 +19,8 @@ from starlette.middleware.cors import CORSMiddleware
 from trimode._version import __version__
 from trimode.serving.gate import Gate
 from trimode.serving.http_metrics import HttpMetrics
-from trimode.serving.jobs import Backend, Done, Failed, Happening, Update
-from trimode.serving.limits import ApiKeys, Concurrency, RateLimit, read_body
+from trimode.serving.jobs import Backend, Done, Failed, Happening, Output
+from trimode.serving.limits import ApiKeys, Concurrency, Hosts, RateLimit, read_body
 from trimode.serving.openapi import describe, request_of, responses
 from trimode.serving.refusals import Refusal, error_response
 from trimode.serving.schemas import ChatRequest, CompletionRequest, InfillRequest
@@ -76,7 +76,12 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(Gate, metrics=server.metrics, backend=backend)
+    app.add_middleware(
+        Gate,
+        metrics=server.metrics,
+        backend=backend,
+        hosts=None if settings.api_keys else Hosts(settings.allowed_hosts),
+    )
     return app
 
 
@@ -119,6 +124,7 @@ class _Server:
                 f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
                 jobs,
                 self.backend.card,
+                n=asked.n or 1,
                 has_usage=options is not None and options.include_usage,
             )
             updates = self.metrics.watched(run_all(self.backend, jobs), jobs)
@@ -131,7 +137,6 @@ class _Server:
             is_over = False
             return EventStream(
                 chunks(_with_first(first, updates), answer),
-                write_timeout_s=self.settings.write_timeout_s,
                 on_end=partial(self._end, request, caller, answer, updates),
             )
         finally:
@@ -191,7 +196,7 @@ class _Server:
         request: Request,
         caller: Caller,
         answer: Answer,
-        updates: AsyncGenerator[tuple[int, Update], None],
+        updates: AsyncGenerator[tuple[int, Output], None],
     ) -> None:
         self._concurrency.leave(caller.name)
         _note_tokens(request, answer)
@@ -200,7 +205,7 @@ class _Server:
     async def _whole(
         self,
         request: Request,
-        updates: AsyncGenerator[tuple[int, Update], None],
+        updates: AsyncGenerator[tuple[int, Output], None],
         answer: Answer,
     ) -> Response:
         async def collect() -> Failed | Answer:
@@ -301,16 +306,16 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
 
 
 async def _with_first(
-    first: tuple[int, Update], rest: AsyncGenerator[tuple[int, Update], None]
-) -> AsyncGenerator[tuple[int, Update], None]:
+    first: tuple[int, Output], rest: AsyncGenerator[tuple[int, Output], None]
+) -> AsyncGenerator[tuple[int, Output], None]:
     async with aclosing(rest):
         yield first
         async for one in rest:
             yield one
 
 
-async def _last(updates: AsyncGenerator[tuple[int, Update], None]) -> Done | Failed:
-    last: Update | None = None
+async def _last(updates: AsyncGenerator[tuple[int, Output], None]) -> Done | Failed:
+    last: Output | None = None
     async with aclosing(updates):
         async for _, update in updates:
             last = update

@@ -34,6 +34,7 @@ class Ticket:
         num_ready: Tokens that may be read.
         events: Each with the forwards, new tokens and seconds until then; the reader takes them
             from the left.
+        is_taken: The engine has it, or had it.
         is_over: Nothing more will come.
         error: Why the sequence was not taken, or that the thread broke down; None if it ended in
             its own way (`seq.finish_reason`).
@@ -44,6 +45,7 @@ class Ticket:
         self.timeout_s = timeout_s
         self.num_ready = 0
         self.events: deque[tuple[Event, int, int, float]] = deque()
+        self.is_taken = False
         self.is_over = False
         self.error: Exception | None = None
         self.submitted_s = time.perf_counter()
@@ -151,6 +153,8 @@ class EngineThread:
         try:
             self.engine.submit(ticket.seq, client=ticket.client, timeout_s=ticket.timeout_s)
             self._tickets[id(ticket.seq)] = ticket
+            ticket.is_taken = True
+            self._changed.append(ticket)
         except Exception as error:
             self._end(ticket, error)
 

@@ -11,8 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimode.serving.http_metrics import HttpMetrics
 from trimode.serving.jobs import Backend, Failed
+from trimode.serving.limits import Hosts
 from trimode.serving.logs import request_id, sane_request_id
-from trimode.serving.refusals import error_response
+from trimode.serving.refusals import Refusal, error_response
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +27,16 @@ class Gate:
         app: What is behind it.
         metrics: Counted in.
         backend: Once it takes no more jobs, connections are closed after each answer.
+        hosts: Under which names it may be asked; None for any.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics, backend: Backend) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: HttpMetrics, backend: Backend, hosts: Hosts | None
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._backend = backend
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass it on, as ASGI has it."""
@@ -56,7 +61,11 @@ class Gate:
             await send(message)
 
         try:
+            if self._hosts is not None:
+                self._hosts.check(Headers(scope=scope).get("host"))
             await self._app(scope, receive, send_on)
+        except Refusal as refusal:
+            await error_response(refusal.failed)(scope, receive, send_on)
         except ClientDisconnect:
             status = status or 499
         except Exception:

@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from trimode.serving.jobs import Job, Piece, Update
+from trimode.serving.jobs import Job, Output, Piece
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _GAPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -53,8 +53,8 @@ class HttpMetrics:
         self._seconds.labels(route).observe(seconds)
 
     async def watched(
-        self, updates: AsyncGenerator[tuple[int, Update], None], jobs: list[Job]
-    ) -> AsyncGenerator[tuple[int, Update], None]:
+        self, updates: AsyncGenerator[tuple[int, Output], None], jobs: list[Job]
+    ) -> AsyncGenerator[tuple[int, Output], None]:
         """The same updates, their times noted."""
         started_s = time.perf_counter()
         latest: dict[int, float] = {}

@@ -26,6 +26,7 @@ class Job:
         client: Whose job it is; clients share the engine fairly.
         timeout_s: Seconds from submission after which it is aborted; None for no deadline.
         wants_events: Whether `Happening`s are sent, beside the text.
+        wants_word: Whether `Accepted` is sent.
     """
 
     request_id: str
@@ -35,6 +36,12 @@ class Job:
     client: str = ""
     timeout_s: float | None = None
     wants_events: bool = False
+    wants_word: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The job is valid and there is room for it; the first update, of jobs that want to know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +153,8 @@ class Failed:
     retry_after_s: float | None = None
 
 
-Update = Piece | Happening | Done | Failed
+Output = Piece | Happening | Done | Failed
+Update = Accepted | Output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

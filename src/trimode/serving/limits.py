@@ -1,10 +1,12 @@
-"""Who may ask, how often, how much at once, and how long a body may be."""
+"""Who may ask, under which name, how often, how much at once, and how long a body may be."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import hmac
+import ipaddress
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -18,6 +20,8 @@ from trimode.serving.settings import Settings
 
 MAX_BUCKETS = 10_000
 """Clients that are remembered at a time; those who may ask as much as ever are forgotten first."""
+
+_HOST_PORT = re.compile(r":\d*$")
 
 DRAINED = 8
 """A body that is too large is read on to so many times the limit, so that its sender, who reads
@@ -51,6 +55,46 @@ class ApiKeys:
             failed = Failed(status=401, code="invalid_api_key", message=message)
             raise Refusal(failed, headers={"WWW-Authenticate": "Bearer"})
         return f"key-{given.hex()[:8]}"
+
+
+class Hosts:
+    """Names under which a server that asks for no key may be asked.
+
+    A page elsewhere can point its own name at this machine and is then, to a browser, the same
+    origin; it cannot change the name that the browser sends along. So a request comes by an IP
+    address, as `localhost`, or by a name that was allowed.
+
+    Args:
+        allowed: Further names; `*` for any.
+    """
+
+    def __init__(self, allowed: Iterable[str]) -> None:
+        self._allowed = {name.lower() for name in allowed} | {"localhost"}
+
+    def check(self, host: str | None) -> None:
+        """Look at a Host header; browsers always send one.
+
+        Raises:
+            Refusal: 403.
+        """
+        if host is None or "*" in self._allowed:
+            return
+        name = _HOST_PORT.sub("", host).lower()
+        if name in self._allowed or _is_address(name):
+            return
+        message = (
+            f"host is {host[:60]!r}; allowed: an IP address, {', '.join(sorted(self._allowed))}"
+        )
+        message += "; others by --allow-host, any with API keys"
+        raise Refusal(Failed(status=403, code="host_not_allowed", message=message))
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(slots=True)

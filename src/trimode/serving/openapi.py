@@ -15,6 +15,7 @@ _TEMPLATE = "#/components/schemas/{model}"
 _WHY = {
     400: "The request is wrong; the message names the field, its value and what is allowed",
     401: "No valid API key",
+    403: "Asked under a name that is not allowed here",
     404: "No such model",
     405: "No such method here",
     408: "The body came too slowly",
@@ -112,6 +113,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
     for path in schema["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)  # FastAPI's own, never sent
+            operation["responses"] |= {"403": responses(403)[403]}
     return schema
 
 

@@ -39,7 +39,7 @@ def error_body(failed: Failed) -> dict[str, Any]:
         "error": {
             "message": failed.message.replace("max_new_tokens", "max_tokens"),
             "type": _TYPES.get(failed.status, default),
-            "param": failed.param,
+            "param": "max_tokens" if failed.param == "max_new_tokens" else failed.param,
             "code": failed.code,
         }
     }

@@ -30,7 +30,8 @@ class _Request(BaseModel):
     top_k: Count | None = None
     top_p: Filter | None = None
     seed: Seed | None = Field(
-        None, description="fixes the text; choice i has seed + i; drawn where not given"
+        None,
+        description="fixes the text; choice i of a prompt has seed + i; drawn where not given",
     )
     threshold: Share | None = None
     steps: Count | None = None
@@ -116,6 +117,12 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] = Field(description="a string, or a list of text parts")
+    # An answer may be sent back as it came.
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    refusal: None = None
+    tool_calls: None = None
 
 
 class JsonSchema(BaseModel):
@@ -148,10 +155,12 @@ class ChatRequest(_Generating):
         "functions": ([],),
         "metadata": ({},),
         "modalities": (["text"],),
+        "moderation": (),
         "parallel_tool_calls": (True, False),
         "prediction": (),
         "presence_penalty": (0,),
         "prompt_cache_key": (),
+        "prompt_cache_options": (),
         "prompt_cache_retention": (),
         "reasoning_effort": (),
         "safety_identifier": (),

@@ -1,4 +1,5 @@
-"""uvicorn with our way to end: refuse at once, let what runs finish, stop; exit 0."""
+"""uvicorn with our way to end (refuse at once, let what runs finish, stop; exit 0), and with an end
+for connections on which nothing moves."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ import socket
 from collections.abc import Callable
 from types import FrameType
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trimode.errors import ConfigError
 from trimode.serving.jobs import Backend
@@ -18,6 +21,65 @@ logger = logging.getLogger(__name__)
 
 FLUSH_S = 5
 """For answers that are complete to reach their readers."""
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request's line and headers."""
+
+HEAD_S = 30.0
+"""For the head of a request to arrive."""
+
+STALL_S = 60.0
+"""For a reader to take what is sent."""
+
+
+class _Connection(H11Protocol):
+    """Cut where a request does not come, or an answer is not taken; uvicorn would wait for ever."""
+
+    _cut_without_head: asyncio.TimerHandle | None = None
+    _cut_unread: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The clock runs from now."""
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # `pause_writing` whenever something is unsent
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        """A head may be whole now, or another one begin."""
+        super().data_received(data)
+        self._await_head()
+
+    def pause_writing(self) -> None:
+        """The reader is slower than we are."""
+        super().pause_writing()
+        self._cut_unread = self.loop.call_later(STALL_S, self._cut, "its reader took nothing")
+
+    def resume_writing(self) -> None:
+        """It has taken all."""
+        super().resume_writing()
+        self._forget("_cut_unread")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is left to cut."""
+        super().connection_lost(exc)
+        self._forget("_cut_unread")
+        self._forget("_cut_without_head")
+
+    def _await_head(self) -> None:
+        if self.conn.our_state in (h11.SEND_RESPONSE, h11.SEND_BODY):  # one is being answered
+            self._forget("_cut_without_head")
+        elif self._cut_without_head is None:
+            self._cut_without_head = self.loop.call_later(HEAD_S, self._cut, "no request came")
+
+    def _forget(self, name: str) -> None:
+        timer: asyncio.TimerHandle | None = getattr(self, name)
+        if timer is not None:
+            timer.cancel()
+            setattr(self, name, None)
+
+    def _cut(self, reason: str) -> None:
+        logger.info("a connection was cut: %s", reason)
+        self.transport.abort()
 
 
 class Server(uvicorn.Server):
@@ -44,8 +106,10 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             lifespan="off",
+            http=_Connection,
+            ws="none",
             timeout_graceful_shutdown=FLUSH_S,
-            h11_max_incomplete_event_size=64 * 1024,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
         super().__init__(config)
         self._backend = backend

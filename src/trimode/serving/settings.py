@@ -12,6 +12,7 @@ from trimode.errors import ConfigError
 
 KEYS_VARIABLE = "TRIMODE_API_KEYS"
 
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _ORIGIN = re.compile(r"https?://[^/\s*]+")
 _KEY = re.compile(r"[\x21-\x7e]{8,}")
 
@@ -22,6 +23,8 @@ class Settings:
 
     Attributes:
         api_keys: One of them must come with every request; none: no key is asked for.
+        allowed_hosts: Names under which it may be asked without keys, beside `localhost` and IP
+            addresses; `*` for any.
         cors_origins: Web pages that may use the server from a browser, beside its own.
         has_open_metrics: Whether /metrics is open without a key.
         max_body_bytes: Of a request.
@@ -32,13 +35,13 @@ class Settings:
         requests_per_minute: Of one client: so many at once, then evenly; None for no limit.
         timeout_s: Of a request that gives none, and the most that it may give.
         body_timeout_s: For a request's body to arrive.
-        write_timeout_s: For a reader to take what is sent.
 
     Raises:
         ConfigError: naming what is not valid.
     """
 
     api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     has_open_metrics: bool = False
     max_body_bytes: int = 2**20
@@ -49,7 +52,6 @@ class Settings:
     requests_per_minute: float | None = None
     timeout_s: float = 600.0
     body_timeout_s: float = 30.0
-    write_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -61,6 +63,11 @@ class Settings:
             if not _ORIGIN.fullmatch(origin):
                 raise ConfigError(
                     f"origin {origin!r} is not valid; allowed: such as https://example.org"
+                )
+        for name in self.allowed_hosts:
+            if name != "*" and not _HOST.fullmatch(name):
+                raise ConfigError(
+                    f"host {name!r} is not valid; allowed: a name without a port, or *"
                 )
         for number, key in enumerate(self.api_keys, start=1):
             if not _KEY.fullmatch(key):  # the key itself stays out of messages

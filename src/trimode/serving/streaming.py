@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -16,30 +15,32 @@ from starlette.types import Receive, Scope, Send
 
 from trimode.decoding import Stats
 from trimode.serving.jobs import (
+    Accepted,
     Backend,
     Done,
     Failed,
     Happening,
     Job,
     ModelCard,
+    Output,
     Piece,
     TextLogprobs,
     Update,
 )
 from trimode.serving.refusals import error_body
 
-logger = logging.getLogger(__name__)
-
 QUEUE_LEN = 64
 """Updates of one request that wait for its reader; its jobs' further ones wait where they are."""
 
 
-async def run_all(backend: Backend, jobs: list[Job]) -> AsyncGenerator[tuple[int, Update], None]:
-    """Run jobs side by side; each update comes with its job's index. Closing it aborts them all."""
+async def run_all(backend: Backend, jobs: list[Job]) -> AsyncGenerator[tuple[int, Output], None]:
+    """Run jobs side by side; each update comes with its job's index. A failure ends them all, and
+    none has sent anything before all are accepted. Closing it aborts them all."""
     if len(jobs) == 1:
         async with aclosing(_run(backend, jobs[0])) as updates:
             async for update in updates:
-                yield 0, update
+                if not isinstance(update, Accepted):
+                    yield 0, update
         return
     waiting: asyncio.Queue[tuple[int, Update]] = asyncio.Queue(QUEUE_LEN)
 
@@ -50,11 +51,19 @@ async def run_all(backend: Backend, jobs: list[Job]) -> AsyncGenerator[tuple[int
 
     tasks = [asyncio.create_task(pump(index)) for index in range(len(jobs))]
     try:
-        num_open = len(jobs)
+        num_open, unsure = len(jobs), set(range(len(jobs)))
+        held: list[tuple[int, Output]] = []
         while num_open:
             index, update = await waiting.get()
-            num_open -= isinstance(update, Done | Failed)
-            yield index, update
+            if isinstance(update, Failed):
+                yield index, update
+                return
+            num_open -= isinstance(update, Done)
+            unsure.discard(index)
+            if not isinstance(update, Accepted):
+                held.append((index, update))
+            while held and not unsure:
+                yield held.pop(0)
     finally:
         for task in tasks:
             task.cancel()
@@ -85,6 +94,7 @@ class Answer:
         id: Of the answer.
         jobs: Its choices.
         card: The model's.
+        n: Choices of each prompt.
         has_usage: Whether a stream ends with the usage.
         created: Seconds since 1970.
         done: By choice, once it has ended.
@@ -95,6 +105,7 @@ class Answer:
     id: str
     jobs: list[Job]
     card: ModelCard
+    n: int = 1
     has_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     done: dict[int, Done] = field(default_factory=dict)
@@ -150,12 +161,12 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """Tokens as OpenAI counts them, each prompt once; and what they cost."""
-        prompts = {id(job.inputs): self.done[i].prompt_tokens for i, job in enumerate(self.jobs)}
+        firsts = range(0, len(self.jobs), self.n)
         return usage(
             [self.done[index] for index in range(len(self.jobs))],
             self.jobs[0],
             self.card,
-            prompt_tokens=sum(prompts.values()),
+            prompt_tokens=sum(self.done[index].prompt_tokens for index in firsts),
         )
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -235,7 +246,7 @@ def _bytes(text: str) -> list[int] | None:
 
 
 async def chunks(
-    updates: AsyncGenerator[tuple[int, Update], None], answer: Answer
+    updates: AsyncGenerator[tuple[int, Output], None], answer: Answer
 ) -> AsyncGenerator[bytes, None]:
     """A stream as server-sent events. An error is the last event, and then there is no `[DONE]`."""
     begun: set[int] = set()
@@ -263,11 +274,10 @@ def _event(data: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they come; stops at once when the client leaves or does not read on.
+    """Sends events as they come; stops at once when the client leaves.
 
     Args:
         events: What is sent.
-        write_timeout_s: For the client to take what is sent.
         on_end: Awaited when all is over, whatever happened.
     """
 
@@ -277,35 +287,29 @@ class EventStream(Response):
         self,
         events: AsyncGenerator[bytes, None],
         *,
-        write_timeout_s: float,
         on_end: Callable[[], Awaitable[None]],
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
-        self._write_timeout_s = write_timeout_s
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it, as ASGI has it."""
         try:
             await until_gone(receive, self._send_all(send))
-        except TimeoutError:  # nothing more can be said to one who does not read
-            logger.warning("the client took nothing for %g s; dropped", self._write_timeout_s)
         finally:
-            await self._events.aclose()
-            await self._on_end()
+            try:
+                await self._events.aclose()
+            finally:
+                await self._on_end()
 
     async def _send_all(self, send: Send) -> None:
         head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await self._send(send, head)
+        await send(head)
         async for event in self._events:
-            await self._send(send, {"type": "http.response.body", "body": event, "more_body": True})
-        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        async with asyncio.timeout(self._write_timeout_s):  # wait_for may swallow a cancellation
-            await send(message)
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def until_gone(receive: Receive, work: Any) -> Any:

@@ -4,7 +4,11 @@ the field."""
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import secrets
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,6 +29,7 @@ from trimode.serving.settings import Settings
 
 DEFAULT_COMPLETION_TOKENS = 16
 DEFAULT_TEMPERATURE = 1.0
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 R = TypeVar("R", CompletionRequest, ChatRequest, InfillRequest)
 
 
@@ -53,10 +58,7 @@ def parse(kind: type[R], body: bytes) -> R:
         raise bad_request(
             f"the body is not valid UTF-8: byte 0x{body[error.start]:02x} at offset {error.start}"
         ) from None
-    try:
-        fields = pydantic_core.from_json(text, allow_inf_nan=False)
-    except ValueError as error:
-        raise bad_request(f"the body is not valid JSON: {error}") from None
+    fields = _from_json(text)
     if not isinstance(fields, dict):
         raise bad_request(f"the body is {_shown(fields)}; allowed: a JSON object")
     fields = _without_neutral(kind, fields)
@@ -79,9 +81,10 @@ def completion_jobs(request: CompletionRequest, caller: Caller, *, settings: Set
     if not request.prompt and not isinstance(request.prompt, str):
         raise bad_request('prompt is []; allowed: "" for an empty prompt', param="prompt")
     options = _options(request)
-    options["max_new_tokens"] = _max_tokens(
-        "max_tokens", request.max_tokens or DEFAULT_COMPLETION_TOKENS, settings=settings
-    )
+    number = request.max_tokens
+    if number is None:
+        number = min(DEFAULT_COMPLETION_TOKENS, settings.max_output_tokens or sys.maxsize)
+    options["max_new_tokens"] = _max_tokens("max_tokens", number, settings=settings)
     if request.logprobs is not None:
         options["logprobs"] = request.logprobs
     return _jobs("generate", prompts, request, options=options, caller=caller, settings=settings)
@@ -192,6 +195,8 @@ def _jobs(
             param="n",
         )
     seed = secrets.randbits(32) if request.seed is None else request.seed
+    if seed + n > 2**64:
+        raise bad_request(f"seed is {seed}; allowed with n={n}: at most {2**64 - n}", param="seed")
     return [
         Job(
             request_id=caller.request_id,
@@ -201,6 +206,7 @@ def _jobs(
             client=caller.name,
             timeout_s=_timeout(request.timeout_s, settings),
             wants_events=bool(request.events),
+            wants_word=n * len(inputs) > 1,
         )
         for one in inputs
         for choice in range(n)
@@ -210,9 +216,17 @@ def _jobs(
 def _format(request: ChatRequest) -> dict[str, Any]:
     """`response_format` as an argument."""
     wanted = request.response_format
-    if wanted is None or wanted.type == "text":
+    if wanted is None:
         return {}
-    given = [name for name in ("json_schema", "regex", "grammar") if getattr(request, name)]
+    if wanted.json_schema is not None and wanted.type != "json_schema":
+        raise bad_request(
+            f"response_format.json_schema is given; allowed: none with type {wanted.type!r}",
+            param="response_format",
+        )
+    if wanted.type == "text":
+        return {}
+    names = ("json_schema", "regex", "grammar")
+    given = [name for name in names if getattr(request, name) is not None]
     if given:
         raise bad_request(
             f"response_format is given beside {given[0]}; allowed: one of them",
@@ -255,7 +269,7 @@ def _timeout(given: float | None, settings: Settings) -> float:
 
 
 def _token_id(word: str) -> int:
-    if not (word.isascii() and word.isdecimal() and len(word) <= 10):
+    if not _TOKEN_ID.fullmatch(word):  # one way to write each, or one of two would be lost
         raise bad_request(
             f"logit_bias has {_shown(word)}; allowed: token ids as keys", param="logit_bias"
         )
@@ -278,10 +292,28 @@ def _without_neutral(kind: type[R], fields: dict[str, Any]) -> dict[str, Any]:
         elif name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise bad_request(f"{_shown(name)} is not a field of this request{hint}", param=name)
+            raise bad_request(
+                f"{_shown(name)} is not a field of this request{hint}", param=name[:60]
+            )
         else:
             kept[name] = value
     return kept
+
+
+def _from_json(text: str) -> Any:
+    try:
+        value = pydantic_core.from_json(text, allow_inf_nan=False)
+        json.loads(text, object_pairs_hook=_each_key_once)
+    except ValueError as error:
+        raise bad_request(f"the body is not valid JSON: {error}") from None
+    return value
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name, number in Counter(names).items() if number > 1)
+        raise bad_request(f"the body has {_shown(twice)} twice; allowed: once", param=twice[:60])
 
 
 def _is_same(value: Any, neutral: Any) -> bool:
@@ -293,20 +325,24 @@ def _refusal(kind: type[BaseModel], error: ValidationError) -> Refusal:
     which."""
     first = error.errors(include_url=False, include_context=False)[0]
     field = str(first["loc"][0])
-    if first["type"] == "missing":
-        path = ".".join(str(part) for part in first["loc"])
-        return bad_request(f"{path} is missing", param=field)
-    if first["type"] == "extra_forbidden":
-        path = ".".join(str(part) for part in first["loc"])
-        return bad_request(f"{path} is not a field of this request", param=field)
+    if first["type"] in ("missing", "extra_forbidden"):
+        path = ".".join(map(_word, first["loc"]))
+        wrong = "missing" if first["type"] == "missing" else "not a field of this request"
+        return bad_request(f"{path} is {wrong}", param=field)
     others = {one["msg"] for one in error.errors() if one["loc"][0] == field}
     message, value = first["msg"], first["input"]
-    path = ".".join(str(part) for part in first["loc"] if not _is_branch(part))
+    path = ".".join(_word(part) for part in first["loc"] if not _is_branch(part))
     allowed = message.removeprefix("Input should be ")
     description = kind.model_fields[field].description
     if len(others) > 1 and description is not None:
         allowed = description
     return bad_request(f"{path} is {_shown(value)}; allowed: {allowed}", param=field)
+
+
+def _word(part: int | str) -> str:
+    """A part of a path; where it is a user's own word, it is shown as one."""
+    text = str(part)
+    return text if text.isidentifier() or text.isdecimal() else _shown(text)
 
 
 def _is_branch(part: int | str) -> bool:

@@ -24,6 +24,7 @@ from trimode.infill import DEFAULT_CONTEXT, DEFAULT_LENGTHS, FilledGap, Infillin
 from trimode.runtime import MAX_BATCH, TriModeLM
 from trimode.serving.engine_thread import EngineThread, Ticket
 from trimode.serving.jobs import (
+    Accepted,
     Done,
     Failed,
     Happening,
@@ -129,7 +130,7 @@ class LocalBackend:
         self._thread = EngineThread(engine, on_step=self._metrics.note_step)
         # Two: a long prompt does not hold up the next one.
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="trimode-text")
-        self._is_closing = False
+        self._is_closing = self._pool_is_shut = False
         self._tickets: set[Ticket] = set()
         self._num_jobs = 0
         self._all_done = asyncio.Event()
@@ -160,6 +161,9 @@ class LocalBackend:
         except CapacityError as error:
             yield _no_room(error)
         except Exception:
+            if self._pool_is_shut:
+                yield SHUTTING_DOWN
+                return
             logger.exception("job failed", extra={"request_id": job.request_id})
             yield _BROKEN
         finally:
@@ -178,7 +182,8 @@ class LocalBackend:
                 for ticket in self._tickets:
                     self._thread.abort(ticket)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.stop)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool_is_shut = True
+        self._pool.shutdown(wait=False)  # what is in it still gets its answer
 
     async def _generate(self, job: Job) -> AsyncGenerator[Update, None]:
         ticket = Ticket(client=job.client, timeout_s=job.timeout_s)
@@ -187,10 +192,14 @@ class LocalBackend:
         text = StandingText(self._lm.tokenizer, stop=seq.params.stop)
         shown = _ShownLogprobs(GrowingText(self._lm.tokenizer), self._text_of)
         num_taken = 0
+        is_owed_word = job.wants_word
         async with self._running(ticket):
             while True:
                 await self._change(ticket)
                 is_over, num_ready = ticket.is_over, ticket.num_ready
+                if is_owed_word and ticket.is_taken:
+                    is_owed_word = False
+                    yield Accepted()
                 while ticket.events:
                     yield self._happening(ticket)
                 if is_over:
@@ -395,7 +404,7 @@ def _refused(job: Job, error: Exception) -> Failed:
     """With the option that the message begins with, if it begins with one."""
     message = str(error)
     name = message.split(" ", 1)[0]
-    is_param = name in job.options or name in ("prompt", "messages", "text")
-    return Failed(
-        status=400, code="invalid_request", message=message, param=name if is_param else None
-    )
+    param = name if name in (*job.options, "prompt", "messages", "text") else None
+    if job.task == "chat" and param == "prompt":
+        param = "messages"
+    return Failed(status=400, code="invalid_request", message=message, param=param)
