@@ -132,8 +132,8 @@ class TriModeLM:
 
         Args:
             prompt: A string or token ids; or a list of either, which need not be equally long.
-            mode: `ar`, `diffusion`, `linear`, `branching`, `quadratic`, or `auto`, which picks among
-                them for every round. For one seed all but `diffusion` give the same text.
+            mode: `ar`, `diffusion`, `linear`, `branching`, `quadratic`, or `auto`, which picks for
+                every round. For one seed all but `diffusion` give the same text.
             max_new_tokens, block_length, threshold, steps, policy, entropy_bound, revision,
             edit_threshold, edit_budget, doubt, remask_schedule, remask_rate, branches, guesses,
             draft_cutoff, temperature, top_p, top_k, ignore_eos, stop_token_ids: See

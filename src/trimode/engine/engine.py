@@ -315,7 +315,9 @@ class Engine:
         seq = running.seq
         seq.stats.count(step.kind, len(step.token_ids))
         if readout is None:
-            logger.error("sequence aborted: non-finite logits in a %s forward", step.kind)
+            logger.error(
+                "sequence aborted: the network gave non-finite logits in a %s forward", step.kind
+            )
             seq.abort("non_finite")
             return
         seq.num_committable = step.num_committable
