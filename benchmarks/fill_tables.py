@@ -16,7 +16,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "modes.md")
+PAGES = tuple(
+    ROOT / name
+    for name in ("README.md", "docs/training.md", "docs/modes.md", "docs/serving.md")
+)
 
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -194,6 +197,16 @@ def instruct_table() -> str:
     return newest("instruct_cpu").with_suffix(".md").read_text(encoding="utf-8").strip()
 
 
+def auto_table() -> str:
+    """`auto` beside fixed settings, at fixed and at changing concurrency."""
+    return newest("auto_cpu").with_suffix(".md").read_text(encoding="utf-8").strip()
+
+
+def serve_table() -> str:
+    """Throughput over concurrency and latencies under load, beside `transformers serve`."""
+    return newest("serve_cpu").with_suffix(".md").read_text(encoding="utf-8").strip()
+
+
 def train_table() -> str:
     """The training step beside a plain one."""
     return newest("train_cpu").with_suffix(".md").read_text(encoding="utf-8").strip()
@@ -208,6 +221,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed_table,
     "views": views_table,
     "instruct": instruct_table,
+    "auto": auto_table,
+    "serve": serve_table,
     "train": train_table,
 }
 

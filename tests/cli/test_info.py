@@ -47,6 +47,7 @@ def test_json(
         "linear": {"block_length": 8, "threshold": None, "branches": None, "temperature": 0.0},
         "branching": {"block_length": 8, "threshold": None, "branches": 4, "temperature": 0.0},
         "quadratic": {"block_length": 8, "threshold": None, "branches": 8, "temperature": 0.0},
+        "auto": {"block_length": 8, "threshold": None, "branches": 8, "temperature": 0.0},
     }
     assert record["adapters"] == []
     assert record["has_model_card"]
@@ -74,6 +75,8 @@ def test_text_of_shards_without_tokenizer(
     assert lines["parameters"].startswith(f"{num_parameters:,}, of them {259 * 64:,} in")
     assert f" tensors in {num_files} files, " in lines["on disk"]
     assert lines["tokenizer"] == "none"
+    assert lines["mode linear"] == "block length 8, temperature 0.0"
+    assert lines["mode auto"] == "block length up to 8, branches up to 8, temperature 0.0"
     assert lines["adapters"] == "linear_spec_lora"
 
 

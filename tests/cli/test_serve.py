@@ -68,6 +68,7 @@ def test_flags_reach_the_server_and_a_running_stream_finishes(tmp_path: Path) ->
     flags += ["--max-context", "256", "--max-batch", "2", "--cors", "https://a.example"]
     headers = {"Origin": "https://a.example", "Authorization": "Bearer secret-key-1"}
     with _serving("--name", "small", *flags) as (process, url, seen):
+        assert seen[0] == "trimode: loading the default model\n"
         assert "trimode: small is ready at" in seen[-1]
         with httpx.Client(timeout=WAIT_S) as client, httpx.Client(timeout=WAIT_S) as other:
             assert client.get(f"{url}/v1/models").status_code == 401
@@ -107,7 +108,8 @@ def test_flags_reach_the_server_and_a_running_stream_finishes(tmp_path: Path) ->
 
 
 def test_the_second_signal_ends_it_at_once() -> None:
-    """Prevents: a server that only SIGKILL ends while something runs."""
+    """Prevents: a server that only SIGKILL ends while something runs; a log that takes what it cut
+    off for a good end."""
     with _serving() as (process, url, _):
         with httpx.Client(timeout=WAIT_S) as client, httpx.Client(timeout=WAIT_S) as other:
             assert other.get(f"{url}/ready").status_code == 200
@@ -118,7 +120,12 @@ def test_the_second_signal_ends_it_at_once() -> None:
             process.send_signal(signal.SIGTERM)
             with pytest.raises(httpx.TransportError):
                 list(lines)
+        assert process.stderr is not None
+        log = [json.loads(line) for line in process.stderr]
         assert process.wait(WAIT_S) == FAILURE
+    (cut,) = (entry for entry in log if entry.get("message") == "POST /v1/completions")
+    assert (cut["status"], cut["code"]) == (200, "cut_off")
+    assert cut["request_id"]
 
 
 def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,14 +144,15 @@ def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--port", "70000"], "--port is 70000; allowed: 0 to 65535"),
         (["--max-batch", "0"], "--max-batch is 0; allowed: at least 1"),
-        (["--rate", "0"], "--rate is 0; allowed: more than 0"),
-        (["--timeout", "nan"], "--timeout is nan; allowed: more than 0"),
-        (["--max-prompt-tokens", "-1"], "--max-prompt-tokens is -1; allowed: more than 0"),
-        (["--allow-host", "a.example:80"], "host 'a.example:80' is not valid"),
-        (["--cors", "*"], "origin '*' is not valid"),
+        (["--rate", "0"], "--rate is 0; allowed: a number above 0"),
+        (["--timeout", "nan"], "--timeout is nan; allowed: a number above 0"),
+        (["--max-prompt-tokens", "-1"], "--max-prompt-tokens is -1; allowed: a number above 0"),
+        (["--allow-host", "a.example:80"], "--allow-host has 'a.example:80'; allowed: names"),
+        (["--cors", "*"], "--cors has '*'; allowed: origins such as"),
         (["--api-keys", "/nonexistent"], "API keys '/nonexistent' cannot be read"),
         (["--host", "no.such.host.invalid"], "--host is 'no.such.host.invalid'"),
-        (["--port", "0", "--max-context", "1"], "the context is 1; allowed: 2 to"),
+        (["--port", "0", "--max-context", "1"], "--max-context is 1; allowed: 2 to"),
+        (["--token-budget", "9"], "--token-budget is 9; allowed: at least 128, 4 times --max-b"),
         (["--port", "0", "/nonexistent"], "/nonexistent"),
     ],
 )
@@ -153,7 +161,8 @@ def test_flags_that_are_wrong(
 ) -> None:
     """Prevents: a server that starts with a limit other than the one that was meant."""
     assert main(["serve", *words]) == BAD_INPUT
-    (line,) = capsys.readouterr().err.splitlines()
+    *loading, line = capsys.readouterr().err.splitlines()
+    assert [said.startswith("trimode: loading ") for said in loading] in ([], [True])
     assert message in line
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pty
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import EOS, MASK
 from trimode.cli.watch import STYLES, Canvas, picture, printable, watch
-from trimode.decoding import Event
+from trimode.decoding import MODES, Event, Sequence
+from trimode.decoding.setting import Setting
 from trimode.model import TriModeModel
 from trimode.runtime import TriModeLM
 
@@ -140,6 +143,23 @@ class TestCanvas:
         canvas = Canvas(lm, "")
         assert frames(canvas, Event("verify", 2, ()), Event("draft", 1, (97,), (False,))) == []
 
+    def test_a_draft_that_another_mode_leaves_aside(self, lm: TriModeLM) -> None:
+        """Prevents: an error, or the draft's end left standing, where the mode changes mid-text
+        and the next block is longer."""
+        seen = frames(
+            Canvas(lm, ""),
+            Event("emit", 1, (97,)),
+            Event("draft", 1, (97, 98), is_masked=(False,) * 2),
+            Event("denoise", 1, (97, 99, 100, M), is_masked=(False, False, False, True)),
+        )[1:]
+        start = ("a", "AR choice")
+        assert seen == [
+            [start, ("░", "dim")],
+            [start, ("b", "drafted")],
+            [start, ("░░░", "dim")],
+            [start, ("cd", "just revealed"), ("░", "dim")],
+        ]
+
     def test_half_characters(self, lm: TriModeLM) -> None:
         """Prevents: U+FFFD left behind, or an error, where a character is split over tokens."""
         canvas = Canvas(lm, "")
@@ -197,9 +217,10 @@ class TestPicture:
 
 
 class TestWatch:
-    @pytest.mark.parametrize("mode", ["ar", "diffusion", "linear"])
+    @pytest.mark.parametrize("mode", MODES)
     def test_leaves_the_whole_text(self, lm: TriModeLM, mode: str) -> None:
-        """Prevents: a watched text that differs from the one generated unwatched."""
+        """Prevents: a watched text that differs from the one generated unwatched, a mode that
+        cannot be watched."""
         out = io.StringIO()
         console = Console(file=out, force_terminal=True, width=60, height=12, color_system=None)
         options = {"mode": mode, "max_new_tokens": 30, "seed": 4, "temperature": 1.0}
@@ -215,6 +236,25 @@ class TestWatch:
         assert shown.endswith(printable("[bold]p :smile:" + expected.text) + "\n")
         assert f"{mode}: {len(expected.token_ids)} tokens, " in shown
         assert f"{expected.stats.tpf_total:.2f} total" in shown
+
+    def test_auto_changing_its_mind_every_round(
+        self, tiny_model: Callable[..., TriModeModel], byte_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        """Prevents: an error where modes and lengths of blocks change from round to round."""
+        lm = TriModeLM(tiny_model(torch.float32), byte_tokenizer)
+        options: dict[str, Any] = {"max_new_tokens": 40, "seed": 2, "ignore_eos": True}
+        expected = lm.generate("abab", mode="ar", **options)
+        options |= {"mode": "auto", "block_length": 8}
+        lm.planner = Restless()
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=True, width=60, height=12)
+        generation = watch(lm, "abab", options=options, mode="auto", delay_s=0, console=console)
+        assert generation.token_ids == expected.token_ids
+        forwards = generation.stats.forwards
+        assert all(forwards[kind] for kind in ("decode", "draft", "verify"))
+        assert forwards["draft"] < forwards["verify"]
+        shown = without_codes(out.getvalue())
+        assert shown.endswith(printable("abab" + expected.text) + "\n")
 
     def test_the_legend_has_what_can_happen(self, lm: TriModeLM) -> None:
         """Prevents: a colour explained that cannot occur, and one that can left unexplained."""
@@ -263,6 +303,22 @@ class TestWatch:
         plain = in_terminal([*command.split(), "def "], NO_COLOR="1")
         assert "░░░░░░░" in without_codes(plain)
         assert not re.search(r"\x1b\[([0-9]*;)*(3[0-7]|38|9[0-7])[;m]", plain)
+
+
+class Restless:
+    """A planner that picks another setting for every round."""
+
+    def __init__(self) -> None:
+        branching = (Setting("branching", length, 3, True) for length in (8, 3))
+        self._settings = itertools.cycle(
+            [*branching, Setting("linear", 5), Setting("ar", 8), Setting("linear", 2)]
+        )
+
+    def choose(self, seq: Sequence) -> Setting:
+        return next(self._settings)
+
+    def note_forward(self, fed: Any, num_tokens: int, seconds: float) -> None:
+        pass
 
 
 def without_codes(raw: str) -> str:

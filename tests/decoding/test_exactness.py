@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.reference import greedy_branching
-from trimode.decoding import GenerationParams, Sequence, speculation
+from trimode.decoding import Event, GenerationParams, Sequence, speculation
 from trimode.engine import Engine
 from trimode.engine.runner import Runner
 from trimode.runtime import Generation, TriModeLM
@@ -265,6 +265,23 @@ def test_a_draft_kept_by_one_mode_serves_the_next(adapted: TriModeLM, temperatur
             seq.mode = modes[seq.stats.forwards["verify"] % 2]
             engine.step()
         assert seq.new_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("mode", ["linear", "branching", "quadratic"])
+def test_all_drafts_are_told_alike(adapted: TriModeLM, mode: str) -> None:
+    """Prevents: a watcher that must know how a draft was made before it can read the event."""
+    events: list[Event] = []
+    options: dict[str, Any] = {"max_new_tokens": 30, "block_length": 4, "ignore_eos": True}
+    params = GenerationParams(mode=mode, seed=3, **options)
+    seq = adapted.sequence(PROMPTS[0], params, on_event=events.append)
+    _run(adapted.engine([seq]))
+    text = [*PROMPTS[0], *seq.new_ids]
+    drafts = [event for event in events if event.kind == "draft"]
+    assert len(drafts) > 1 + (mode != "linear") * seq.stats.forwards["draft"]
+    for event in drafts:
+        assert event.token_ids[0] == text[event.position]
+        assert event.is_masked == (False,) * 4
+        assert len(event.token_ids) == 4
 
 
 def test_a_mode_switched_to_is_that_mode(alone: TriModeLM) -> None:

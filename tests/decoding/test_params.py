@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 
 from trimode.decoding import MODES, GenerationParams
+from trimode.decoding.control import Control
 from trimode.decoding.params import MODE_NAMES, POLICIES, POLICY_ALIASES
 from trimode.errors import RequestError
 
@@ -284,3 +286,39 @@ def test_knobs_of_speculation_are_refused_where_they_mean_nothing(
     with pytest.raises(RequestError) as caught:
         GenerationParams(**(GOOD | {"block_length": 4} | options))
     assert str(caught.value).startswith(message)
+
+
+AUTO_REFUSES: list[tuple[str, Any, str]] = [
+    ("threshold", 0.5, "None, since mode 'auto' picks for itself"),
+    ("threshold", 2, "None, since mode 'auto' picks for itself"),
+    ("steps", 2, "None, since mode 'auto' picks for itself"),
+    ("branches", 2, "None, since mode 'auto' picks for itself"),
+    ("guesses", False, "None, since mode 'auto' picks for itself"),
+    ("policy", "leftmost", "None, since mode 'auto' has no policies"),
+    ("entropy_bound", 0.1, "None but with policy 'entropy_bound'"),
+    ("revision", "remdm", "None, since mode 'auto' revises nothing"),
+    ("edit_threshold", 0.5, "None but with revision 'joint_threshold'"),
+    ("edit_budget", 1, "None but with revision 'joint_threshold' or 'ar_doubt'"),
+    ("doubt", 0.1, "None but with revision 'ar_doubt'"),
+    ("remask_schedule", "cap", "None but with revision 'remdm'"),
+    ("remask_rate", 0.5, "None but with revision 'remdm'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), AUTO_REFUSES)
+def test_auto_refuses_what_it_picks_or_has_not(name: str, value: Any, message: str) -> None:
+    """Prevents: a knob that means nothing in `auto` ignored in silence, or refused for a reason
+    that is another mode's."""
+    with pytest.raises(RequestError) as caught:
+        GenerationParams(**(GOOD | {"mode": "auto", name: value}))
+    assert str(caught.value) == f"{name} is {value!r}; allowed: {message}"
+
+
+def test_auto_takes_what_all_it_picks_from_take() -> None:
+    """Prevents: a knob added later that is neither taken nor refused on purpose."""
+    taken = {"draft_cutoff": 0.3, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "stop": ("x",)}
+    more = {"stop_token_ids": (3,), "ignore_eos": True, "control": Control()}
+    refused = {case[0] for case in AUTO_REFUSES}
+    GenerationParams(**(GOOD | {"mode": "auto"} | taken | more))
+    names = {field.name for field in dataclasses.fields(GenerationParams)}
+    assert names == {*GOOD, *taken, *more, *refused}

@@ -338,7 +338,7 @@ def test_too_many_waiting_are_refused_with_numbers(lm: TriModeLM) -> None:
     some.submit(sequences[0])
     some.submit(sequences[1])
     with pytest.raises(
-        CapacityError, match="0 requests run and 2 wait; at most 1 may wait"
+        CapacityError, match="1 requests may run and 1 wait, and there are 2"
     ) as info:
         some.submit(sequences[2])
     assert info.value.retry_after_s is not None
@@ -384,6 +384,23 @@ def test_a_slice_that_is_over_lets_others_in(lm: TriModeLM) -> None:
     assert len(long.new_ids) < 20
     some.run()
     assert long.new_ids == alone(lm, make(lm, [1], mode="ar", max_new_tokens=40))
+
+
+@pytest.mark.parametrize(
+    ("mode", "block_length", "widest"),
+    [("ar", 99, 1), ("linear", 40, 40), ("branching", 8, 40), ("quadratic", 6, 42)],
+)
+def test_steps_too_wide_are_refused(
+    lm: TriModeLM, mode: str, block_length: int, widest: int
+) -> None:
+    """Prevents: one request whose blocks hold up everybody's forwards."""
+    seq = make(lm, [1], mode=mode, block_length=block_length)
+    engine(lm, 1, max_step_tokens=widest, num_cells=400).submit(seq)
+    seq = make(lm, [1], mode=mode, block_length=block_length)
+    if widest > 1:
+        message = f"block_length={block_length} in mode {mode!r} would feed {widest} tokens"
+        with pytest.raises(CapacityError, match=message):
+            engine(lm, 1, max_step_tokens=widest - 1, num_cells=400).submit(seq)
 
 
 def test_a_gap_and_its_cells(lm: TriModeLM) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import httpx
@@ -19,6 +20,7 @@ import pytest
 import trimode
 from tests.serving.conftest import Served, serving
 from trimode.cli import serve as command
+from trimode.serving.jobs import Happening
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "serving.md"]
@@ -129,10 +131,34 @@ def test_every_flag_is_on_the_page_and_there() -> None:
 
 def test_every_metric_of_the_page_is_measured(pocket: Served) -> None:
     """Prevents a dashboard made by the page from staying empty."""
-    named = re.findall(r"`(trimode_[a-z_]+)", PAGES[1].read_text("utf-8"))
+    text = PAGES[1].read_text("utf-8")
+    table = text[text.index("### What is measured") : text.index("## Several replicas")]
+    named = set(re.findall(r"`(trimode_[a-z_]+)", table))
     found = set(re.findall(r"^# TYPE (\S+)", httpx.get(f"{pocket.url}/metrics").text, re.MULTILINE))
-    assert len(named) > 10
-    assert set(named) <= found
+    assert named == {name for name in found if not name.endswith("_created")}
+
+
+def test_every_status_of_the_page_is_answered(pocket: Served) -> None:
+    """Prevents a status that the page does not explain, or explains and nobody sends."""
+    text = PAGES[1].read_text("utf-8")
+    table = text[text.index("### What comes back when") : text.index("In a stream that has begun")]
+    rows = re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE)
+    named = [status for row in rows for status in row.split(", ")]
+    routes = httpx.get(f"{pocket.url}/openapi.json").json()["paths"]
+    sent = {
+        status for route in routes.values() for one in route.values() for status in one["responses"]
+    }
+    assert sorted(named) == sorted((sent | {"405"}) - {"200"})
+
+
+def test_every_field_of_an_event_is_on_the_page() -> None:
+    """Prevents watchers who have to guess what an event holds."""
+    text = PAGES[1].read_text("utf-8")
+    start = text.index("each with a `trimode_event`")
+    table = text[start : text.index("Only `emit` is for good")]
+    firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = re.findall(r"`(\w+)`", " ".join(firsts))
+    assert sorted(named) == sorted(["index", *(field.name for field in fields(Happening))])
 
 
 def test_the_service_waits_for_the_server() -> None:

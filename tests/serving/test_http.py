@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
+import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +22,8 @@ from trimode.runtime import TriModeLM
 from trimode.serving.settings import Settings
 
 KEY, OTHER_KEY = "secret-of-one", "secret-of-two"
+ASSISTANT = {"role": "assistant", "content": "x"}
+BAD_SCHEMA = {"name": "x", "schema": {"type": "objct"}}
 
 
 def _message(response: httpx.Response, status: int) -> str:
@@ -33,13 +38,22 @@ def _message(response: httpx.Response, status: int) -> str:
     ("fields", "message"),
     [
         ({"max_tokns": 3}, '"max_tokns" is not a field of this request; did you mean max_tokens?'),
+        ({"max_completion_tokens": 3}, "of this request; did you mean max_tokens?"),
+        ({"response_format": {}}, "of this request; it is one of /v1/chat/completions"),
+        ({"min_tokens": 3}, '"min_tokens" is not a field of this request'),
+        ({"temperature": 1e6}, "temperature is 1000000.0; allowed: at most 100000"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; allowed: less than 18446744073709551616"),
+        ({"top_p": "x"}, 'top_p is "x"; allowed: a number'),
+        ({"stop": ["a"] * 17}, "allowed: a string, or up to 16 of them"),
+        ({"json_schema": 3}, "json_schema is 3; allowed: a schema, as an object, true, false"),
+        ({"mode": "auto"}, "allowed: ar, diffusion, linear, branching, quadratic; auto is off"),
         ({"echo": True}, "echo is true, which is not supported; allowed: null, false"),
         ({"best_of": 2}, "best_of is 2, which is not supported; allowed: null, 1"),
         ({"frequency_penalty": False}, "frequency_penalty is false, which is not supported"),
         ({"suffix": "x"}, 'suffix is "x", which is not supported; allowed: null'),
-        ({"max_tokens": 0}, "max_tokens is 0; allowed: greater than or equal to 1"),
-        ({"max_tokens": "3"}, 'max_tokens is "3"; allowed: a valid integer'),
-        ({"max_tokens": True}, "max_tokens is true; allowed: a valid integer"),
+        ({"max_tokens": 0}, "max_tokens is 0; allowed: at least 1"),
+        ({"max_tokens": "3"}, 'max_tokens is "3"; allowed: an integer'),
+        ({"max_tokens": True}, "max_tokens is true; allowed: an integer"),
         ({"prompt": []}, 'prompt is []; allowed: "" for an empty prompt'),
         ({"prompt": [1, "x"]}, "allowed: a string, token ids, or a list of either"),
         ({"logit_bias": {"1": 1, "01": 2}}, 'logit_bias has "01"; allowed: token ids as keys'),
@@ -49,29 +63,74 @@ def _message(response: httpx.Response, status: int) -> str:
         ({"stream_options": {}}, "stream_options is given; allowed: only with stream true"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x is not a field"),
         ({"events": True}, "events is true; allowed: only with stream true"),
-        ({"mode": "ar", "steps": 2}, "steps is 2; allowed: None, since mode 'ar' has no steps"),
+        ({"mode": "ar", "steps": 2}, "steps is 2; allowed: null, since mode 'ar' has no steps"),
         ({"mode": "warp"}, "mode is \"warp\"; allowed: 'ar', 'diffusion'"),
         ({"stop": ""}, 'stop is ""; allowed: a string, or up to 16 of them'),
         ({"logit_bias": {"a": 1}}, 'logit_bias has "a"; allowed: token ids as keys'),
         ({"logit_bias": {"258": 1}}, "a token of logit_bias is 258"),
         ({"n": 33}, "1 prompts with n=33 are 33 texts; allowed: 32 in one request"),
-        ({"seed": -1}, "seed is -1; allowed: greater than or equal to 0"),
+        ({"seed": -1}, "seed is -1; allowed: at least 0"),
         ({"seed": 2**64 - 1, "n": 2}, "allowed with n=2: at most 18446744073709551614"),
         ({"timeout_s": 601}, "timeout_s is 601; allowed here: at most 600"),
         ({"regex": "("}, "regex"),
         ({"prompt": "x" * 500, "max_tokens": 13}, "500 tokens + max_tokens=13 = 513, beyond"),
+        ({"prompt": "x" * 600}, "600 tokens, beyond the context of 512; allowed: at most 511"),
     ],
 )
 def test_what_is_wrong_is_named(served: Served, fields: dict[str, Any], message: str) -> None:
     """Prevents: a field that is ignored, and an error that does not say which field it is about."""
     response = served.post("completions", {"prompt": "x", "max_tokens": 1, **fields})
+    found = _message(response, 400)
+    assert message in found
+    assert not re.search(r"None|True|False|Input should|valid (string|integer|number)", found)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "message"),
+    [
+        ("completions", {"prompt": "x" * 500, "max_tokens": 13}, "max_tokens", "of at most 12"),
+        ("completions", {"prompt": "x" * 600}, "prompt", "at most 511"),
+        ("completions", {"logit_bias": {"258": 1}}, "logit_bias", "logit_bias is 258"),
+        ("completions", {"max_thinking_tokens": 1}, "end_think_token_id", "is null; give an id"),
+        ("completions", {"mode": "auto"}, "mode", "auto is off here"),
+        ("completions", {"json_schema": {"type": "x"}}, "json_schema", "json_schema is not valid"),
+        ("chat", {"messages": [ASSISTANT]}, "messages", "there is nothing to answer"),
+        ("chat", {"max_tokens": 508}, "max_tokens", "max_tokens=508"),
+        (
+            "chat",
+            {"max_completion_tokens": 508},
+            "max_completion_tokens",
+            "max_completion_tokens=508",
+        ),
+        (
+            "chat",
+            {"response_format": {"type": "json_schema", "json_schema": BAD_SCHEMA}},
+            "response_format",
+            "response_format is not valid",
+        ),
+        ("infill", {"text": "x"}, "text", "the text has no gap"),
+        ("infill", {"text": "<FILL>", "lengths": [99]}, "lengths", "lengths is [99]; allowed:"),
+    ],
+)
+def test_the_field_that_was_sent_is_named(
+    served: Served, path: str, fields: dict[str, Any], param: str, message: str
+) -> None:
+    """Prevents: errors that name an argument in Python, another field, or none."""
+    base = {
+        "completions": {"prompt": "x"},
+        "chat": {"messages": [{"role": "user", "content": "x"}]},
+        "infill": {},
+    }
+    route = "chat/completions" if path == "chat" else path
+    response = served.post(route, {**base[path], **fields})
     assert message in _message(response, 400)
+    assert response.json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"messages": []}, "messages is []; allowed:"),
+        ({"messages": []}, "messages is []; allowed: at least 1 of them"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 'messages.0.role is "tool"; allowed:'),
         ({"messages": [{"role": "user"}]}, "messages.0.content is missing"),
         (
@@ -80,8 +139,10 @@ def test_what_is_wrong_is_named(served: Served, fields: dict[str, Any], message:
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "messages.0.content",
+            "allowed: a string, or a list of text parts",
         ),
+        ({"messages": [{**ASSISTANT, "tool_calls": []}]}, "tool_calls is []; allowed: null"),
+        ({"prompt": "x"}, "it is one of /v1/completions and /v1/infill"),
         ({"tools": [{"type": "function"}]}, "tools is "),
         ({"top_logprobs": 2}, "top_logprobs is 2; allowed: only with logprobs true"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "allowed: one of them"),
@@ -216,7 +277,7 @@ def test_rate(serve: Callable[..., Served]) -> None:
     statuses = [server.post("completions", body, headers=mine).status_code for _ in range(2)]
     assert statuses == [200, 200]
     refused = server.post("completions", body, headers=mine)
-    assert _message(refused, 429) == "more than 2 requests a minute"
+    assert _message(refused, 429) == "more than 2 requests a minute of one client"
     assert 1 <= int(refused.headers["retry-after"]) <= 30
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
         with pytest.raises(openai.RateLimitError):
@@ -257,6 +318,7 @@ def test_output_and_prompt_limits(serve: Callable[..., Served]) -> None:
     assert _message(refused, 400) == "max_tokens is 6; allowed here: at most 5"
     refused = server.post("completions", {"prompt": "xxxx", "max_tokens": 5})
     assert _message(refused, 400) == "the prompt has 4 tokens; allowed here: 3"
+    assert refused.json()["error"]["param"] == "prompt"
     within = server.post("completions", {"prompt": "x", "ignore_eos": True})
     assert within.json()["usage"]["completion_tokens"] == 5  # 16 were not asked for
     assert server.post("completions", {"prompt": "x", "max_tokens": 5}).status_code == 200
@@ -295,7 +357,7 @@ def test_a_full_queue(serve: Callable[..., Served]) -> None:
                 wait_until(lambda: not server.backend._thread._commands.empty())
                 brake.let(1)  # it is looked at between steps
                 refused = second.result(WAIT_S)
-            assert "at most 0 may wait" in _message(refused, 429)
+            assert "and 0 wait, and there are" in _message(refused, 429)
             assert int(refused.headers["retry-after"]) >= 1
             brake.off()
 
@@ -314,8 +376,11 @@ def test_a_deadline(served: Served) -> None:
     assert response.json()["error"]["code"] == "deadline"
 
 
-def test_an_error_in_the_middle_of_a_stream(serve: Callable[..., Served]) -> None:
-    """Prevents: a stream that breaks off and looks complete."""
+def test_an_error_in_the_middle_of_a_stream(
+    serve: Callable[..., Served], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prevents: a stream that breaks off and looks complete, to its reader or in the log."""
+    caplog.set_level(logging.INFO, "trimode.serving.gate")
     server = serve()
     brake = Brake(server.backend._thread)
     body = {"prompt": "x", "max_tokens": 9, "regex": "a{9}", "mode": "ar", "stream": True}
@@ -333,6 +398,32 @@ def test_an_error_in_the_middle_of_a_stream(serve: Callable[..., Served]) -> Non
             rest = [line for line in lines if line]
     assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "internal_error"
     assert "[DONE]" not in rest[-1]
+    wait_until(lambda: server.backend._num_jobs == 0 and _logged(caplog) != [])
+    assert _logged(caplog) == [(200, "internal_error")]
+
+
+def _logged(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str | None]]:
+    """Status and code of requests that ended."""
+    lines = [record.__dict__ for record in caplog.records if "status" in record.__dict__]
+    return [(line["status"], line.get("code")) for line in lines if "/v1/" in line["args"][1]]
+
+
+def test_without_a_chat_template(serve: Callable[..., Served], tiny_lm: TriModeLM) -> None:
+    """Prevents: a chat refused without a word of how to have one."""
+    server = serve()
+    server.backend.card = dataclasses.replace(server.backend.card, has_chat=False)
+    body = {"messages": [{"role": "user", "content": "x"}]}
+    response = server.post("chat/completions", body)
+    assert "`trimode serve --lora instruct_lora`" in _message(response, 400)
+    assert response.json()["error"]["param"] == "messages"
+
+
+def test_why_no_requests_are_taken(serve: Callable[..., Served]) -> None:
+    """Prevents: a server that broke down taken for one that shuts down."""
+    server = serve()
+    server.backend._thread._give_up(RuntimeError("planted"))
+    for answer in (httpx.get(f"{server.url}/ready"), server.post("completions", {"prompt": "x"})):
+        assert "the model broke down and takes no requests" in _message(answer, 503)
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
@@ -351,6 +442,7 @@ def test_a_client_that_leaves_frees_its_row(serve: Callable[..., Served], is_str
         brake.let(2)
         wait_until(lambda: server.engine.num_running == 1)
     wait_until(lambda: server.backend._num_jobs == 0)
+    assert server.samples()["trimode_aborted_total", "cancelled"] == 1
     num_forwards = server.engine.counts.forwards
     brake.let(1)  # the abort is obeyed behind the step that was held
     wait_until(lambda: server.engine.num_running == 0)
@@ -378,6 +470,8 @@ def test_the_metrics_tell_what_happened(serve: Callable[..., Served]) -> None:
     assert found["trimode_time_to_first_token_seconds_count", "linear"] == 1
     assert (found["trimode_running",], found["trimode_waiting",]) == (0, 0)
     assert found["trimode_rows",] == 8
+    assert found["trimode_aborted_total", "deadline"] == 0  # there before the first
+    assert found["trimode_new_tokens_total", "ar"] == 0
 
 
 def test_events_are_chunks_that_others_can_read(served: Served, tiny_lm: TriModeLM) -> None:

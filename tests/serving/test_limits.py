@@ -91,6 +91,12 @@ def test_keys_from_a_file_and_the_environment(tmp_path: Path) -> None:
     found = read_api_keys(file, environment={"TRIMODE_API_KEYS": "third-key-3,,first-key-1"})
     assert found == ("third-key-3", "first-key-1", "second-key-2")
     assert read_api_keys(None, environment={}) == ()
+    file.write_text("# ours\n\n  # more\nfirst-key-1\ntiny-1\n")
+    with pytest.raises(ConfigError, match="keys', line 5: not a valid key; allowed: 8") as caught:
+        read_api_keys(file, environment={})
+    assert "tiny-1" not in str(caught.value)
+    with pytest.raises(ConfigError, match="TRIMODE_API_KEYS, key 2: not a valid key"):
+        read_api_keys(None, environment={"TRIMODE_API_KEYS": "first-key-1,tiny-1"})
     file.write_text("# none\n")
     with pytest.raises(ConfigError, match="holds none"):
         read_api_keys(file, environment={})
@@ -104,9 +110,9 @@ def test_keys_from_a_file_and_the_environment(tmp_path: Path) -> None:
         ({"max_body_bytes": 0}, "max_body_bytes is 0; allowed: more than 0"),
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"requests_per_minute": -1}, "requests_per_minute is -1"),
-        ({"cors_origins": ("*",)}, "origin '\\*' is not valid"),
-        ({"cors_origins": ("https://a.example/",)}, "origin 'https://a.example/' is not valid"),
-        ({"api_keys": ("short",)}, "API key 1 is not valid"),
+        ({"cors_origins": ("*",)}, "cors_origins has '\\*'; allowed: origins"),
+        ({"cors_origins": ("https://a.example/",)}, "cors_origins has 'https://a.example/'"),
+        ({"api_keys": ("short",)}, "API key 1: not a valid key"),
     ],
 )
 def test_settings_are_checked(values: dict[str, Any], message: str) -> None:

@@ -258,7 +258,7 @@ def test_errors_are_the_clients(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="/etc/passwd", prompt="x")
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="logprobs is 1; allowed: None in mode 'diff"):
+    with pytest.raises(openai.BadRequestError, match="logprobs is 1; allowed: null in mode 'diff"):
         client.completions.create(
             model="tiny", prompt="x", logprobs=1, extra_body={"mode": "diffusion"}
         )

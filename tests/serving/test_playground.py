@@ -399,6 +399,39 @@ def test_a_number_out_of_range_is_not_sent(visit: Visit) -> None:
     expect(page.locator("#banner")).to_have_text(wanted)
     assert page.evaluate("document.activeElement.id") == "fields-steps"
     expect(page.locator("#fields-branches")).to_be_disabled()
+    page.click("#tab-infill")
+    expect(page.locator("#banner")).to_be_hidden()
+
+
+def test_what_went_wrong_is_forgotten_when_it_goes_well(visit: Visit, served: Served) -> None:
+    """Prevents: an error on top of the page long after what it spoke of has been put right."""
+    page = visit.page
+    page.route("**/v1/models", lambda route: route.abort())
+    page.reload()
+    gone = "The server does not answer. Is it still running?"
+    expect(page.locator("#banner")).to_have_text(gone)
+    page.unroute("**/v1/models")
+    page.click("#tab-infill")
+    expect(page.locator("#banner")).to_have_text(gone)
+    page.fill("#source", "x = <FILL>\n")
+    page.click("#fill")
+    expect(page.locator(".candidate").first).to_be_visible()
+    expect(page.locator("#banner")).to_be_hidden()
+    visit.problems[:] = [one for one in visit.problems if "net::ERR_FAILED" not in one]
+
+
+def test_auto_races_like_any_other(visit: Visit) -> None:
+    """Prevents: a mode on offer that the page sends what the server refuses."""
+    page = visit.page
+    page.locator(".mode").nth(1).select_option("auto")
+    page.locator(".mode").nth(2).select_option("")
+    visit.set(max_tokens=48, block_length=6)
+    visit.race()
+    ar, auto, _ = visit.texts()
+    assert ar
+    expect(page.locator("#summary")).to_contain_text("ar and auto wrote the same text")
+    assert auto == ar
+    assert page.locator(".badge").all_text_contents()[:2] in (["done"] * 2, ["ended itself"] * 2)
 
 
 def test_a_server_with_keys_asks_for_one(browser: Any, served: Served) -> None:

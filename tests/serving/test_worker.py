@@ -201,6 +201,8 @@ def test_an_engine_that_keeps_failing_is_given_up(make: Make) -> None:
     wait_until(lambda: not backend.is_ready)
     (failed,) = _run(_all(backend, _job(max_new_tokens=2)))
     assert failed.status == 500
+    assert backend.refusal is not None
+    assert "broke down" in backend.refusal.message
 
 
 def test_closing_finishes_what_runs(make: Make) -> None:
@@ -248,6 +250,7 @@ def test_closing_aborts_what_does_not_finish(make: Make) -> None:
     failed = _run(close())
     assert isinstance(failed, Failed)
     assert (failed.status, failed.message) == (503, "the server is shutting down")
+    assert backend.refusal == failed
 
 
 def test_many_jobs_of_one_request_end_together(make: Make) -> None:
@@ -388,5 +391,5 @@ def test_what_cannot_serve_is_refused(tiny_lm: TriModeLM) -> None:
     """Prevents: a server that starts and then fails every request."""
     with pytest.raises(ConfigError, match="serving needs a tokenizer"):
         LocalBackend(TriModeLM(tiny_lm.model, None), name="x")
-    with pytest.raises(ConfigError, match="the context is 513; allowed: 2 to the model's own, 512"):
+    with pytest.raises(ConfigError, match="context_len is 513; allowed: 2 to the model's own, 512"):
         LocalBackend(tiny_lm, name="x", context_len=513)

@@ -79,7 +79,7 @@ def as_text(record: dict[str, Any]) -> str:
         if record["tokenizer"] is None
         else f"{record['tokenizer']['size']:,} tokens ({config['vocab_size']:,} rows)",
         "special ids": ", ".join(f"{k} {v}" for k, v in record["special_token_ids"].items()),
-        **{f"mode {name}": _as_words(knobs) for name, knobs in record["modes"].items()},
+        **{f"mode {name}": _as_words(name, knobs) for name, knobs in record["modes"].items()},
         "adapters": ", ".join(record["adapters"]) or "none",
         "model card": "yes" if record["has_model_card"] else "none",
         "here": f"trimode {here['trimode']}, torch {here['torch']}, transformers"
@@ -130,11 +130,12 @@ def _tokenizer(folder: Path) -> dict[str, Any] | None:
 
 
 def _modes(config: TriModeConfig) -> dict[str, dict[str, Any]]:
-    """What each mode does when nothing is asked for; a null threshold in `linear`: one pass."""
-    from trimode.decoding import MODES, GenerationParams
+    """What each mode does when nothing is asked for; a null threshold in `linear`: one pass. Of
+    `auto` the longest block and the most branches that it picks."""
+    from trimode.decoding.params import MODE_NAMES, GenerationParams
 
     knobs = {}
-    for mode in MODES:
+    for mode in MODE_NAMES:
         size = config.block_size
         params = GenerationParams(mode=mode, max_new_tokens=1, block_length=size, seed=0)
         knobs[mode] = {
@@ -146,8 +147,11 @@ def _modes(config: TriModeConfig) -> dict[str, dict[str, Any]]:
     return knobs
 
 
-def _as_words(knobs: dict[str, Any]) -> str:
-    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in knobs.items() if v is not None)
+def _as_words(mode: str, knobs: dict[str, Any]) -> str:
+    given = {k: v for k, v in knobs.items() if v is not None}
+    if mode == "auto":
+        given |= {k: f"up to {given[k]}" for k in ("block_length", "branches")}
+    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in given.items())
 
 
 def _environment() -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
+import math
 import os
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +26,16 @@ HELP = "answer requests over HTTP, OpenAI-compatible"
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+FLAGS = {
+    "context_len": "--max-context",
+    "num_rows": "--max-batch",
+    "requests_per_minute": "--rate",
+    "timeout_s": "--timeout",
+    "cors_origins": "--cors",
+    "allowed_hosts": "--allow-host",
+}
+"""What the command calls the arguments that errors name."""
+
 POSITIVE = (
     *("max_body_bytes", "max_prompt_tokens", "max_output_tokens", "max_concurrent"),
     *("max_concurrent_per_key", "rate", "timeout"),
@@ -32,7 +45,7 @@ POSITIVE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = (
-        "One line on stderr says when it is ready and where; logs follow, one JSON object a line."
+        "A line on stderr says when it is ready and where; logs follow, one JSON object a line."
         " SIGTERM or Ctrl-C ends it when what runs has finished, a second one at once. API keys may"
         " also come by TRIMODE_API_KEYS, separated by commas."
     )
@@ -81,7 +94,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--token-budget",
         type=int,
         metavar="N",
-        help="tokens of one forward, so that long prompts hold nobody up (default 512, or 4 times"
+        help="tokens of one forward, so that long prompts hold nobody up (default 1024, or 4 times"
         " --max-batch)",
     )
     engine.add_argument(
@@ -165,7 +178,15 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until told to end; 0, or 1 if what ran was cut off."""
+    """Serve until told to end; 0, or 1 if a second signal cut it off."""
+    try:
+        return _run(args)
+    except ConfigError as error:
+        names = re.compile(rf"\b({'|'.join(FLAGS)})\b")
+        raise ConfigError(names.sub(lambda found: FLAGS[found[0]], str(error))) from error
+
+
+def _run(args: argparse.Namespace) -> int:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ConfigError(f"{missing[0]} is not installed; pip install 'trimode[serve]'")
@@ -182,6 +203,7 @@ def run(args: argparse.Namespace) -> int:
         "num_rows": args.max_batch,
         "context_len": args.max_context,
         "token_budget": _token_budget(args),
+        "max_step_tokens": _token_budget(args),  # or a block would hold up all others
         "time_slice": args.time_slice,
         "max_waiting": args.max_waiting,
         "max_prompt_tokens": args.max_prompt_tokens,
@@ -201,6 +223,8 @@ def _serve(
     with listen(args.host, args.port) as listening:  # before the model, whose loading takes a while
         if args.host not in LOOPBACK and not settings.api_keys:
             logger.warning("listening on %s without API keys: all may use it", args.host)
+        once = "" if args.no_auto else "; measuring forwards for mode auto, about 3 s, once"
+        _say(f"loading {args.model or 'the default model'}{once}")
         backend = _backend(args, load=load, engine=engine)
         _log_as_json()
         port = listening.getsockname()[1]
@@ -209,14 +233,16 @@ def _serve(
             create_app(backend, settings),
             backend,
             shutdown_timeout_s=args.shutdown_timeout,
-            on_ready=lambda: print(
-                f"trimode: {backend.card.name} is ready at http://{host}:{port}",
-                file=sys.stderr,
-                flush=True,
-            ),
+            on_ready=lambda: _say(f"{backend.card.name} is ready at http://{host}:{port}"),
         )
         server.run(sockets=[listening])
+        if server.was_forced:  # a thread amid a forward would abort the process as Python ends
+            asyncio.run(backend.close(timeout_s=0))
     return 1 if server.was_forced else 0
+
+
+def _say(what: str) -> None:
+    print(f"trimode: {what}", file=sys.stderr, flush=True)
 
 
 def _follow(model: str | None, *, load: dict[str, Any]) -> int:
@@ -248,9 +274,14 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag} is {getattr(args, name)}; allowed: at least {least}")
     for name in POSITIVE:
         number = getattr(args, name)
-        if number is not None and not number > 0:
+        if number is not None and not 0 < number < math.inf:
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} is {number:g}; allowed: more than 0")
+            raise ConfigError(f"--{flag} is {number:g}; allowed: a number above 0")
+    if args.token_budget is not None and args.token_budget < 4 * args.max_batch:
+        raise ConfigError(
+            f"--token-budget is {args.token_budget}; allowed: at least {4 * args.max_batch},"
+            " 4 times --max-batch"
+        )
     if args.tensor_parallel and args.replicas > 1:
         raise ConfigError(
             f"--tensor-parallel with --replicas {args.replicas}; allowed: one of the two"
@@ -263,7 +294,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _token_budget(args: argparse.Namespace) -> int:
     given: int | None = args.token_budget
-    return max(512, 4 * args.max_batch) if given is None else given
+    return max(1024, 4 * args.max_batch) if given is None else given
 
 
 def _settings(args: argparse.Namespace) -> Settings:

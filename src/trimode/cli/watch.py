@@ -143,12 +143,16 @@ class Canvas:
         elif event.kind == "revise":
             self._block[event.position - self._start] = (event.token_ids[0], "revised")
             yield self.text
-        elif len(event.token_ids) > (event.kind != "verify"):
-            if not self._block:
+        elif event.kind == "verify":
+            if event.token_ids:
+                self._block = _checked(event)
+                yield self.text
+        elif len(event.token_ids) > 1:
+            if len(self._block) != len(event.token_ids) - 1:  # another block, or none yet
                 self._block = [(token_id, "masked") for token_id in event.token_ids[1:]]
                 self._start = event.position + 1
                 yield self.text
-            self._block = _checked(event) if event.kind == "verify" else self._filled(event)
+            self._block = self._filled(event)
             yield self.text
 
     @property

@@ -23,6 +23,15 @@ MAX_AUTO_BRANCHES = 8
 DEFAULT_THRESHOLDS = {"diffusion": 0.9, "linear": 0.0}
 """Where neither `threshold` nor `steps` is given; 0 reveals all in one pass."""
 
+_ONE_PASS = "drafts behind a verify forward are made in one pass"
+_TAKES_NO_PASSES = {
+    "ar": "mode 'ar' has no {}",
+    "branching": _ONE_PASS,
+    "quadratic": _ONE_PASS,
+    "auto": "mode 'auto' picks for itself",
+}
+"""Mode -> why it takes neither `threshold` nor `steps`, which stands for {}."""
+
 POLICIES = (
     "confidence_threshold",
     "steps",
@@ -163,9 +172,10 @@ class GenerationParams:
             lambda v: isinstance(v, tuple) and all(_is_int(i) and i >= 0 for i in v),
             "token ids",
         )
-        if self.mode == "ar":
-            check("threshold", lambda v: v is None, "None, since mode 'ar' has no threshold")
-            check("steps", lambda v: v is None, "None, since mode 'ar' has no steps")
+        if self.mode in _TAKES_NO_PASSES:
+            for name in ("threshold", "steps"):
+                reason = _TAKES_NO_PASSES[self.mode].format(name)
+                check(name, lambda v: v is None, f"None, since {reason}")
         check(
             "threshold", lambda v: v is None or (_is_number(v) and 0 <= v <= 1), "None, or 0 to 1"
         )
@@ -235,7 +245,8 @@ class GenerationParams:
 
     def _check_speculation(self, check: Callable[[str, Callable[[Any], bool], str], None]) -> None:
         if self.mode != "branching":
-            only = f"None, since mode {self.mode!r} has no such choice"
+            what = "picks for itself" if self.mode == "auto" else "has no such choice"
+            only = f"None, since mode {self.mode!r} {what}"
             check("branches", lambda v: v is None, only)
             check("guesses", lambda v: v is None, only)
         else:
@@ -246,10 +257,6 @@ class GenerationParams:
                 f"None, or 0 to 2 * block_length - 1 = {most}",
             )
             check("guesses", lambda v: v is None or isinstance(v, bool), "None, True or False")
-        if self.mode in ("branching", "quadratic", "auto"):
-            one_pass = "None, since drafts behind a verify forward are made in one pass"
-            check("threshold", lambda v: v is None, one_pass)
-            check("steps", lambda v: v is None, one_pass)
         check(
             "draft_cutoff",
             lambda v: v is None or (self.mode in SPECULATIVE and _is_number(v) and 0 <= v <= 1),

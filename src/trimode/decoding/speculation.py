@@ -161,5 +161,6 @@ def _draft_of_group(seq: Sequence, readout: Readout, number: int, *, first: int)
         readout.runner_ups[answers],
         readout.runner_up_confidences[answers],
     )
-    seq.event("draft", position=seq.length, token_ids=[seq.last, *draft.token_ids])
+    block = [seq.last, *draft.token_ids]
+    seq.event("draft", position=seq.length, token_ids=block, is_masked=[False] * len(block))
     return draft

@@ -84,11 +84,6 @@ class Costs:
         self._drift = 0.0
         self._curves: dict[int, Curve] = {}
 
-    @property
-    def drift(self) -> float:
-        """How many times longer than the curves say forwards take at present."""
-        return math.exp(self._drift)
-
     def curve(self, num_rows: int) -> Curve:
         """For so many rows."""
         known = self._curves.get(num_rows)

@@ -73,6 +73,8 @@ class Engine:
         adapter: The drafter adapter, on for draft tokens only.
         token_budget: Tokens of one forward, so that a long prompt is fed in several and holds
             nobody up; None for no limit.
+        max_step_tokens: Tokens that one sequence may feed in a forward, prompts aside, which are
+            cut; None for no limit.
         max_waiting: Sequences that may wait for a row; None for no limit.
         time_slice: Tokens after which a sequence gives its row to one that waits, to go on later;
             None for never.
@@ -92,6 +94,7 @@ class Engine:
         num_cells: int,
         adapter: DrafterAdapter | None = None,
         token_budget: int | None = None,
+        max_step_tokens: int | None = None,
         max_waiting: int | None = None,
         time_slice: int | None = None,
         planner: Planner | None = None,
@@ -118,6 +121,7 @@ class Engine:
         self._runner = Runner(model, cache, adapter=adapter)
         self._rows = Rows(num_rows, copy_prefix=self._runner.copy_prefix)
         self._token_budget = token_budget
+        self._max_step_tokens = max_step_tokens
         self._max_waiting = max_waiting
         self._time_slice = time_slice
         self._planner = planner
@@ -151,7 +155,8 @@ class Engine:
             timeout_s: Seconds from now after which it is aborted.
 
         Raises:
-            CapacityError: it never fits into a row, or too many wait (`retry_after_s`).
+            CapacityError: it never fits into a row or a forward, or too many wait
+                (`retry_after_s`).
             RequestError: it is in mode `auto`, and there is no planner; `timeout_s` is no time.
         """
         if seq.length or seq.is_finished or seq in self._sequences():
@@ -160,6 +165,14 @@ class Engine:
             raise RequestError("mode is 'auto'; allowed: another, since this engine has no planner")
         if timeout_s is not None and not timeout_s >= 0:
             raise RequestError(f"timeout_s is {timeout_s}; allowed: None, or seconds, at least 0")
+        widest = widest_step(seq)
+        if self._max_step_tokens is not None and widest > self._max_step_tokens:
+            what = f"block_length={seq.params.block_length} in mode {seq.mode!r}"
+            what = what if seq.gap is None else f"lengths of up to {max(seq.gap.lengths)}"
+            raise CapacityError(
+                f"{what} would feed {widest} tokens in a forward; allowed: at most"
+                f" {self._max_step_tokens}"
+            )
         needed = cells_needed(seq)
         if needed > self.num_cells:
             raise CapacityError(
@@ -171,8 +184,8 @@ class Engine:
             self._rows.num_free
         ):
             raise CapacityError(
-                f"{len(self._running)} requests run and {len(self._waiting)} wait; at most"
-                f" {self._max_waiting} may wait",
+                f"{self.num_rows} requests may run and {self._max_waiting} wait, and there are"
+                f" {len(self._running) + len(self._waiting)}",
                 retry_after_s=self._seconds_each() * (1 + len(self._waiting)),
             )
         now = self._clock()
@@ -343,6 +356,13 @@ class Engine:
     def _end(self, entry: Waiting) -> None:
         entry.seq.stats.seconds = self._clock() - entry.submitted_s
         self.counts.finished += 1
+
+
+def widest_step(seq: Sequence) -> int:
+    """Tokens of the largest forward that a sequence may ask for, its prompt aside."""
+    if seq.gap is not None:
+        return seq.gap.num_fed
+    return max(seq.params.setting(mode).num_fed for mode in (seq.mode, seq.params.mode))
 
 
 def cells_needed(seq: Sequence) -> int:

@@ -21,6 +21,9 @@ from trimode.engine.costs import Costs
 REVIEW_ROUNDS = 8
 """A sequence thinks its setting over once in so many rounds."""
 
+FIRST_MARGIN = 0.08
+"""A sequence begins with `ar`, or with what is better by so much."""
+
 MARGIN = 0.04
 NUM_REVIEWS = 2
 """It changes its setting for one that is better by `MARGIN` in so many reviews in a row ..."""
@@ -33,6 +36,7 @@ PROBE_SHARE = 0.02
 
 PROBE_LENGTH = 8
 PROBE_FORWARDS = 2
+USUAL_SHARE = 0.2
 PROBE_ROUNDS = 16
 """Rounds between two probes of a sequence."""
 
@@ -105,6 +109,7 @@ class Planner:
         self._num_forwards = 0
         self._total = _Totals(0, 0.0, 0.0)
         self._allowed_s = 0.0  # for probes
+        self._usual_s = 0, 0.0  # rows, and seconds of late of forwards without probes
         self.num_switches = 0
         self.num_probes = 0
 
@@ -115,8 +120,11 @@ class Planner:
         others = self._others(one)
         one.num_rounds += 1
         one.since_probe += 1
-        if one.setting is None:
-            one.setting, one.pace, _ = self._best(seq, one, others)
+        if one.setting is None:  # the best of many estimates is too good to be true
+            one.setting, one.pace = Setting("ar", seq.params.block_length), AR_PACE
+            best, pace, gain = self._best(seq, one, others)
+            if gain > FIRST_MARGIN:
+                one.setting, one.pace = best, pace
         elif one.expected_s is not None and has_run:
             self._settle(one)
             self._review(seq, one, others)
@@ -141,11 +149,15 @@ class Planner:
             else:
                 total = total.plus(_seen_pace(seq))
         self._total = total
-        if not expected_s and not any(map(_is_prefilled, fed)):
+        if any(map(_is_prefilled, fed)):
+            return
+        if expected_s and self._usual_s[0] == len(fed):
+            self._allowed_s -= seconds - self._usual_s[1] - expected_s
+        if not expected_s:
             self.costs.note(len(fed), num_tokens, seconds)
-        if expected_s:
-            usual_s = self.costs.curve(total.num_rows)(total.fed) * self.costs.drift
-            self._allowed_s -= seconds - usual_s - expected_s
+            rows, usual_s = self._usual_s
+            share = USUAL_SHARE if rows == len(fed) else 1.0
+            self._usual_s = len(fed), usual_s + share * (seconds - usual_s)
 
     def _learn(self, seq: Sequence, one: _Request) -> bool:
         """Whether there was a round of speculation to learn from."""

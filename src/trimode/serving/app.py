@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import asdict
 from functools import partial
@@ -133,7 +133,7 @@ class _Server:
             first = await until_gone(request.receive, anext(updates))
             if first is None or isinstance(first[1], Failed):
                 await updates.aclose()
-                return _gone() if first is None else error_response(first[1])
+                return _gone() if first is None else _failed(request, first[1])
             is_over = False
             return EventStream(
                 chunks(_with_first(first, updates), answer),
@@ -156,7 +156,7 @@ class _Server:
             updates = run_all(self.backend, [job])
             last = await until_gone(request.receive, _last(updates))
             if not isinstance(last, Done):
-                return _gone() if last is None else error_response(last)
+                return _gone() if last is None else _failed(request, last)
             return JSONResponse(
                 {
                     "id": f"infill-{secrets.token_hex(12)}",
@@ -178,15 +178,20 @@ class _Server:
         head = {"id": name, "object": "model", "created": self.started_s, "owned_by": "trimode"}
         return {**head, "trimode": card}
 
+    def check_ready(self) -> None:
+        """Requests are taken.
+
+        Raises:
+            Refusal: 503, and why not.
+        """
+        if (failed := self.backend.refusal) is not None:
+            raise Refusal(failed)
+
     def _enter(self, request: Request) -> Caller:
         """Who asks, counted in; or a refusal."""
         client = self.keys.client(request)
         request.scope["trimode"]["client"] = client
-        if not self.backend.is_ready:
-            failed = Failed(
-                status=503, code="unavailable", message="no jobs are taken now", retry_after_s=5
-            )
-            raise Refusal(failed)
+        self.check_ready()
         self._rate.take(client)
         self._concurrency.enter(client)
         return Caller(request.scope["trimode"]["request_id"], client)
@@ -221,7 +226,7 @@ class _Server:
         if result is None:
             return _gone()
         if isinstance(result, Failed):
-            return error_response(result)
+            return _failed(request, result)
         _note_tokens(request, answer)
         return JSONResponse(answer.whole())
 
@@ -233,9 +238,7 @@ def _add_routes(app: FastAPI, server: _Server) -> None:
 
     @app.get("/ready", summary="Whether requests are taken", responses=responses(503))
     async def ready() -> dict[str, str]:
-        if not server.backend.is_ready:
-            message = "no jobs are taken: shutting down, or the model broke down"
-            raise Refusal(Failed(status=503, code="unavailable", message=message, retry_after_s=5))
+        server.check_ready()
         return {"status": "ready"}
 
     @app.get(
@@ -292,9 +295,9 @@ async def _page(file: str, kind: str) -> Response:
     return FileResponse(file, media_type=kind, headers=PAGE_HEADERS)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    return error_response(error.failed, headers=error.headers)
+    return _failed(request, error.failed, headers=error.headers)
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
@@ -302,7 +305,14 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     message = f"{request.method} {request.url.path}: {error.detail}"
     failed = Failed(status=error.status_code, code=code, message=message)
-    return error_response(failed, headers=error.headers)
+    return _failed(request, failed, headers=error.headers)
+
+
+def _failed(
+    request: Request, failed: Failed, *, headers: Mapping[str, str] | None = None
+) -> Response:
+    request.scope["trimode"]["code"] = failed.code  # for the log
+    return error_response(failed, headers=headers)
 
 
 async def _with_first(
@@ -328,8 +338,12 @@ def _gone() -> Response:
 
 
 def _note_tokens(request: Request, answer: Answer) -> None:
-    """For the log."""
+    """For the log, and what became of a stream, whose status says nothing of its end."""
     done = answer.done.values()
+    if answer.failed is not None:
+        request.scope["trimode"]["code"] = answer.failed.code
+    elif len(done) < len(answer.jobs):
+        request.scope["trimode"]["code"] = "client_left"
     request.scope["trimode"] |= {
         "prompt_tokens": sum(one.prompt_tokens for one in done),
         "new_tokens": sum(len(one.token_ids) for one in done),

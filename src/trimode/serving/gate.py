@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 
@@ -65,11 +66,16 @@ class Gate:
                 self._hosts.check(Headers(scope=scope).get("host"))
             await self._app(scope, receive, send_on)
         except Refusal as refusal:
+            scope["trimode"]["code"] = refusal.failed.code
             await error_response(refusal.failed)(scope, receive, send_on)
         except ClientDisconnect:
             status = status or 499
+        except asyncio.CancelledError:  # by a second signal
+            scope["trimode"]["code"] = "cut_off"
+            raise
         except Exception:
             logger.exception("request failed")
+            scope["trimode"]["code"] = BROKE_DOWN.code
             if status:  # half an answer cannot be taken back; the connection ends without its end
                 return
             await error_response(BROKE_DOWN)(scope, receive, send_on)

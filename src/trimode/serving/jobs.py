@@ -27,6 +27,7 @@ class Job:
         timeout_s: Seconds from submission after which it is aborted; None for no deadline.
         wants_events: Whether `Happening`s are sent, beside the text.
         wants_word: Whether `Accepted` is sent.
+        names: What the request calls an option, or `inputs`, so that errors speak of its fields.
     """
 
     request_id: str
@@ -37,6 +38,7 @@ class Job:
     timeout_s: float | None = None
     wants_events: bool = False
     wants_word: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,11 @@ class Backend(Protocol):
     @property
     def is_ready(self) -> bool:
         """Whether jobs are taken now."""
+        ...
+
+    @property
+    def refusal(self) -> Failed | None:
+        """Why none are; None if they are."""
         ...
 
     def run(self, job: Job) -> AsyncIterator[Update]:

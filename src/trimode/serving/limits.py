@@ -138,7 +138,7 @@ class RateLimit:
                 Failed(
                     status=429,
                     code="rate_limit_exceeded",
-                    message=f"more than {self._per_minute:g} requests a minute",
+                    message=f"more than {self._per_minute:g} requests a minute of one client",
                     retry_after_s=(1 - bucket.tokens) / per_second,
                 )
             )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from trimode.decoding import Stats
+from trimode.decoding.params import MODE_NAMES
 from trimode.engine import Engine
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+ABORT_REASONS = ("cancelled", "deadline", "non_finite", "no_token", "error")
 _RATIOS = (0.5, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8, 12, 16)
 
 
@@ -72,6 +74,12 @@ class ModelMetrics:
         self._aborted = Counter(
             "trimode_aborted", "Texts that came to no end", ["reason"], registry=registry
         )
+        # What may happen is there as a 0 before it does, or its first time is no increase.
+        for reason in ABORT_REASONS:
+            self._aborted.labels(reason)
+        for mode in (*MODE_NAMES, "infill"):
+            self._prompt.labels(mode)
+            self._new.labels(mode)
         self._seen = (0, 0, 0, 0)
 
     def note_step(self, num_ended: int) -> None:

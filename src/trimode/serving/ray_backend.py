@@ -38,8 +38,15 @@ _LOST = Failed(
     message="the replica that made this text was lost; try again",
     retry_after_s=1,
 )
+_LOST_WATCHED = Failed(
+    status=503,
+    code="unavailable",
+    message="the replica that made this text was lost, and a text whose events are watched is not"
+    " made anew; try again",
+    retry_after_s=1,
+)
 _NO_REPLICA = Failed(
-    status=503, code="unavailable", message="no replica takes jobs now", retry_after_s=5
+    status=503, code="unavailable", message="no replica takes requests now", retry_after_s=5
 )
 _FULL = Failed(
     status=429, code="overloaded", message="all replicas are busy and enough wait", retry_after_s=1
@@ -97,7 +104,14 @@ class RayBackend:
     @property
     def is_ready(self) -> bool:
         """Whether jobs are taken: at the latest look a replica was ready."""
-        return bool(self._reports) and not self._is_closing
+        return self.refusal is None
+
+    @property
+    def refusal(self) -> Failed | None:
+        """Why none are; None if they are."""
+        if self._is_closing:
+            return SHUTTING_DOWN
+        return None if self._reports else _NO_REPLICA
 
     def metrics(self) -> str:
         """Those of all replicas, told apart by the label `replica`, as of the latest look."""
@@ -112,8 +126,8 @@ class RayBackend:
         go on where they ended. It fails if the text comes out otherwise (two machines may differ in
         the last bits), if a watcher of its events would see things twice, and after `MAX_TRIES`.
         """
-        if not self.is_ready:
-            yield SHUTTING_DOWN if self._is_closing else _NO_REPLICA
+        if (refusal := self.refusal) is not None:
+            yield refusal
             return
         self._num_jobs += 1
         try:
@@ -168,8 +182,11 @@ class RayBackend:
             if self._is_aborting:
                 yield SHUTTING_DOWN
                 return
-            if not (num_left and sent.begin_again()):
+            if not num_left:
                 yield _LOST
+                return
+            if not sent.begin_again():
+                yield _LOST_WATCHED
                 return
             logger.warning("a replica was lost; another one makes its text anew")
 

@@ -33,13 +33,13 @@ def bad_request(message: str, *, param: str | None = None) -> Refusal:
 
 
 def error_body(failed: Failed) -> dict[str, Any]:
-    """OpenAI's error object, with OpenAI's name for what we call `max_new_tokens`."""
+    """OpenAI's error object."""
     default = "server_error" if failed.status >= 500 else "invalid_request_error"
     return {
         "error": {
-            "message": failed.message.replace("max_new_tokens", "max_tokens"),
+            "message": failed.message,
             "type": _TYPES.get(failed.status, default),
-            "param": "max_tokens" if failed.param == "max_new_tokens" else failed.param,
+            "param": failed.param,
             "code": failed.code,
         }
     }

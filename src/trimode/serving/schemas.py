@@ -76,7 +76,9 @@ class _Generating(_Request):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = None
-    json_schema: dict[str, Any] | bool | str | None = None
+    json_schema: dict[str, Any] | bool | str | None = Field(
+        None, description="a schema, as an object, true, false, or a string of JSON"
+    )
     regex: Text | None = None
     grammar: Text | None = None
     max_thinking_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -133,7 +135,7 @@ class JsonSchema(BaseModel):
     name: str
     description: str | None = None
     strict: bool | None = None
-    schema_: dict[str, Any] | bool = Field(alias="schema")
+    schema_: dict[str, Any] | bool = Field(alias="schema", description="an object, true or false")
 
 
 class ResponseFormat(BaseModel):

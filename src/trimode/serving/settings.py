@@ -62,18 +62,15 @@ class Settings:
         for origin in self.cors_origins:
             if not _ORIGIN.fullmatch(origin):
                 raise ConfigError(
-                    f"origin {origin!r} is not valid; allowed: such as https://example.org"
+                    f"cors_origins has {origin!r}; allowed: origins such as https://example.org"
                 )
         for name in self.allowed_hosts:
             if name != "*" and not _HOST.fullmatch(name):
                 raise ConfigError(
-                    f"host {name!r} is not valid; allowed: a name without a port, or *"
+                    f"allowed_hosts has {name!r}; allowed: names without a port, or *"
                 )
         for number, key in enumerate(self.api_keys, start=1):
-            if not _KEY.fullmatch(key):  # the key itself stays out of messages
-                raise ConfigError(
-                    f"API key {number} is not valid; allowed: 8 or more ASCII characters, no space"
-                )
+            _check_key(key, f"API key {number}")
 
 
 def read_api_keys(
@@ -82,17 +79,32 @@ def read_api_keys(
     """Keys from a file, one a line, `#` for comments; and from the environment, by commas.
 
     Raises:
-        ConfigError: the file cannot be read or holds none.
+        ConfigError: the file cannot be read or holds none, or a key is not valid.
     """
-    keys = [key.strip() for key in environment.get(KEYS_VARIABLE, "").split(",") if key.strip()]
+    given = environment.get(KEYS_VARIABLE, "").split(",")
+    keys = {key.strip(): f"{KEYS_VARIABLE}, key {n}" for n, key in enumerate(given, start=1)}
     if path is not None:
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise ConfigError(f"API keys {str(path)!r} cannot be read: {reason}") from None
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        found = {
+            line.strip(): f"API keys {str(path)!r}, line {n}"
+            for n, line in enumerate(lines, start=1)
+            if line.strip() and not line.strip().startswith("#")
+        }
         if not found:
             raise ConfigError(f"API keys {str(path)!r} holds none; give one a line")
-        keys += found
-    return tuple(dict.fromkeys(keys))
+        keys |= found
+    keys.pop("", None)
+    for key, place in keys.items():
+        _check_key(key, place)
+    return tuple(keys)
+
+
+def _check_key(key: str, place: str) -> None:
+    if not _KEY.fullmatch(key):  # the key itself stays out of messages
+        raise ConfigError(
+            f"{place}: not a valid key; allowed: 8 or more ASCII characters, no space"
+        )

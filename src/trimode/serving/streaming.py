@@ -99,6 +99,7 @@ class Answer:
         created: Seconds since 1970.
         done: By choice, once it has ended.
         logprobs: By choice, as they came.
+        failed: What ended its stream, if it came to no end of its own.
     """
 
     kind: str
@@ -110,6 +111,7 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     done: dict[int, Done] = field(default_factory=dict)
     logprobs: dict[int, list[TextLogprobs]] = field(default_factory=dict)
+    failed: Failed | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -253,6 +255,7 @@ async def chunks(
     async with aclosing(updates):
         async for index, update in updates:
             if isinstance(update, Failed):
+                answer.failed = update
                 yield _event(error_body(update))
                 return
             if answer.is_chat and index not in begun:

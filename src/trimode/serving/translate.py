@@ -9,8 +9,9 @@ import re
 import secrets
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import pydantic_core
 from pydantic import BaseModel, ValidationError
@@ -29,7 +30,37 @@ from trimode.serving.settings import Settings
 
 DEFAULT_COMPLETION_TOKENS = 16
 DEFAULT_TEMPERATURE = 1.0
+ROUTES: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/infill": InfillRequest,
+}
+CLOSE = 0.85
+"""How alike names must be for one to be taken for a slip of the other: not min_tokens."""
+
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_MEANT = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
+_PLAIN = {
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "string_too_short": "a string that is not empty",
+    "list_type": "a list",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "none_required": "null",
+}
+"""Kinds of pydantic's errors -> what is allowed."""
 R = TypeVar("R", CompletionRequest, ChatRequest, InfillRequest)
 
 
@@ -87,7 +118,10 @@ def completion_jobs(request: CompletionRequest, caller: Caller, *, settings: Set
     options["max_new_tokens"] = _max_tokens("max_tokens", number, settings=settings)
     if request.logprobs is not None:
         options["logprobs"] = request.logprobs
-    return _jobs("generate", prompts, request, options=options, caller=caller, settings=settings)
+    names = {"inputs": "prompt", "max_new_tokens": "max_tokens"}
+    return _jobs(
+        "generate", prompts, request, options=options, names=names, caller=caller, settings=settings
+    )
 
 
 def chat_jobs(request: ChatRequest, caller: Caller, *, settings: Settings) -> list[Job]:
@@ -102,9 +136,11 @@ def chat_jobs(request: ChatRequest, caller: Caller, *, settings: Settings) -> li
             "max_tokens and max_completion_tokens are given; allowed: one of them",
             param="max_tokens",
         )
+    names = {"inputs": "messages"}
     for name in ("max_tokens", "max_completion_tokens"):
         if (number := getattr(request, name)) is not None:
             options["max_new_tokens"] = _max_tokens(name, number, settings=settings)
+            names["max_new_tokens"] = name
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request(
             f"top_logprobs is {request.top_logprobs}; allowed: only with logprobs true",
@@ -112,9 +148,14 @@ def chat_jobs(request: ChatRequest, caller: Caller, *, settings: Settings) -> li
         )
     if request.logprobs:
         options["logprobs"] = request.top_logprobs or 0
-    options |= _format(request)
+        names["logprobs"] = "logprobs" if request.top_logprobs is None else "top_logprobs"
+    if form := _format(request):
+        options |= form
+        names["json_schema"] = "response_format"
     messages = [_plain(message) for message in request.messages]
-    return _jobs("chat", [messages], request, options=options, caller=caller, settings=settings)
+    return _jobs(
+        "chat", [messages], request, options=options, names=names, caller=caller, settings=settings
+    )
 
 
 def infill_job(request: InfillRequest, caller: Caller, *, settings: Settings) -> Job:
@@ -146,6 +187,7 @@ def infill_job(request: InfillRequest, caller: Caller, *, settings: Settings) ->
         options=options,
         client=caller.name,
         timeout_s=_timeout(request.timeout_s, settings),
+        names={"inputs": "text" if request.prompt is None else "prompt"},
     )
 
 
@@ -184,6 +226,7 @@ def _jobs(
     request: CompletionRequest | ChatRequest,
     *,
     options: dict[str, Any],
+    names: Mapping[str, str],
     caller: Caller,
     settings: Settings,
 ) -> list[Job]:
@@ -207,6 +250,7 @@ def _jobs(
             timeout_s=_timeout(request.timeout_s, settings),
             wants_events=bool(request.events),
             wants_word=n * len(inputs) > 1,
+            names=names,
         )
         for one in inputs
         for choice in range(n)
@@ -290,14 +334,24 @@ def _without_neutral(kind: type[R], fields: dict[str, Any]) -> dict[str, Any]:
                     param=name,
                 )
         elif name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
             raise bad_request(
-                f"{_shown(name)} is not a field of this request{hint}", param=name[:60]
+                f"{_shown(name)} is not a field of this request{_hint(name, known)}",
+                param=name[:60],
             )
         else:
             kept[name] = value
     return kept
+
+
+def _hint(name: str, known: Mapping[str, Any]) -> str:
+    """What may have been meant by a field that a request does not have."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)
+    if _MEANT.get(name) in known:
+        close = [_MEANT[name]]
+    if close:
+        return f"; did you mean {close[0]}?"
+    routes = [route for route, kind in ROUTES.items() if name in kind.model_fields]
+    return f"; it is one of {' and '.join(routes)}" if routes else ""
 
 
 def _from_json(text: str) -> Any:
@@ -323,20 +377,42 @@ def _is_same(value: Any, neutral: Any) -> bool:
 def _refusal(kind: type[BaseModel], error: ValidationError) -> Refusal:
     """The first thing that is wrong. Where a field may be of several kinds, its description says
     which."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False)[0]
     field = str(first["loc"][0])
     if first["type"] in ("missing", "extra_forbidden"):
         path = ".".join(map(_word, first["loc"]))
         wrong = "missing" if first["type"] == "missing" else "not a field of this request"
         return bad_request(f"{path} is {wrong}", param=field)
-    others = {one["msg"] for one in error.errors() if one["loc"][0] == field}
-    message, value = first["msg"], first["input"]
-    path = ".".join(_word(part) for part in first["loc"] if not _is_branch(part))
-    allowed = message.removeprefix("Input should be ")
-    description = kind.model_fields[field].description
-    if len(others) > 1 and description is not None:
+    places = [part for part in first["loc"] if not _is_branch(part)]
+    path = ".".join(map(_word, places))
+    allowed = first["msg"].removeprefix("Input should be ")
+    if first["type"] in _PLAIN:
+        context = first.get("ctx", {}).items()
+        bounds = {name: f"{x:g}" if isinstance(x, float) else x for name, x in context}
+        allowed = _PLAIN[first["type"]].format(**bounds)
+    description = _description(kind, places)
+    if len(places) < len(first["loc"]) and description is not None:
         allowed = description
-    return bad_request(f"{path} is {_shown(value)}; allowed: {allowed}", param=field)
+    return bad_request(f"{path} is {_shown(first['input'])}; allowed: {allowed}", param=field)
+
+
+def _description(kind: type[BaseModel], places: list[int | str]) -> str | None:
+    """Of the innermost field on the way to a place."""
+    found: str | None = None
+    inner: type[BaseModel] | None = kind
+    for part in places:
+        fields = {} if inner is None else inner.model_fields
+        field = next((one for name, one in fields.items() if part in (name, one.alias)), None)
+        if field is not None:
+            found, inner = field.description, _model_in(field.annotation)
+    return found
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field's type is made with, if it is."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def _word(part: int | str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,14 @@ _ABORTS = {
 }
 _TOO_SLOW = Failed(status=408, code="too_slow", message="events came faster than they were read")
 _BROKEN = Failed(status=500, code="internal_error", message="the model broke down; see the log")
+_GIVEN_UP = Failed(
+    status=503,
+    code="unavailable",
+    message="the model broke down and takes no requests; see the log, and start the server anew",
+    retry_after_s=5,
+)
+
+_JSON = {"None": "null", "True": "true", "False": "false"}
 
 
 class LocalBackend:
@@ -72,6 +81,7 @@ class LocalBackend:
         num_rows: Texts that are made together; more wait.
         context_len: Prompt and new tokens at most; None means the model's own.
         token_budget, max_waiting, time_slice: See `trimode.engine.Engine`.
+        max_step_tokens: The same, but what the model's own block length may ask for is allowed.
         max_new_tokens: Where a job gives none, at most so many, as far as they fit.
         max_prompt_tokens: Longer prompts are refused; None for no limit but the context.
         has_auto: Whether mode `auto` is there, for which forwards are measured at first, once for
@@ -90,6 +100,7 @@ class LocalBackend:
         num_rows: int = MAX_BATCH,
         context_len: int | None = None,
         token_budget: int | None = None,
+        max_step_tokens: int | None = None,
         max_waiting: int | None = None,
         time_slice: int | None = None,
         max_new_tokens: int = 1024,
@@ -100,7 +111,7 @@ class LocalBackend:
             raise ConfigError("serving needs a tokenizer, and this checkpoint has none")
         own = lm.model.config.max_position_embeddings
         if context_len is not None and not 2 <= context_len <= own:
-            raise ConfigError(f"the context is {context_len}; allowed: 2 to the model's own, {own}")
+            raise ConfigError(f"context_len is {context_len}; allowed: 2 to the model's own, {own}")
         block_length = lm.model.config.block_size
         context_len = context_len or own
         self.card = ModelCard(
@@ -119,6 +130,9 @@ class LocalBackend:
             num_cells=max(context_len + room, INFILL_CELLS),
             adapter=lm.adapter,
             token_budget=token_budget,
+            max_step_tokens=None
+            if max_step_tokens is None
+            else max(max_step_tokens, block_length * (1 + block_length)),
             max_waiting=max_waiting,
             time_slice=time_slice,
             planner=lm.planner if has_auto else None,
@@ -139,7 +153,14 @@ class LocalBackend:
     @property
     def is_ready(self) -> bool:
         """Whether jobs are taken now."""
-        return not self._is_closing and self._thread.is_alive
+        return self.refusal is None
+
+    @property
+    def refusal(self) -> Failed | None:
+        """Why none are; None if they are."""
+        if self._is_closing:
+            return SHUTTING_DOWN
+        return None if self._thread.is_alive else _GIVEN_UP
 
     def metrics(self) -> str:
         """What is measured on the model's side, in Prometheus' text format."""
@@ -159,7 +180,7 @@ class LocalBackend:
         except (RequestError, UnsupportedError) as error:
             yield _refused(job, error)
         except CapacityError as error:
-            yield _no_room(error)
+            yield _no_room(job, error)
         except Exception:
             if self._pool_is_shut:
                 yield SHUTTING_DOWN
@@ -263,7 +284,15 @@ class LocalBackend:
 
     def _sequence(self, job: Job, ticket: Ticket) -> Sequence:
         options: dict[str, Any] = dict(job.options)
+        if options.get("mode") == "auto" and "auto" not in self.card.modes:
+            modes = ", ".join(self.card.modes)
+            raise RequestError(f"mode is 'auto'; allowed: {modes}; auto is off here (--no-auto)")
         if job.task == "chat":
+            if not self.card.has_chat:
+                raise RequestError(
+                    "messages need a chat template, and this model has none; serve one tuned on"
+                    " conversations, such as `trimode serve --lora instruct_lora`"
+                )
             options = answering(self._lm.tokenizer, job.inputs, options)
             prompt_ids = self._lm.encode(options.pop("prompt"))
         else:
@@ -273,11 +302,17 @@ class LocalBackend:
         if most is not None and num_prompt > most:
             raise RequestError(f"the prompt has {num_prompt} tokens; allowed here: {most}")
         room = context - num_prompt
-        num_new = options.setdefault("max_new_tokens", max(min(room, self._max_new_tokens), 1))
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens, beyond the context of {context}; allowed: at"
+                f" most {context - 1}"
+            )
+        num_new = options.setdefault("max_new_tokens", min(room, self._max_new_tokens))
         if num_new > room:
             raise RequestError(
                 f"prompt of {num_prompt} tokens + max_new_tokens={num_new} ="
-                f" {num_prompt + num_new}, beyond the context of {context}"
+                f" {num_prompt + num_new}, beyond the context of {context}; allowed:"
+                f" max_new_tokens of at most {room}"
             )
         if job.wants_events:
             options["on_event"] = lambda _, event: ticket.note(event)
@@ -295,6 +330,7 @@ class LocalBackend:
             self._tickets.discard(ticket)
             if not ticket.is_over:
                 self._thread.abort(ticket)
+                self._metrics.note_abort("cancelled")
 
     async def _change(self, ticket: Ticket) -> None:
         await ticket.changed.wait()
@@ -392,19 +428,27 @@ def _gap_as_object(gap: FilledGap) -> dict[str, Any]:
     }
 
 
-def _no_room(error: CapacityError) -> Failed:
+def _no_room(job: Job, error: CapacityError) -> Failed:
+    message = _in_words_of(job, error)
     if error.retry_after_s is None:
-        return Failed(status=413, code="too_large", message=str(error))
-    return Failed(
-        status=429, code="overloaded", message=str(error), retry_after_s=error.retry_after_s
-    )
+        return Failed(status=413, code="too_large", message=message, param=_param(job, message))
+    return Failed(status=429, code="overloaded", message=message, retry_after_s=error.retry_after_s)
 
 
 def _refused(job: Job, error: Exception) -> Failed:
-    """With the option that the message begins with, if it begins with one."""
-    message = str(error)
-    name = message.split(" ", 1)[0]
-    param = name if name in (*job.options, "prompt", "messages", "text") else None
-    if job.task == "chat" and param == "prompt":
-        param = "messages"
+    message = _in_words_of(job, error)
+    param = _param(job, message)
     return Failed(status=400, code="invalid_request", message=message, param=param)
+
+
+def _in_words_of(job: Job, error: Exception) -> str:
+    """A message that speaks of arguments in Python, by the request's fields and in JSON."""
+    words = {**_JSON, **{name: job.names[name] for name in job.options if name in job.names}}
+    return re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], str(error))
+
+
+def _param(job: Job, message: str) -> str | None:
+    """The first field of the request that a message names, else what the text is made from."""
+    fields = {job.names.get(name, name) for name in job.options} | {"end_think_token_id"}
+    named = (word for word in re.findall(r"\w+", message) if word in fields)
+    return next(named, job.names.get("inputs"))

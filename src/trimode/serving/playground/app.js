@@ -26,6 +26,7 @@ let controller = null; // of the race that runs
 const infill = new Infill({
   settings: new Settings(find("infill-fields"), INFILL_FIELDS),
   modelName: () => card?.name,
+  onRun: () => showBanner(""),
   onError: askForKey,
 });
 
@@ -197,6 +198,7 @@ function stop() {
 const tabs = ["race", "infill"];
 
 function openTab(name) {
+  if (card && find("key-form").hidden) showBanner(""); // it spoke of what the other tab was asked
   for (const each of tabs) {
     const tab = find(`tab-${each}`);
     tab.setAttribute("aria-selected", String(each === name));

@@ -16,10 +16,11 @@ const EXAMPLE = `class Stack:
 `;
 
 export class Infill {
-  // `onError(error)` may deal with an error itself, and then returns true.
-  constructor({ settings, modelName, onError }) {
+  // `onRun()` hears of every start; `onError(error)` may deal with an error itself, and then
+  // returns true.
+  constructor({ settings, modelName, onRun, onError }) {
     const find = (id) => document.getElementById(id);
-    Object.assign(this, { settings, modelName, onError, controller: null });
+    Object.assign(this, { settings, modelName, onRun, onError, controller: null });
     this.source = find("source");
     this.button = find("fill");
     this.stopButton = find("fill-stop");
@@ -47,6 +48,7 @@ export class Infill {
 
   async run() {
     if (this.controller) return;
+    this.onRun();
     const problem = this.settings.problem();
     this.#showError(problem ?? "");
     if (problem) return;
