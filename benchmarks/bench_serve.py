@@ -46,7 +46,7 @@ MODES: dict[str, dict[str, Any]] = {
     "auto": {"mode": "auto"},
 }
 OURS_ONLY = {"ignore_eos": True}
-LOADS = (0.3, 0.6, 0.9)
+LOADS = (0.3, 0.6)
 """Arrival rates over what `ar` did at the highest concurrency."""
 
 REQUEST_TIMEOUT_S = 120.0
@@ -207,8 +207,11 @@ async def open_loop(
 
         async def one(number: int, at: float) -> Timing:
             await asyncio.sleep(max(start + at - time.perf_counter(), 0))
-            prompt = prompts[number % len(prompts)]
-            return await ask_streamed(client, contestant, prompt, new_tokens, due=start + at)
+            prompt, due = prompts[number % len(prompts)], start + at
+            try:
+                return await ask_streamed(client, contestant, prompt, new_tokens, due=due)
+            except httpx.TimeoutException:
+                return Timing(time.perf_counter() - due, 0, 408)
 
         found = await asyncio.gather(*(one(i, at) for i, at in enumerate(arrivals)))
         took = time.perf_counter() - start
@@ -240,7 +243,8 @@ def quantiles(values: list[float]) -> dict[str, float | None]:
 
 async def measure(
     contestants: list[Contestant], prompts: list[str], arguments: argparse.Namespace
-) -> dict[str, Any]:
+) -> None:
+    """All points; what there is, is written after each part."""
     closed: dict[str, dict[int, list[dict[str, float]]]] = {}
     for contestant in contestants:  # the first requests pay for what is made once
         await closed_loop(contestant, prompts, concurrency=4, num=4, new_tokens=8)
@@ -258,7 +262,8 @@ async def measure(
                 closed.setdefault(contestant.name, {}).setdefault(concurrency, []).append(point)
             print(f"repeat {repeat + 1}, concurrency {concurrency}", file=sys.stderr)
     best = statistics.mean(point["tokens_per_second"] for point in closed["ar"][max(CONCURRENCY)])
-    loaded: dict[str, list[dict[str, Any]]] = {}
+    loaded: dict[str, list[dict[str, Any]]] = {name: [] for name in closed}
+    write(arguments, closed, loaded, num_prompts=len(prompts))
     for load in LOADS:
         rate = load * best / arguments.new_tokens
         for contestant in contestants:
@@ -269,9 +274,9 @@ async def measure(
                 new_tokens=arguments.new_tokens,
                 seed=1,
             )
-            loaded.setdefault(contestant.name, []).append({"load": load, "rate": rate, **point})
+            loaded[contestant.name].append({"load": load, "rate": rate, **point})
             print(f"load {load}, {contestant.name}", file=sys.stderr)
-    return {"closed": closed, "open": loaded}
+        write(arguments, closed, loaded, num_prompts=len(prompts))
 
 
 def closed_table(closed: dict[str, dict[int, list[dict[str, float]]]]) -> list[str]:
@@ -304,9 +309,10 @@ def open_table(loaded: dict[str, list[dict[str, Any]]]) -> list[str]:
         " failed |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for number, load in enumerate(LOADS):
+    for number in range(min(map(len, loaded.values()))):
         for name, points in loaded.items():
             point = points[number]
+            load = point["load"]
             cells = [f"{load:g}", f"{point['rate']:.2f}", name]
             cells.append(_three(point["first_s"], 1e3, ".0f"))
             cells.append(_three(point["between_tokens_s"], 1e3, ".1f"))
@@ -319,6 +325,38 @@ def open_table(loaded: dict[str, list[dict[str, Any]]]) -> list[str]:
 def _three(found: dict[str, float | None], scale: float, form: str) -> str:
     values = [found["p50"], found["p95"], found["p99"]]
     return " / ".join("-" if v is None else format(scale * v, form) for v in values)
+
+
+def write(
+    arguments: argparse.Namespace,
+    closed: dict[str, dict[int, list[dict[str, float]]]],
+    loaded: dict[str, list[dict[str, Any]]],
+    *,
+    num_prompts: int,
+) -> None:
+    """OUTPUT.md and OUTPUT.json."""
+    env = environment(arguments) | {"batch_size": f"up to {max(CONCURRENCY)}"}
+    text = [
+        f"Served over HTTP on loopback, client on the same machine: {env['machine']},"
+        f" {env['threads']} threads, float32, greedy, {arguments.new_tokens} new tokens,"
+        f" {num_prompts} held-out prompts in turn, {arguments.repeats} repeats."
+        f" `transformers serve` {env['transformers']} with --continuous-batching and sdpa on the"
+        f" same weights. `branching`: blocks of 2, one branch. {env['date']}, torch {env['torch']},"
+        f" commit {env['commit']}. `{env['command']}`",
+        "",
+        "Closed loop, mean and range over the repeats:",
+        "",
+        *closed_table(closed),
+        "",
+        "Open loop, Poisson arrivals at a share of what `ar` did at the highest concurrency;"
+        " p50 / p95 / p99:",
+        "",
+        *open_table(loaded),
+    ]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    record = json.dumps({"environment": env, "closed": closed, "open": loaded}, indent=1)
+    arguments.output.with_suffix(".json").write_text(record + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -349,30 +387,7 @@ def main() -> None:
         other = stack.enter_context(served(theirs, port=port, log=Path(folder) / "theirs.log"))
         contestants = [Contestant(name, own, {**f, **OURS_ONLY}) for name, f in MODES.items()]
         contestants.append(Contestant("transformers", other, {"model": str(twin)}))
-        results = asyncio.run(measure(contestants, prompts, arguments))
-    env = environment(arguments) | {"batch_size": f"up to {max(CONCURRENCY)}"}
-    text = [
-        f"Served over HTTP on loopback, client on the same machine: {env['machine']},"
-        f" {env['threads']} threads, float32, greedy, {arguments.new_tokens} new tokens,"
-        f" {len(prompts)} held-out prompts in turn, {arguments.repeats} repeats."
-        f" `transformers serve` {env['transformers']} with --continuous-batching and sdpa on the"
-        f" same weights. `branching`: blocks of 2, one branch. {env['date']}, torch {env['torch']},"
-        f" commit {env['commit']}. `{env['command']}`",
-        "",
-        "Closed loop, mean and range over the repeats:",
-        "",
-        *closed_table(results["closed"]),
-        "",
-        "Open loop, Poisson arrivals at a share of what `ar` did at the highest concurrency;"
-        " p50 / p95 / p99:",
-        "",
-        *open_table(results["open"]),
-    ]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    record = json.dumps({"environment": env, **results}, indent=1)
-    arguments.output.with_suffix(".json").write_text(record + "\n", encoding="utf-8")
-    print("\n".join(text))
+        asyncio.run(measure(contestants, prompts, arguments))
 
 
 if __name__ == "__main__":

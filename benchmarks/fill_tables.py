@@ -17,8 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = tuple(
-    ROOT / name
-    for name in ("README.md", "docs/training.md", "docs/modes.md", "docs/serving.md")
+    ROOT / name for name in ("README.md", "docs/training.md", "docs/modes.md", "docs/serving.md")
 )
 
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -72,7 +71,7 @@ def decode_table() -> str:
 def branching_table() -> str:
     """Some of the family of speculation: both ends of the published one, and what beats them."""
     rows = {row["name"]: row for row in read(newest("branching_cpu"))["summary"]}
-    shown = ("ar", "linear, K 3", "linear, K 8", "quadratic, K 2", "quadratic, K 4")
+    shown = ("ar", "linear, K 3", "linear, K 4", "linear, K 8", "quadratic, K 2", "quadratic, K 4")
     shown += ("quadratic, K 8", "branching, K 2, m 1", "branching, K 2, m 2")
     shown += ("branching, K 4, m 2", "branching, K 4, m 4")
     shown += ("branching, K 4, m 7", "branching, K 8, m 4", "branching, K 8, m 8")
