@@ -37,6 +37,10 @@ PROBE_SHARE = 0.02
 PROBE_LENGTH = 8
 PROBE_FORWARDS = 2
 USUAL_SHARE = 0.2
+LEAST_COST = 0.1
+"""Of a forward, what another kind of step in it costs at least, whatever the curves say."""
+
+RETRY_ROUNDS = 4
 PROBE_ROUNDS = 16
 """Rounds between two probes of a sequence."""
 
@@ -221,7 +225,7 @@ class Planner:
         assert one.setting is not None
         length = min(seq.params.block_length, PROBE_LENGTH)
         is_known = one.setting.mode != "ar" and one.setting.block_length >= length
-        if is_known or one.since_probe < PROBE_ROUNDS:
+        if is_known or one.since_probe < PROBE_ROUNDS or self._allowed_s <= 0:
             return None
         at_best = Pace(length / 2, length)
         gain = (others.num_rows + 1) * (
@@ -232,9 +236,11 @@ class Planner:
             return None
         usual, probed = others.plus(one.pace), others.plus(at_best)
         curve = self.costs.curve(usual.num_rows)
-        expected_s = PROBE_FORWARDS * (curve(probed.fed) - curve(usual.fed))
+        usual_s = curve(usual.fed)
+        expected_s = PROBE_FORWARDS * max(curve(probed.fed) - usual_s, LEAST_COST * usual_s)
         self._allowed_s = min(self._allowed_s, MOST_SAVED * expected_s)
         if expected_s > self._allowed_s:
+            one.since_probe -= RETRY_ROUNDS
             return None
         self._allowed_s -= expected_s
         one.expected_s, one.since_probe = expected_s, 0
