@@ -404,6 +404,7 @@ def test_the_command_starts_and_ends_replicas(checkpoint: Path) -> None:
     watchdog.start()
     try:
         assert server.stderr is not None
+        assert server.stderr.readline() == "trimode: loading tiny\n"
         line = server.stderr.readline()
         assert line.startswith("trimode: tiny is ready at http://127.0.0.1:"), line
         url = line.split()[-1]
