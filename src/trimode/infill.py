@@ -10,7 +10,7 @@ from collections.abc import Collection, Generator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from operator import index
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -110,21 +110,7 @@ class Infilling:
     stats: Stats = field(default_factory=Stats)
 
 
-def infill_text(
-    lm: LanguageModel,
-    text: str,
-    *,
-    spans: Items[tuple[int, int]] | None = None,
-    lengths: Items[int] | None = None,
-    language: str | None = None,
-    context: int | None = None,
-    threshold: float | None = None,
-    steps: int | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-) -> Infilling:
+def infill_text(lm: LanguageModel, text: str, **options: Any) -> Infilling:
     """Fill the gaps of a text, from left to right; see `trimode.decoding.infilling`.
 
     A gap is filled with the nearest text before it and behind it in view: `context` tokens before,
@@ -134,19 +120,11 @@ def infill_text(
     Args:
         lm: The model with its tokenizer.
         text: With `<FILL>` for every gap, unless `spans` are given.
-        spans: Start and end of every gap in characters; what stands there is replaced.
-        lengths: Numbers of tokens that are tried for each gap, 1 to 48.
-        language: `python`: of the candidates with which the text parses, if there are any, the
-            likeliest; None: the likeliest of all.
-        context: Tokens of the text before a gap that are in view; None means 192.
-        threshold, steps, temperature, top_k, top_p: As in block diffusion
-            (`GenerationParams`); steps are spread over each length of its own.
-        seed: Fixes the fills; None draws one.
+        options: See `infill_steps`.
 
     Raises:
         RequestError: an argument is not valid, or there is no gap.
     """
-    options = {name: value for name, value in locals().items() if name not in ("lm", "text")}
     filling = infill_steps(lm, text, **options)
     while True:
         try:
@@ -177,6 +155,18 @@ def infill_steps(
 ) -> Generator[Sequence, None, Infilling]:
     """`infill_text` for one who runs the engine: yields a sequence for each gap, and goes on when
     that one has finished.
+
+    Args:
+        lm: The model with its tokenizer.
+        text: With `<FILL>` for every gap, unless `spans` are given.
+        spans: Start and end of every gap in characters; what stands there is replaced.
+        lengths: Numbers of tokens that are tried for each gap, 1 to 48.
+        language: `python`: of the candidates with which the text parses, if there are any, the
+            likeliest; None: the likeliest of all.
+        context: Tokens of the text before a gap that are in view; None means 192.
+        threshold, steps, temperature, top_k, top_p: As in block diffusion
+            (`GenerationParams`); steps are spread over each length of its own.
+        seed: Fixes the fills; None draws one.
 
     Raises:
         RequestError: as `infill_text`.

@@ -165,7 +165,7 @@ def test_a_reader_who_takes_nothing(
     with _connected(server.url, receive_bytes=2048) as connection:
         connection.sendall(_request(server.url, body))
         wait_until(lambda: bool(cut))
-        wait_until(lambda: server.backend._num_jobs == 0)
+        wait_until(lambda: server.backend._jobs.num == 0)
     wait_until(lambda: server.samples()["trimode_http_active",] == 0)
     assert "its reader took nothing" in cut[0]
 

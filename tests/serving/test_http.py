@@ -398,7 +398,7 @@ def test_an_error_in_the_middle_of_a_stream(
             rest = [line for line in lines if line]
     assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "internal_error"
     assert "[DONE]" not in rest[-1]
-    wait_until(lambda: server.backend._num_jobs == 0 and _logged(caplog) != [])
+    wait_until(lambda: server.backend._jobs.num == 0 and _logged(caplog) != [])
     assert _logged(caplog) == [(200, "internal_error")]
 
 
@@ -441,7 +441,7 @@ def test_a_client_that_leaves_frees_its_row(serve: Callable[..., Served], is_str
         )
         brake.let(2)
         wait_until(lambda: server.engine.num_running == 1)
-    wait_until(lambda: server.backend._num_jobs == 0)
+    wait_until(lambda: server.backend._jobs.num == 0)
     assert server.samples()["trimode_aborted_total", "cancelled"] == 1
     num_forwards = server.engine.counts.forwards
     brake.let(1)  # the abort is obeyed behind the step that was held

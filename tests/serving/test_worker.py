@@ -121,7 +121,7 @@ def test_leaving_frees_the_row_at_once(make: Make) -> None:
     engine = backend._thread.engine
     wait_until(lambda: engine.is_idle)
     assert engine.counts.tokens_fed < 300
-    assert backend._num_jobs == 0
+    assert backend._jobs.num == 0
 
 
 def test_one_who_does_not_read_holds_nobody_up(make: Make) -> None:
@@ -268,7 +268,7 @@ def test_many_jobs_of_one_request_end_together(make: Make) -> None:
 
     _run(leave())
     wait_until(lambda: backend._thread.engine.is_idle)
-    assert backend._num_jobs == 0
+    assert backend._jobs.num == 0
     assert backend._thread.engine.counts.tokens_fed < 4 * 300
 
 

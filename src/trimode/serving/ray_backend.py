@@ -17,9 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from trimode.serving.draining import SHUTTING_DOWN, RunningJobs
 from trimode.serving.jobs import Done, Failed, Job, ModelCard, Update
 from trimode.serving.sent import AnotherText, Sent
-from trimode.serving.worker import SHUTTING_DOWN
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +88,7 @@ class RayBackend:
         self._streams = handle.options(stream=True)
         self._on_close = on_close
         self._calls: set[Any] = set()
-        self._num_jobs = 0
-        self._all_done = asyncio.Event()
-        self._is_closing = False
+        self._jobs = RunningJobs()
         self._is_aborting = False
         self._has_stopped = threading.Event()
         self._stopping = threading.Lock()
@@ -109,7 +107,7 @@ class RayBackend:
     @property
     def refusal(self) -> Failed | None:
         """Why none are; None if they are."""
-        if self._is_closing:
+        if self._jobs.is_closing:
             return SHUTTING_DOWN
         return None if self._reports else _NO_REPLICA
 
@@ -129,34 +127,24 @@ class RayBackend:
         if (refusal := self.refusal) is not None:
             yield refusal
             return
-        self._num_jobs += 1
-        try:
+        with self._jobs.one_more():
             async with aclosing(self._run(_seeded(job))) as updates:
                 async for update in updates:
                     yield update
-        finally:
-            self._num_jobs -= 1
-            if self._is_closing and not self._num_jobs:
-                self._all_done.set()
 
     async def close(self, *, timeout_s: float) -> None:
         """Take no more jobs, finish those that run until the time is up, abort the rest."""
-        self._is_closing = True
-        if self._num_jobs:
-            try:
-                await asyncio.wait_for(self._all_done.wait(), timeout_s)
-            except TimeoutError:
-                logger.warning("%d jobs did not finish in time; aborted", self._num_jobs)
-                self._is_aborting = True
-                for call in list(self._calls):
-                    _let_go(call)
+        if not await self._jobs.drain(timeout_s):
+            self._is_aborting = True
+            for call in list(self._calls):
+                _let_go(call)
         await asyncio.to_thread(self.stop)
 
     def stop(self) -> None:
         """End it at once, whatever runs; a second time nothing."""
         with self._stopping:
             if not self._has_stopped.is_set():
-                self._is_closing = True
+                self._jobs.is_closing = True
                 self._has_stopped.set()
                 self._watch.join()  # or it would ask a Ray that is gone, and so start another
                 self._on_close()

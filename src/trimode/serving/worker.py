@@ -23,6 +23,7 @@ from trimode.engine import Engine
 from trimode.errors import CapacityError, ConfigError, RequestError, UnsupportedError
 from trimode.infill import DEFAULT_CONTEXT, DEFAULT_LENGTHS, FilledGap, Infilling, infill_steps
 from trimode.runtime import MAX_BATCH, TriModeLM
+from trimode.serving.draining import SHUTTING_DOWN, RunningJobs
 from trimode.serving.engine_thread import EngineThread, Ticket
 from trimode.serving.jobs import (
     Accepted,
@@ -43,10 +44,6 @@ T = TypeVar("T")
 
 INFILL_CELLS = DEFAULT_CONTEXT + 64 * len(DEFAULT_LENGTHS)
 """Cells of a row in which a gap is filled with the default arguments."""
-
-SHUTTING_DOWN = Failed(
-    status=503, code="unavailable", message="the server is shutting down", retry_after_s=5
-)
 
 _ABORTS = {
     "cancelled": SHUTTING_DOWN,
@@ -144,10 +141,9 @@ class LocalBackend:
         self._thread = EngineThread(engine, on_step=self._metrics.note_step)
         # Two: a long prompt does not hold up the next one.
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="trimode-text")
-        self._is_closing = self._pool_is_shut = False
+        self._pool_is_shut = False
         self._tickets: set[Ticket] = set()
-        self._num_jobs = 0
-        self._all_done = asyncio.Event()
+        self._jobs = RunningJobs()
         self._text_of = lru_cache(maxsize=65_536)(self._decode_one)
 
     @property
@@ -158,7 +154,7 @@ class LocalBackend:
     @property
     def refusal(self) -> Failed | None:
         """Why none are; None if they are."""
-        if self._is_closing:
+        if self._jobs.is_closing:
             return SHUTTING_DOWN
         return None if self._thread.is_alive else _GIVEN_UP
 
@@ -168,40 +164,31 @@ class LocalBackend:
 
     async def run(self, job: Job) -> AsyncGenerator[Update, None]:
         """Updates of one job; see `trimode.serving.jobs.Backend`."""
-        if self._is_closing:
+        if self._jobs.is_closing:
             yield SHUTTING_DOWN
             return
-        self._num_jobs += 1
-        try:
-            updates = self._infill(job) if job.task == "infill" else self._generate(job)
-            async with aclosing(updates):
-                async for update in updates:
-                    yield update
-        except (RequestError, UnsupportedError) as error:
-            yield _refused(job, error)
-        except CapacityError as error:
-            yield _no_room(job, error)
-        except Exception:
-            if self._pool_is_shut:
-                yield SHUTTING_DOWN
-                return
-            logger.exception("job failed", extra={"request_id": job.request_id})
-            yield _BROKEN
-        finally:
-            self._num_jobs -= 1
-            if self._is_closing and not self._num_jobs:
-                self._all_done.set()
+        with self._jobs.one_more():
+            try:
+                updates = self._infill(job) if job.task == "infill" else self._generate(job)
+                async with aclosing(updates):
+                    async for update in updates:
+                        yield update
+            except (RequestError, UnsupportedError) as error:
+                yield _refused(job, error)
+            except CapacityError as error:
+                yield _no_room(job, error)
+            except Exception:
+                if self._pool_is_shut:
+                    yield SHUTTING_DOWN
+                    return
+                logger.exception("job failed", extra={"request_id": job.request_id})
+                yield _BROKEN
 
     async def close(self, *, timeout_s: float) -> None:
         """Take no more jobs, finish those that run until the time is up, abort the rest."""
-        self._is_closing = True
-        if self._num_jobs:
-            try:
-                await asyncio.wait_for(self._all_done.wait(), timeout_s)
-            except TimeoutError:
-                logger.warning("%d jobs did not finish in time; aborted", self._num_jobs)
-                for ticket in self._tickets:
-                    self._thread.abort(ticket)
+        if not await self._jobs.drain(timeout_s):
+            for ticket in self._tickets:
+                self._thread.abort(ticket)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.stop)
         self._pool_is_shut = True
         self._pool.shutdown(wait=False)  # what is in it still gets its answer
@@ -344,7 +331,7 @@ class LocalBackend:
         if ticket.error is not None:
             if isinstance(ticket.error, (RequestError, CapacityError, UnsupportedError)):
                 raise ticket.error
-            return SHUTTING_DOWN if self._is_closing else _BROKEN
+            return SHUTTING_DOWN if self._jobs.is_closing else _BROKEN
         seq = ticket.seq
         if seq.finish_reason != "abort":
             return None
