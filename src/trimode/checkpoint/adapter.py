@@ -1,6 +1,8 @@
 """Adapters on disk: PEFT LoRA folders (`adapter_config.json`, `adapter_model.safetensors`).
 
-PEFT itself is not needed to read or write them.
+PEFT itself is not needed to read or write them. What PEFT has no word for lies in files of its own
+beside these, so that it opens the LoRA part: how the adapter is to be used (`trimode_view.json`,
+the fields of `AdapterForm`), its mask embeddings and corrector (`trimode_view.safetensors`).
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,18 @@ from safetensors.torch import load_file, save_file
 
 from trimode.checkpoint import whole_folder
 from trimode.checkpoint.io import read_json
-from trimode.errors import CheckpointError
+from trimode.errors import CheckpointError, ConfigError
 from trimode.model import DrafterAdapter, TriModeModel
-from trimode.model.adapter import MLP_TARGETS, TARGETS, LoraPair, linear_of, merge
+from trimode.model.adapter import (
+    MLP_TARGETS,
+    PUBLISHED_FORM,
+    TARGETS,
+    AdapterForm,
+    LoraPair,
+    linear_of,
+    merge,
+)
+from trimode.model.corrector import Corrector
 
 _NAME = re.compile(
     r"(?:base_model\.model\.)?(?:model\.)?encoder\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)"
@@ -57,6 +69,12 @@ _USE = "trimode_use"
 """Key of the tensors' metadata that says what an adapter is for; absent in those of others."""
 
 _PUBLISHED_DRAFTER = "linear_spec_lora"
+
+_VIEW_FORMAT = 1
+"""Of `trimode_view.json`; raised when an older reader would misread it."""
+
+_PLACE = "position - anchor"
+"""What row p - 1 of the mask embeddings is for; the only meaning there is."""
 
 
 def find_adapter(name: str | Path, *, checkpoint: Path) -> Path:
@@ -106,11 +124,20 @@ def load_adapter(
             f"{folder}: target_modules is {named}, but there are tensors of {sorted(found)}"
         )
     weight = model.encoder.embed_tokens.weight
+    form, num_candidates = _read_view(folder)
+    tensors = _read_view_tensors(folder, model=model, has_corrector=num_candidates is not None)
+    corrector = None
+    if num_candidates is not None:
+        parts = (tensors[f"corrector.{name}"] for name in _CORRECTOR)
+        corrector = Corrector(*parts, num_candidates=num_candidates)
     adapter = DrafterAdapter(
         {
             key: LoraPair(*_matrices(key, halves, rank, model, folder), scale)
             for key, halves in pairs.items()
-        }
+        },
+        form=form,
+        mask_embeddings=tensors.get("mask_embeddings"),
+        corrector=corrector,
     )
     adapter = adapter.to(device=weight.device, dtype=dtype or weight.dtype)
     return adapter.eval().requires_grad_(False)
@@ -185,7 +212,91 @@ def save_adapter(
     save_tensors(tensors, temporary, use="drafter")
     text = json.dumps(config, indent=2) + "\n"
     (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
+    _write_view(adapter, temporary, dtype=dtype)
     whole_folder.publish(folder)
+
+
+_CORRECTOR = ("before", "state", "candidate")
+"""Tensors of a corrector, `corrector.<name>` on disk, [r, H] each."""
+
+
+def _write_view(adapter: DrafterAdapter, folder: Path, *, dtype: torch.dtype) -> None:
+    """What PEFT has no word for; nothing for an adapter as the published one is."""
+    tensors: dict[str, torch.Tensor] = {}
+    if adapter.mask_embeddings is not None:
+        tensors["mask_embeddings"] = adapter.mask_embeddings
+    corrector = adapter.corrector
+    if corrector is not None:
+        tensors |= {f"corrector.{name}": getattr(corrector, name) for name in _CORRECTOR}
+    if tensors:
+        on_disk = {
+            name: tensor.detach().to("cpu", dtype, copy=True).contiguous()
+            for name, tensor in tensors.items()
+        }
+        save_file(on_disk, folder / "trimode_view.safetensors", metadata={"format": "pt"})
+    if tensors or adapter.form != PUBLISHED_FORM:
+        view = {
+            "format": _VIEW_FORMAT,
+            **asdict(adapter.form),
+            "place": _PLACE,
+            "corrector_candidates": None if corrector is None else corrector.num_candidates,
+        }
+        text = json.dumps(view, indent=2) + "\n"
+        (folder / "trimode_view.json").write_text(text, encoding="utf-8")
+
+
+def _read_view(folder: Path) -> tuple[AdapterForm, int | None]:
+    """The form of an adapter, and the candidates of its corrector if it has one."""
+    file = folder / "trimode_view.json"
+    if not file.exists():
+        return PUBLISHED_FORM, None
+    view = read_json(file)
+    names = {"views", "adapts_clean", "draft_forms", "num_masks"}
+    unknown = set(view) - names - {"format", "place", "corrector_candidates"}
+    if view.get("format") != _VIEW_FORMAT or unknown:
+        raise CheckpointError(
+            f"{file}: format is {view.get('format')!r} with keys {sorted(unknown)} that are not"
+            f" known; allowed: format {_VIEW_FORMAT}, as this version writes it"
+        )
+    if view.get("place", _PLACE) != _PLACE:
+        raise CheckpointError(f"{file}: place is {view['place']!r}; allowed: {_PLACE!r}")
+    num_candidates = view.get("corrector_candidates")
+    if num_candidates is not None and (type(num_candidates) is not int or num_candidates < 1):
+        raise CheckpointError(
+            f"{file}: corrector_candidates is {num_candidates!r}; allowed: null, or at least 1"
+        )
+    given: dict[str, Any] = {name: view[name] for name in names if name in view}
+    for name in ("views", "draft_forms"):
+        if isinstance(given.get(name), list):
+            given[name] = tuple(given[name])
+    try:
+        return AdapterForm(**given), num_candidates
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _read_view_tensors(
+    folder: Path, *, model: TriModeModel, has_corrector: bool
+) -> dict[str, torch.Tensor]:
+    """Mask embeddings and corrector, of the shapes that the network asks for."""
+    file = folder / "trimode_view.safetensors"
+    expected = {f"corrector.{name}" for name in _CORRECTOR} if has_corrector else set()
+    tensors = _read_tensors(file) if file.exists() else {}
+    if not expected <= set(tensors) or not set(tensors) <= expected | {"mask_embeddings"}:
+        raise CheckpointError(
+            f"{file} holds {sorted(tensors) or 'nothing'}; expected {sorted(expected)}, and perhaps"
+            " mask_embeddings"
+        )
+    hidden = model.config.hidden_size
+    ranks = {tensors[name].shape[0] for name in expected if tensors[name].ndim == 2}
+    for name, tensor in tensors.items():
+        is_good = tensor.ndim == 2 and len(tensor) > 0 and tensor.shape[1] == hidden
+        if not (is_good and tensor.is_floating_point()) or len(ranks) > 1:
+            raise CheckpointError(
+                f"{file}: {name} is {list(tensor.shape)} of {tensor.dtype}; expected floats,"
+                f" [any, {hidden}], of one rank in a corrector"
+            )
+    return tensors
 
 
 def _rank_and_scale(config: dict[str, Any], folder: Path) -> tuple[int, float]:

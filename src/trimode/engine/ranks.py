@@ -155,8 +155,10 @@ def _own_device(device: torch.device) -> torch.device:
 
 
 def _description(model: TriModeModel, adapter: DrafterAdapter | None) -> str:
-    pairs = [] if adapter is None else [(i, target) for i, target, _ in adapter.items()]
-    return json.dumps([model.config.to_dict(), str(model.dtype), pairs], default=str)
+    parts: list[object] = []
+    if adapter is not None:
+        parts = [adapter.form, *((i, target) for i, target, _ in adapter.items())]
+    return json.dumps([model.config.to_dict(), str(model.dtype), parts], default=str)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class _Forward:
         rows: The cache's number and the feeds of a `RowAttention`; None for a `DenseAttention`.
         attn_mask: Of a `DenseAttention`.
         has_adapter: Whether the adapter is on at all.
-        is_on: Of its `AdapterSwitch`.
+        is_on, mask_places: Of its `AdapterSwitch`.
     """
 
     input_ids: Tensor
@@ -55,6 +55,7 @@ class _Forward:
     attn_mask: Tensor | None
     has_adapter: bool
     is_on: Tensor | None
+    mask_places: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +127,9 @@ class Leader:
             assert isinstance(attend, DenseAttention), "others could not make one like it"
             attn_mask = _to_cpu(attend.attn_mask)
         is_on = None if adapter is None else _to_cpu(adapter.is_on)
+        places = None if adapter is None else _to_cpu(adapter.mask_places)
         fed = ids.cpu(), positions.cpu()
-        with self._told(_Forward(*fed, rows, attn_mask, adapter is not None, is_on)):
+        with self._told(_Forward(*fed, rows, attn_mask, adapter is not None, is_on, places)):
             yield
 
     def add_cache(self, cache: KVCache) -> None:
@@ -251,7 +253,8 @@ class Follower:
         if message.has_adapter:
             assert self._adapter is not None
             is_on = None if message.is_on is None else message.is_on.to(device)
-            switch = AdapterSwitch(self._adapter, is_on)
+            places = None if message.mask_places is None else message.mask_places.to(device)
+            switch = AdapterSwitch(self._adapter, is_on, places)
         self._model.encode(
             message.input_ids.to(device),
             message.position_ids.to(device),

@@ -3,6 +3,10 @@
 A drafter's are never merged and never stored in the model, so a forward without them cannot be
 coloured by them. A LoRA of the whole model is merged before the model is used. Files are
 `trimode.checkpoint`'s business.
+
+On a frozen base one adapter is the whole diffusion view: LoRA on the block's tokens, embeddings of
+its own for the masks, and perhaps a corrector. `AdapterForm` says how it is meant to be used;
+training and decoding read the same fields.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trimode.errors import ConfigError
+from trimode.model.corrector import Corrector
 from trimode.model.linear import times_share
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -22,6 +27,54 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 """Those of `TARGETS` that are in the MLP; the others are in the attention."""
+
+
+VIEWS = ("draft", "denoise")
+"""What an adapter may serve: drafting (`linear`, `branching`), and the passes of `diffusion`,
+`infill` and remasking. Never a commit, a verify or a prefill, which are the AR view's."""
+
+DRAFT_FORMS = ("block", "skip")
+"""How masks follow the anchor, the last trunk token that a group sees.
+
+`block`: place 1 is in the group (the last emitted token, a guess of the bonus, or a mask in its
+place) and masks follow from place 2. `skip`: the group is masks only, from place 2 on; place 1, the
+bonus, is in no group, and the trunk answers it exactly. Place = position - anchor's position.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterForm:
+    """How an adapter was trained, so how it is to be used.
+
+    Attributes:
+        views: From `VIEWS`, what it is on for.
+        adapts_clean: Whether clean tokens of a group carry it too, or its masks only.
+        draft_forms: From `DRAFT_FORMS`, those it was trained in, the one to prefer first.
+        num_masks: Masks of a group it was trained with; None where nobody says.
+    """
+
+    views: tuple[str, ...] = ("draft",)
+    adapts_clean: bool = True
+    draft_forms: tuple[str, ...] = ("block",)
+    num_masks: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("views", VIEWS), ("draft_forms", DRAFT_FORMS)):
+            found = getattr(self, name)
+            is_good = isinstance(found, tuple) and found and len(set(found)) == len(found)
+            if not is_good or not set(found) <= set(allowed):
+                raise ConfigError(
+                    f"{name} is {found!r}; allowed: some of {', '.join(allowed)}, each once"
+                )
+        if not isinstance(self.adapts_clean, bool):
+            raise ConfigError(f"adapts_clean is {self.adapts_clean!r}; allowed: true, false")
+        num_masks = self.num_masks
+        if num_masks is not None and (type(num_masks) is not int or num_masks < 1):
+            raise ConfigError(f"num_masks is {num_masks!r}; allowed: null, or at least 1")
+
+
+PUBLISHED_FORM = AdapterForm()
+"""Of the published drafter: for drafts, on for the whole block."""
 
 
 class LoraPair(nn.Module):
@@ -51,11 +104,31 @@ def _times(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class DrafterAdapter(nn.Module):
-    """All pairs of one adapter, found by layer index and target name."""
+    """One adapter: its pairs, found by layer index and target name, and what stands beside them.
 
-    def __init__(self, pairs: dict[tuple[int, str], LoraPair]) -> None:
+    Args:
+        pairs: By layer index and target name.
+        form: How it is to be used.
+        mask_embeddings: [places, H]. Input of a masked token in place of the mask token's own
+            embedding: row p - 1 at place p of its group, the last row for all places beyond. None:
+            the mask token's own, at every place.
+        corrector: Chooses among each place's candidates with the token before in view; None for
+            none.
+    """
+
+    def __init__(
+        self,
+        pairs: dict[tuple[int, str], LoraPair],
+        *,
+        form: AdapterForm = PUBLISHED_FORM,
+        mask_embeddings: Tensor | None = None,
+        corrector: Corrector | None = None,
+    ) -> None:
         super().__init__()
         self.pairs = nn.ModuleDict({f"{layer}_{target}": p for (layer, target), p in pairs.items()})
+        self.form = form
+        self.mask_embeddings = None if mask_embeddings is None else nn.Parameter(mask_embeddings)
+        self.corrector = corrector
 
     def items(self) -> Iterator[tuple[int, str, LoraPair]]:
         """Layer index, target name and pair, one after the other."""
@@ -86,7 +159,15 @@ def linear_of(layer: nn.Module, target: str) -> nn.Linear:
 
 
 def new_adapter(
-    layers: nn.ModuleList, *, rank: int, alpha: float, targets: Sequence[str], seed: int
+    layers: nn.ModuleList,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    seed: int,
+    form: AdapterForm = PUBLISHED_FORM,
+    mask_embeddings: Tensor | None = None,
+    corrector: Corrector | None = None,
 ) -> DrafterAdapter:
     """An adapter that changes nothing yet: A uniform within 1 / sqrt(in), B zero, in float32.
 
@@ -96,6 +177,9 @@ def new_adapter(
         alpha: The scale is alpha / r.
         targets: From `TARGETS`; every layer gets a pair on each.
         seed: Of A.
+        form: See `DrafterAdapter`.
+        mask_embeddings: See `DrafterAdapter`.
+        corrector: See `DrafterAdapter`.
     """
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
@@ -105,7 +189,7 @@ def new_adapter(
             down = torch.rand(rank, linear.in_features, generator=generator) * 2 - 1
             up = torch.zeros(linear.out_features, rank)
             pairs[index, target] = LoraPair(down * linear.in_features**-0.5, up, alpha / rank)
-    return DrafterAdapter(pairs)
+    return DrafterAdapter(pairs, form=form, mask_embeddings=mask_embeddings, corrector=corrector)
 
 
 @torch.no_grad()
@@ -131,10 +215,21 @@ class AdapterSwitch:
     Attributes:
         adapter: The weights.
         is_on: [..., 1] bool, True where the adapter is on; None for all tokens.
+        mask_places: [...] int64. Place of each masked token that the adapter is on for, 0 for any
+            other token. None: no token is masked.
     """
 
     adapter: DrafterAdapter
     is_on: Tensor | None
+    mask_places: Tensor | None = None
+
+    def embed(self, embeddings: Tensor) -> Tensor:
+        """Input embeddings [..., H], with the adapter's own where a token is masked."""
+        own = self.adapter.mask_embeddings
+        if own is None or self.mask_places is None:
+            return embeddings
+        rows = own[(self.mask_places - 1).clamp(0, len(own) - 1)].to(embeddings.dtype)
+        return torch.where((self.mask_places > 0)[..., None], rows, embeddings)
 
     def add(self, layer_index: int, target: str, x: Tensor, output: Tensor) -> Tensor:
         """`output` of a linear layer plus the adapter's share of it, where on."""

@@ -414,6 +414,8 @@ class TriModeModel(PreTrainedModel):
         checkpointing: Checkpointing,
     ) -> Tensor:
         x = self.encoder.embed_tokens(input_ids)
+        if adapter is not None:
+            x = adapter.embed(x)
         angles = self.rotary(position_ids, x.dtype)
         if self.weights != "plain":
             return self._encode_packed(x, angles, attend=attend, adapter=adapter)
