@@ -137,7 +137,8 @@ class Forwards:
         ids = torch.arange(num_tokens) + config.vocab_size // 2
         with torch.inference_mode():
             started_s = time.perf_counter()
-            feeds = [RowFeed(0, CONTEXT, groups, positions)]
+            anchors = positions if group == TRUNK else [CONTEXT - 1] * num_tokens
+            feeds = [RowFeed(0, CONTEXT, groups, positions, anchors)]
             attend = RowAttention(cache, feeds)
             hidden = self.model.encode(ids, torch.tensor(positions), attend=attend)
             self.model.diffusion_head(hidden)

@@ -24,7 +24,9 @@ class Written:
     nfe: int
 
 
-def fed_mask(groups: Sequence[int], positions: Sequence[int]) -> list[list[bool]]:
+def fed_mask(
+    groups: Sequence[int], positions: Sequence[int], anchors: Sequence[int]
+) -> list[list[bool]]:
     """[T][T]: what fed token t may see of the fed tokens, one pair at a time, rule by rule."""
 
     def sees(t: int, s: int) -> bool:
@@ -32,8 +34,7 @@ def fed_mask(groups: Sequence[int], positions: Sequence[int]) -> list[list[bool]
             return groups[s] == 0 and s <= t
         if groups[s] == groups[t]:
             return True
-        own = [p for p, g in zip(positions, groups, strict=True) if g == groups[t]]
-        return groups[s] == 0 and positions[s] < min(own)
+        return groups[s] == 0 and positions[s] <= anchors[t]
 
     return [[sees(t, s) for s in range(len(groups))] for t in range(len(groups))]
 
@@ -242,6 +243,132 @@ def greedy_branching(
             first = mask if begin is None else begin
             draft = _proposals(model, [*prefix, *block[: accepted + 1]], [first, *masks], adapter)
     return Written(new_ids, nfe=nfe)
+
+
+def group_logits(
+    model: TriModeModel,
+    prefix: Sequence[int],
+    group: Sequence[int | None],
+    *,
+    place: int,
+    adapter: DrafterAdapter | None,
+) -> Tensor:
+    """Logits of a group behind a causal prefix, None standing for a masked token.
+
+    Args:
+        model: The network.
+        prefix: Up to the anchor, which is its last token.
+        group: Token ids, or None.
+        place: Of the group's first token: 1 follows the anchor, 2 skips the bonus.
+        adapter: On for masks, and for clean tokens if it says so.
+
+    Returns:
+        [len(group), V], the mask token banned.
+    """
+    num_prefix, num_tokens = len(prefix), len(prefix) + len(group)
+    mask = model.config.mask_token_id
+    ids = [*prefix, *(mask if token_id is None else token_id for token_id in group)]
+    positions = [*range(num_prefix), *(num_prefix - 1 + place + i for i in range(len(group)))]
+    allowed = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    allowed[num_prefix:] = True
+    switch = None
+    if adapter is not None:
+        on, places = [False] * num_prefix, [0] * num_prefix
+        for i, token_id in enumerate(group):
+            on.append(token_id is None or adapter.form.adapts_clean)
+            places.append(place + i if token_id is None else 0)
+        switch = AdapterSwitch(adapter, torch.tensor(on)[None, :, None], torch.tensor([places]))
+    with torch.no_grad():
+        hidden = model.encode(
+            torch.tensor([ids]),
+            torch.tensor([positions]),
+            attend=MaskedAttention(allowed),
+            adapter=switch,
+        )
+        logits = model.diffusion_head(hidden)[0, num_prefix:]
+    logits[:, mask] = -torch.inf
+    return logits
+
+
+@dataclass
+class Skipped:
+    """What a reference loop with masks that skip the bonus emitted, and its forwards."""
+
+    new_ids: list[int]
+    num_forwards: int
+    lengths: list[int]
+
+
+def greedy_skip(
+    model: TriModeModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    num_masks: int,
+    branches: int = 0,
+    has_guesses: bool = False,
+    adapter: DrafterAdapter | None = None,
+    stops: Collection[int] = (),
+) -> Skipped:
+    """Speculation whose masks skip the bonus, greedy; linear without branches.
+
+    A round without a draft opens: one forward gives the next token exactly and drafts the places
+    after it. Every round then verifies. Drafts of groups are made here when the outcome is known.
+    """
+
+    def follow(prefix: Sequence[int]) -> int:
+        return int(next_logits(model, prefix)[-1].argmax())
+
+    def proposed(prefix: Sequence[int], guess: int | None) -> list[tuple[int, float, int, float]]:
+        group: list[int | None] = [None] * num_masks
+        if guess is None:
+            logits = group_logits(model, prefix, group, place=2, adapter=adapter)
+        else:
+            logits = group_logits(model, prefix, [guess, *group], place=1, adapter=adapter)[1:]
+        sure, token = logits.softmax(-1).topk(2)
+        pairs = zip(token, sure, strict=True)
+        return [(int(t[0]), float(s[0]), int(t[1]), float(s[1])) for t, s in pairs]
+
+    new_ids, lengths, draft, num_forwards = [follow(prompt)], [], None, 1
+
+    def is_over() -> bool:
+        return len(new_ids) >= max_new_tokens or bool(set(new_ids) & set(stops))
+
+    while not is_over():
+        num_before = len(new_ids)
+        if draft is None and max_new_tokens - len(new_ids) > 2:
+            draft = proposed([*prompt, *new_ids], None)
+            new_ids.append(follow([*prompt, *new_ids]))
+            num_forwards += 1
+        if not is_over():
+            left, text = max_new_tokens - len(new_ids), [*prompt, *new_ids]
+            proposals = (draft or [])[: left - 1]
+            fed = [first for first, _, _, _ in proposals]
+            chosen = [follow([*text, *fed[:i]]) for i in range(len(fed) + 1)]
+            num_forwards += 1
+            accepted = 0
+            while accepted < len(fed) and fed[accepted] == chosen[accepted]:
+                accepted += 1
+            groups: list[tuple[float, int, int | None]] = []
+            reached = 1.0
+            for place, (_, sure, second, second_sure) in enumerate(proposals):
+                groups.append((reached * (1 - sure), place, None))
+                if has_guesses:
+                    groups.append((reached * second_sure, place, second))
+                reached *= sure
+            groups.append((reached, len(proposals), None))
+            groups = [group for group in groups if group[1] + 1 < left]
+            groups = sorted(groups, key=lambda group: -group[0])[:branches]
+            for token_id in chosen[: accepted + 1]:
+                new_ids.append(token_id)
+                if token_id in stops:
+                    break
+            begins = {guess for _, place, guess in groups if place == accepted}
+            guess = chosen[accepted] if chosen[accepted] in begins else None
+            anchored = [*text, *fed[:accepted]]
+            draft = proposed(anchored, guess) if guess in begins else None
+        lengths.append(len(new_ids) - num_before)
+    return Skipped(new_ids, num_forwards, lengths)
 
 
 def _proposals(

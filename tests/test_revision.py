@@ -72,7 +72,7 @@ def test_proposals_see_what_follows_and_not_each_other(tiny_model: Any) -> None:
     model = tiny_model(torch.float64, initializer_range=0.3, **SMALL)
     ids = random.Random(1).choices(range(3, 20), k=30)
     places = [5, 6, 17, 29, 1]
-    found = editing._proposals(model, ids, places, block_length=4, banned={23})
+    found = editing._proposals(model, ids, places, block_length=4, banned={23}, adapter=None)
     for index, token_id in zip(places, found, strict=True):
         start = max(1, min(index - 2, 26))
         block = [23 if i == index else ids[i] for i in range(start, start + 4)]

@@ -20,6 +20,7 @@ from trimode.decoding.gap import Gap
 from trimode.engine import Engine
 from trimode.errors import RequestError
 from trimode.model import TriModeModel
+from trimode.model.adapter import AdapterForm
 from trimode.revision import character_range
 
 MARKER = "<FILL>"
@@ -41,6 +42,9 @@ class LanguageModel(Protocol):
 
     model: TriModeModel
     tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def form(self) -> AdapterForm: ...
 
     def encode(self, prompt: str) -> list[int]: ...
 
@@ -263,6 +267,7 @@ def _sequence(
         prompt_ids[-min(room, context) :],
         params,
         mask_token_id=lm.model.config.mask_token_id,
+        form=lm.form,
         gap=gap,
     )
 

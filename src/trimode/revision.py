@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from trimode.arguments import plain
 from trimode.decoding.editing import revise
 from trimode.errors import RequestError
-from trimode.model import TriModeModel
+from trimode.model import DrafterAdapter, TriModeModel
 
 DEFAULT_BUDGET = 4
 DEFAULT_MIN_GAIN = 16.0
@@ -57,6 +57,7 @@ def revise_text(
     tokenizer: PreTrainedTokenizerBase | None,
     text: str,
     *,
+    adapter: DrafterAdapter | None = None,
     lines: tuple[int, int] | None = None,
     budget: int = DEFAULT_BUDGET,
     min_gain: float = DEFAULT_MIN_GAIN,
@@ -66,6 +67,7 @@ def revise_text(
     Args:
         model, tokenizer: The model's.
         text: With at most as many tokens as the context holds.
+        adapter: The model's, on where it proposes if it serves that.
         lines: First and last line that may change, from 1; None for all. The rest is read only.
         budget: At most so many tokens.
         min_gain: Nats that each must bring. Low values rewrite what is merely unusual.
@@ -113,6 +115,7 @@ def revise_text(
         editable=editable,
         budget=budget,
         block_length=model.config.block_size,
+        adapter=adapter,
         min_gain=min_gain,
         banned=special.union(model.config.banned_token_ids),
         # No half characters, and no half line ends.

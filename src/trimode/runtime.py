@@ -33,6 +33,7 @@ from trimode.engine.ranks import Ranks, join
 from trimode.errors import ConfigError, RequestError
 from trimode.infill import Infilling, infill_text
 from trimode.model import DrafterAdapter, TriModeModel
+from trimode.model.adapter import PUBLISHED_FORM, AdapterForm
 from trimode.model.products import as_weights
 from trimode.model.shares import share_adapter
 from trimode.revision import Revision, revise_text
@@ -110,6 +111,9 @@ class TriModeLM:
         remask_rate: float | None = None,
         branches: int | None = None,
         guesses: bool | None = None,
+        draft_form: str | None = None,
+        skip_masks: int | None = None,
+        lookup: bool | None = None,
         draft_cutoff: float | None = None,
         temperature: float = 0.0,
         top_p: float | None = None,
@@ -136,7 +140,8 @@ class TriModeLM:
                 every round. For one seed all but `diffusion` give the same text.
             max_new_tokens, block_length, threshold, steps, policy, entropy_bound, revision,
             edit_threshold, edit_budget, doubt, remask_schedule, remask_rate, branches, guesses,
-            draft_cutoff, temperature, top_p, top_k, ignore_eos, stop_token_ids: See
+            draft_form, skip_masks, lookup, draft_cutoff, temperature, top_p, top_k, ignore_eos,
+            stop_token_ids: See
                 `trimode.decoding.params.GenerationParams`. `block_length` is by default the model's
                 own; it means nothing in mode `ar` and is refused there.
             seed: One for all prompts, one each, or None to draw (see `Generation.seed`).
@@ -174,7 +179,7 @@ class TriModeLM:
 
     def revise(self, text: str, **options: Any) -> Revision:
         """Replace the least likely tokens of a text; see `trimode.revision.revise_text`."""
-        return revise_text(self.model, self.tokenizer, text, **options)
+        return revise_text(self.model, self.tokenizer, text, adapter=self.adapter, **options)
 
     def infill(self, text: str, **options: Any) -> Infilling:
         """Fill the gaps of a text, each marked `<FILL>`; see `trimode.infill.infill_text`."""
@@ -281,8 +286,14 @@ class TriModeLM:
             eos_token_ids=self.model.config.eos_token_ids,
             mask_token_id=self.model.config.mask_token_id,
             detokenize=self.decode if self.tokenizer is not None else None,
+            form=self.form,
             on_event=on_event,
         )
+
+    @property
+    def form(self) -> AdapterForm:
+        """How the drafter adapter is to be used; without one, as the published one."""
+        return PUBLISHED_FORM if self.adapter is None else self.adapter.form
 
     @cached_property
     def planner(self) -> Planner:

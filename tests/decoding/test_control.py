@@ -294,7 +294,7 @@ def test_a_law_blind_to_the_drafts_is_caught(
 
 def _blind(place: Any) -> Any:
     kept = place.before[:1] if place.index > 0 else place.before
-    return law_module._Place(place.index, place.is_trunk, kept, [], place.last_index)
+    return law_module._Place(place.index, place.is_trunk, kept, True, [], place.last_index)
 
 
 @pytest.mark.parametrize("mode", ["ar", "linear", "branching", "quadratic"])

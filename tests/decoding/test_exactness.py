@@ -14,7 +14,7 @@ import torch
 from tests.reference import greedy_branching
 from trimode.decoding import Event, GenerationParams, Sequence, speculation
 from trimode.engine import Engine
-from trimode.engine.runner import Runner
+from trimode.model import AdapterSwitch
 from trimode.runtime import Generation, TriModeLM
 
 SMALL = {"vocab_size": 12, "mask_token_id": 11, "eos_token_id": 10, "bos_token_id": 9}
@@ -365,6 +365,10 @@ def test_an_adapter_left_on_in_verify_is_caught(
     """Prevents: these tests passing with a verifier that is not the AR view."""
     options: dict[str, Any] = {"temperature": 1.0}
     expected = texts(generate(adapted, mode="ar", **options))
-    switch = Runner._switch
-    monkeypatch.setattr(Runner, "_switch", lambda self, on: switch(self, [True] * len(on)))
+    real = AdapterSwitch.of
+
+    def always_on(adapter: Any, is_on: Any, places: Any, *, device: Any) -> Any:
+        return real(adapter, [True] * len(is_on), places, device=device)
+
+    monkeypatch.setattr(AdapterSwitch, "of", always_on)
     assert texts(generate(adapted, mode="linear", **options)) != expected

@@ -10,9 +10,10 @@ import torch
 
 from trimode.decoding import Event, GenerationParams, Sequence, Step
 from trimode.decoding.modes import MODES
-from trimode.decoding.step import block_step, causal_step
+from trimode.decoding.step import block, causal_step, group_step
 from trimode.engine import Engine
 from trimode.errors import CapacityError
+from trimode.model.adapter import PUBLISHED_FORM
 from trimode.runtime import TriModeLM
 
 
@@ -39,14 +40,19 @@ def run(engine: Engine) -> list[Sequence]:
 
 def commits_block(seq: Sequence, *, is_drafter_on: bool) -> Iterator[Any]:
     """A wrong mode: keeps the K/V of a block that saw itself in both directions."""
-    block = [seq.last, seq.mask_token_id]
-    yield block_step("denoise", block, start=seq.length, wanted=[1], is_drafter_on=is_drafter_on)
+    ids = [seq.last, seq.mask_token_id]
+    whole = block(ids, start=seq.length, mask_token_id=seq.mask_token_id, wanted=[1])
+    step = group_step("draft" if is_drafter_on else "denoise", [whole], form=seq.form)
+    assert any(step.is_drafter_on) == is_drafter_on
+    yield step
     seq.commit(1)
 
 
 def commits_adapted(seq: Sequence) -> Iterator[Any]:
     """A wrong mode: causal, but written with the drafter on from its second token."""
-    yield Step("verify", [seq.last, 1], [seq.length, seq.length + 1], [0, 0], [False, True], [0])
+    positions = [seq.length, seq.length + 1]
+    on = [False, True]
+    yield Step("verify", [seq.last, 1], positions, [0, 0], positions, [0, 0], on, [0])
     seq.commit(2)
 
 
@@ -94,10 +100,9 @@ def test_commit_refuses_a_negative_number(lm: TriModeLM) -> None:
 def test_num_committable_is_the_plain_causal_head_of_a_step() -> None:
     """Prevents: committable tokens counted behind one that is not."""
     assert causal_step("verify", [1, 2, 3], start=0, wanted=[0]).num_committable == 3
-    assert (
-        block_step("draft", [1, 2], start=0, wanted=[1], is_drafter_on=False).num_committable == 0
-    )
-    mixed = Step("verify", [1, 2, 3], [0, 1, 2], [0, 1, 0], [False] * 3, [0])
+    whole = block([1, 2], start=0, mask_token_id=2, wanted=[1])
+    assert group_step("denoise", [whole], form=PUBLISHED_FORM).num_committable == 0
+    mixed = Step("verify", [1, 2, 3], [0, 1, 2], [0, 1, 0], [0, 0, 2], [0, 0, 0], [False] * 3, [0])
     assert mixed.num_committable == 1
     assert mixed.answer_positions == [1]
 

@@ -18,7 +18,7 @@ def table(*rows: str) -> list[list[bool]]:
 
 def test_trunk_is_causal() -> None:
     """A verify or prefill that sees the future."""
-    assert fed_mask([0, 0, 0, 0], [7, 8, 9, 10]).tolist() == table(
+    assert fed_mask([0, 0, 0, 0], [7, 8, 9, 10], [7, 8, 9, 10]).tolist() == table(
         "x . . .",
         "x x . .",
         "x x x .",
@@ -28,7 +28,7 @@ def test_trunk_is_causal() -> None:
 
 def test_block_sees_all_of_itself() -> None:
     """A denoised block that is causal inside."""
-    assert fed_mask([1, 1, 1], [7, 8, 9]).tolist() == table(
+    assert fed_mask([1, 1, 1], [7, 8, 9], [6, 6, 6]).tolist() == table(
         "x x x",
         "x x x",
         "x x x",
@@ -43,7 +43,8 @@ def test_groups_see_the_trunk_before_their_start() -> None:
     """
     groups = [0, 0, 0, 1, 1, 2, 2, 3, 3]
     positions = [7, 8, 9, 8, 9, 9, 10, 10, 11]
-    assert fed_mask(groups, positions).tolist() == table(
+    anchors = [7, 8, 9, 7, 7, 8, 8, 9, 9]
+    assert fed_mask(groups, positions, anchors).tolist() == table(
         "x . .  . .  . .  . .",
         "x x .  . .  . .  . .",
         "x x x  . .  . .  . .",
@@ -63,7 +64,7 @@ def test_interleaved_feed_order() -> None:
     """
     groups = [5, 0, 5, 0, 0]
     positions = [12, 10, 11, 11, 12]
-    assert fed_mask(groups, positions).tolist() == table(
+    assert fed_mask(groups, positions, [10, 10, 10, 11, 12]).tolist() == table(
         "x x x . .",
         ". x . . .",
         "x x x . .",
@@ -72,9 +73,30 @@ def test_interleaved_feed_order() -> None:
     )
 
 
+def test_masks_that_skip_the_bonus_see_no_draft_behind_their_anchor() -> None:
+    """A group of masks that begins one place later taken to see one draft more, which the outcome
+    it is for has rejected.
+
+    Trunk last d1 d2 at 7, 8, 9. Group 1: nothing was accepted, so the bonus stands at 8 and its
+    masks from 9 on. Group 2: d1 was accepted, the bonus stands at 9, its masks from 10 on.
+    """
+    groups = [0, 0, 0, 1, 1, 2, 2]
+    positions = [7, 8, 9, 9, 10, 10, 11]
+    anchors = [7, 8, 9, 7, 7, 8, 8]
+    assert fed_mask(groups, positions, anchors).tolist() == table(
+        "x . .  . .  . .",
+        "x x .  . .  . .",
+        "x x x  . .  . .",
+        "x . .  x x  . .",
+        "x . .  x x  . .",
+        "x x .  . .  x x",
+        "x x .  . .  x x",
+    )
+
+
 def test_group_before_the_trunk_sees_none_of_it() -> None:
     """A group at the committed length seeing fed trunk tokens at or after its start."""
-    assert fed_mask([1, 1, 0, 0], [4, 5, 4, 5]).tolist() == table(
+    assert fed_mask([1, 1, 0, 0], [4, 5, 4, 5], [3, 3, 4, 5]).tolist() == table(
         "x x . .",
         "x x . .",
         ". . x .",
@@ -88,8 +110,27 @@ def test_fed_mask_equals_its_slow_twin(seed: int) -> None:
     draw = random.Random(seed)
     num_tokens = draw.randint(1, 12)
     groups = [draw.choice([TRUNK, TRUNK, 1, 2, 9]) for _ in range(num_tokens)]
-    positions = [draw.randint(5, 12) for _ in range(num_tokens)]
-    assert fed_mask(groups, positions).tolist() == reference.fed_mask(groups, positions)
+    positions, anchors = drawn_places(draw, groups, 5)
+    expected = reference.fed_mask(groups, positions, anchors)
+    assert fed_mask(groups, positions, anchors).tolist() == expected
+
+
+def drawn_places(
+    draw: random.Random, groups: list[int], length: int
+) -> tuple[list[int], list[int]]:
+    """Positions and anchors of some groups: the trunk goes on from `length`, a group has one
+    anchor and lies anywhere."""
+    next_position, positions, anchors = length, [], []
+    group_anchors = {group: length - 1 + draw.randint(0, 6) for group in set(groups)}
+    for group in groups:
+        if group == TRUNK:
+            positions.append(next_position)
+            anchors.append(next_position)
+            next_position += 1
+        else:
+            positions.append(length + draw.randint(0, 7))
+            anchors.append(group_anchors[group])
+    return positions, anchors
 
 
 def test_cell_mask_by_hand() -> None:
@@ -117,13 +158,10 @@ def test_cell_mask_equals_its_slow_twin(seed: int) -> None:
     num_rows, num_tokens = draw.randint(1, 4), draw.randint(1, 5)
     lengths = [draw.choice([0, 0, draw.randint(0, 9)]) for _ in range(num_rows)]
     num_cells = max(lengths) + num_tokens + draw.choice([0, 3])
-    tables = [
-        reference.fed_mask(
-            [draw.choice([TRUNK, 1, 2]) for _ in range(num_tokens)],
-            [length + draw.randint(0, 3) for _ in range(num_tokens)],
-        )
-        for length in lengths
-    ]
+    tables = []
+    for length in lengths:
+        groups = [draw.choice([TRUNK, 1, 2]) for _ in range(num_tokens)]
+        tables.append(reference.fed_mask(groups, *drawn_places(draw, groups, length)))
     mask = cell_mask(torch.tensor(tables), torch.tensor(lengths), num_cells)
     for row in range(num_rows):
         expected = reference.cell_mask(tables[row], lengths[row], num_cells)

@@ -68,14 +68,14 @@ def answers(model: TriModeModel, *, num_tokens: int, adapter: AdapterSwitch | No
     found = []
     with torch.inference_mode():
         for row, length in enumerate(lengths):
-            feeds = [RowFeed(row, 0, [0] * length, range(length))]
+            feeds = [RowFeed(row, 0, [0] * length, range(length), range(length))]
             ids = torch.arange(length) % 250
             model.encode(ids, torch.arange(length), attend=RowAttention(cache, feeds))
         for rows in ((0,), (0, 1)):
-            feeds = [
-                RowFeed(r, lengths[r], [0] * num_tokens, range(lengths[r], lengths[r] + num_tokens))
-                for r in rows
-            ]
+            feeds = []
+            for r in rows:
+                own = range(lengths[r], lengths[r] + num_tokens)
+                feeds.append(RowFeed(r, lengths[r], [0] * num_tokens, own, own))
             positions = torch.cat([torch.tensor(list(feed.positions)) for feed in feeds])
             switch = adapter
             if adapter is not None and adapter.is_on is not None:

@@ -20,18 +20,21 @@ NUM_CELLS = 24
 
 def causal(row: int, length: int, num_tokens: int) -> RowFeed:
     """Tokens in the AR view."""
-    return RowFeed(row, length, [TRUNK] * num_tokens, range(length, length + num_tokens))
+    positions = range(length, length + num_tokens)
+    return RowFeed(row, length, [TRUNK] * num_tokens, positions, positions)
 
 
 def block(row: int, length: int, num_tokens: int) -> RowFeed:
     """Tokens in the diffusion view."""
-    return RowFeed(row, length, [1] * num_tokens, range(length, length + num_tokens))
+    positions = range(length, length + num_tokens)
+    return RowFeed(row, length, [1] * num_tokens, positions, [length - 1] * num_tokens)
 
 
 def branches(row: int, length: int) -> RowFeed:
     """Two drafted tokens, and after each of them what might follow."""
     groups = [TRUNK, TRUNK, 1, 1, 2, 2]
-    return RowFeed(row, length, groups, [length + p for p in (0, 1, 1, 2, 2, 3)])
+    positions = [length + p for p in (0, 1, 1, 2, 2, 3)]
+    return RowFeed(row, length, groups, positions, [length + a for a in (0, 1, 0, 0, 1, 1)])
 
 
 def filled(config: TriModeConfig, num_rows: int) -> KVCache:
@@ -63,7 +66,7 @@ def check(config: TriModeConfig, feeds: list[RowFeed], *, num_rows: int) -> None
         stop, length = start + len(feed.groups), feed.length
         prefix_key = old_keys[1, feed.row, :, :length].transpose(0, 1)
         prefix_value = old_values[1, feed.row, :, :length].transpose(0, 1)
-        fed = reference.fed_mask(feed.groups, feed.positions)
+        fed = reference.fed_mask(feed.groups, feed.positions, feed.anchors)
         expected = reference.attention(
             query[start:stop],
             torch.cat((prefix_key, key[start:stop])),

@@ -93,6 +93,20 @@ DECODING_FLAGS: dict[str, dict[str, Any]] = {
         "action": argparse.BooleanOptionalAction,
         "help": "branching: whether they may begin with a guess of the bonus token (default)",
     },
+    "draft_form": {
+        "metavar": "FORM",
+        "help": "speculation: block, or skip, where masks skip the bonus token (default: what the"
+        " drafter was trained for)",
+    },
+    "skip_masks": {
+        "type": int,
+        "metavar": "M",
+        "help": "--draft-form skip: masks of a draft (default: what the drafter was trained with)",
+    },
+    "lookup": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "speculation: draft from the text's own repetitions too (default: no)",
+    },
     "draft_cutoff": {
         "type": float,
         "metavar": "X",

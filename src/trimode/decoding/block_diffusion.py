@@ -32,7 +32,6 @@ def block_diffusion(seq: Sequence) -> Generator[Step, Readout, None]:
         yield from denoise(
             *(seq, canvas),
             kind="denoise",
-            is_drafter_on=False,
             threshold=params.reveal_threshold("diffusion"),
             policy=params.reveal_policy,
         )

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimode.model import DenseAttention, TriModeModel, fed_mask
-from trimode.model.masks import TRUNK
+from trimode.decoding.step import Group, causal_step, group_step
+from trimode.model import AdapterSwitch, DenseAttention, DrafterAdapter, TriModeModel, fed_mask
+from trimode.model.adapter import PUBLISHED_FORM
 
 NUM_DOUBTFUL = 8
 """Tokens that are looked at in one round, the least likely first."""
@@ -51,6 +52,7 @@ def revise(
     block_length: int,
     min_gain: float,
     banned: Collection[int],
+    adapter: DrafterAdapter | None = None,
     is_text: Callable[[int], bool] = lambda token_id: True,
 ) -> list[Replacement]:
     """Replace at most `budget` tokens, one a round, each the best of its round; each place once.
@@ -63,6 +65,7 @@ def revise(
         block_length: K of the blocks in which tokens are proposed.
         min_gain: Nats that a replacement must bring.
         banned: Ids never proposed.
+        adapter: On where the diffusion view proposes, if it serves that.
         is_text: Whether an id that was proposed may be tried.
 
     Returns:
@@ -73,7 +76,9 @@ def revise(
     while len(made) < budget and left:
         log_probs, likeliest = _ar_view(model, ids, banned)
         doubtful = sorted(left, key=lambda i: log_probs[i])[:NUM_DOUBTFUL]
-        proposed = _proposals(model, ids, doubtful, block_length=block_length, banned=banned)
+        proposed = _proposals(
+            *(model, ids, doubtful), block_length=block_length, banned=banned, adapter=adapter
+        )
         tried = {(i, likeliest[i]) for i in doubtful} | set(zip(doubtful, proposed, strict=True))
         tried = {(i, new) for i, new in tried if new != ids[i] and is_text(new)}
         if not tried:
@@ -112,28 +117,34 @@ def _proposals(
     *,
     block_length: int,
     banned: Collection[int],
+    adapter: DrafterAdapter | None,
 ) -> list[int]:
     """What the diffusion view would put in each doubtful place, in one forward.
 
     The text is fed as the trunk; behind it stands, for each place, a copy of the block around it as
     a group of its own, the place masked. A group sees the text before its block, and itself.
     """
-    token_ids, positions, groups = [*ids], [*range(len(ids))], [TRUNK] * len(ids)
-    places = []
-    for number, index in enumerate(doubtful, start=1):
+    mask_token_id = model.config.mask_token_id
+    groups = []
+    for index in doubtful:
         start = max(1, min(index - block_length // 2, len(ids) - block_length))
         window = range(start, min(start + block_length, len(ids)))
-        places.append(len(token_ids) + index - start)
-        token_ids += [model.config.mask_token_id if i == index else ids[i] for i in window]
-        positions += window
-        groups += [number] * len(window)
+        is_masked = [i == index for i in window]
+        group_ids = [mask_token_id if i == index else ids[i] for i in window]
+        groups.append(Group(group_ids, is_masked, start, start - 1, [index - start]))
+    form = PUBLISHED_FORM if adapter is None else adapter.form
+    trunk = causal_step("denoise", ids, start=0, wanted=())
+    step = group_step("denoise", groups, form=form, trunk=trunk)
     device = model.encoder.embed_tokens.weight.device
     hidden = model.encode(
-        torch.tensor([token_ids], device=device),
-        torch.tensor([positions], device=device),
-        attend=DenseAttention(fed_mask(groups, positions)[None, None].to(device)),
+        torch.tensor([step.token_ids], device=device),
+        torch.tensor([step.positions], device=device),
+        attend=DenseAttention(
+            fed_mask(step.groups, step.positions, step.anchors)[None, None].to(device)
+        ),
+        adapter=AdapterSwitch.of(adapter, [step.is_drafter_on], [step.mask_places], device=device),
     )
-    logits = model.diffusion_head(hidden[0, torch.tensor(places, device=device)]).float()
+    logits = model.diffusion_head(hidden[0, torch.tensor(step.wanted, device=device)]).float()
     found: list[int] = _without(logits, banned).argmax(-1).tolist()
     return found
 

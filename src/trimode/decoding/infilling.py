@@ -13,7 +13,7 @@ from trimode.decoding.gap import NUM_JUDGED, Candidate, Gap
 from trimode.decoding.prefill import prefill
 from trimode.decoding.reveal import even_schedule, select
 from trimode.decoding.sequence import Sequence
-from trimode.decoding.step import BLOCK, Readout, Step, causal_step
+from trimode.decoding.step import Group, Readout, Step, causal_step, group_step
 
 
 @dataclass(slots=True)
@@ -92,21 +92,8 @@ def _canvases(gap: Gap, *, last: int, mask: int, steps: int | None = None) -> li
 
 def _denoise_step(seq: Sequence, canvases: list[_Canvas]) -> Step:
     """One group for each canvas, at the same positions."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    groups: list[int] = []
-    wanted: list[int] = []
-    for number, canvas in enumerate(canvases):
-        wanted += [len(token_ids) + i for i, masked in enumerate(canvas.is_masked) if masked]
-        token_ids += canvas.token_ids
-        positions += range(seq.length, seq.length + len(canvas.token_ids))
-        groups += [BLOCK + number] * len(canvas.token_ids)
-    return Step(
-        kind="denoise",
-        token_ids=token_ids,
-        positions=positions,
-        groups=groups,
-        is_drafter_on=[False] * len(token_ids),
-        wanted=wanted,
-        wants_confidence=True,
-    )
+    groups = []
+    for canvas in canvases:
+        masked = [i for i, is_masked in enumerate(canvas.is_masked) if is_masked]
+        groups.append(Group(canvas.token_ids, canvas.is_masked, seq.length, seq.length - 1, masked))
+    return group_step("denoise", groups, form=seq.form)

@@ -48,6 +48,7 @@ class _Place:
         index: In the new text: 0 is the first token after the prompt.
         is_trunk: Whether the AR view answers.
         before: Fed tokens that stand before it, from position `seq.length` on; may hold masks.
+        is_known: Whether they are all tokens of the text up to there, none masked or left out.
         beside: Fed tokens of its own group that do not stand before it.
         last_index: Of the last token of its group; its own in the trunk.
     """
@@ -55,6 +56,7 @@ class _Place:
     index: int
     is_trunk: bool
     before: list[int]
+    is_known: bool
     beside: list[int]
     last_index: int
 
@@ -126,7 +128,7 @@ class Rules:
     def _allowed(self, seq: Text, place: _Place, num_tokens: int) -> Tensor | None:
         """What grammar or budget leave, as far as the text before the place is known."""
         if self._matcher is not None:
-            if not place.is_trunk and seq.mask_token_id in place.before:
+            if not place.is_known:
                 return None
             num_kept = max(seq.length - len(seq.prompt_ids), 0)
             text = [*seq.new_ids[:num_kept], *_new(seq, place)]
@@ -160,23 +162,30 @@ def _new(seq: Text, place: _Place) -> list[int]:
 def _places(seq: Text, step: Step) -> Iterator[_Place]:
     """Of all wanted answers, in order."""
     trunk: list[tuple[int, int]] = []  # position, id
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for token_id, position, group in zip(step.token_ids, step.positions, step.groups, strict=True):
-        (trunk if group == TRUNK else groups.setdefault(group, [])).append((position, token_id))
+    groups: dict[int, list[tuple[int, int, bool]]] = {}  # position, id, whether masked
+    for token_id, position, group, mask_place in zip(
+        step.token_ids, step.positions, step.groups, step.mask_places, strict=True
+    ):
+        if group == TRUNK:
+            trunk.append((position, token_id))
+        else:
+            groups.setdefault(group, []).append((position, token_id, mask_place > 0))
     num_prompt = len(seq.prompt_ids)
     for i in step.wanted:
         position = step.positions[i]
         if step.groups[i] == TRUNK:
             before = [token_id for p, token_id in trunk if p <= position]
             index = position + 1 - num_prompt
-            yield _Place(index, True, before, [], index)
+            yield _Place(index, True, before, True, [], index)
             continue
-        own = groups[step.groups[i]]
-        start, last = min(own)[0], max(own)[0]
-        before = [token_id for p, token_id in trunk if p < start]
-        before += [token_id for p, token_id in own if p < position]
-        beside = [token_id for p, token_id in own if p >= position]
-        yield _Place(position - num_prompt, False, before, beside, last - num_prompt)
+        own, anchor = groups[step.groups[i]], step.anchors[i]
+        before = [token_id for p, token_id in trunk if p <= anchor]
+        before += [token_id for p, token_id, _ in own if p < position]
+        num_clean = sum(not is_masked for p, _, is_masked in own if p < position)
+        is_known = num_clean == position - anchor - 1
+        beside = [token_id for p, token_id, _ in own if p >= position]
+        last_index = max(own)[0] - num_prompt
+        yield _Place(position - num_prompt, False, before, is_known, beside, last_index)
 
 
 def under(logits: Tensor, laws: Sequence[RowLaw | None]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from trimode.decoding.control import Control
 from trimode.decoding.setting import Setting
 from trimode.errors import RequestError
+from trimode.model.adapter import DRAFT_FORMS, PUBLISHED_FORM, AdapterForm
 
 MODE_NAMES = ("ar", "diffusion", "linear", "branching", "quadratic", "auto")
 SPECULATIVE = ("linear", "branching", "quadratic", "auto")
@@ -97,6 +98,14 @@ class GenerationParams:
             2 K - 1; None means 4.
         guesses: `branching`: whether groups may begin with a guess of the bonus token; None means
             they may.
+        draft_form: Speculation: `block` drafts K - 1 masks behind the last token, or behind a mask
+            or a guess in the bonus token's place; `skip` drafts masks behind a bonus token that is
+            not known yet, so that the forward which drafts gives that token as well. None means
+            what the adapter was trained for, `block` without one or where `linear` is given a
+            threshold or steps, which are passes over a block.
+        skip_masks: Speculation in the form `skip`: masks of a group, at least 1. None means what
+            the adapter was trained with, K - 2 at most.
+        lookup: Speculation: whether the text's own repetitions may be drafts too; None means not.
         draft_cutoff: Speculation: a draft ends before its first token less probable than this;
             None verifies whole drafts.
         temperature: 0 is greedy; else 1e-5 to 1e5, where float32 can still divide.
@@ -130,6 +139,9 @@ class GenerationParams:
     remask_rate: float | None = None
     branches: int | None = None
     guesses: bool | None = None
+    draft_form: str | None = None
+    skip_masks: int | None = None
+    lookup: bool | None = None
     draft_cutoff: float | None = None
     temperature: float = 0.0
     top_k: int | None = None
@@ -257,27 +269,65 @@ class GenerationParams:
                 f"None, or 0 to 2 * block_length - 1 = {most}",
             )
             check("guesses", lambda v: v is None or isinstance(v, bool), "None, True or False")
+        is_speculative = self.mode in SPECULATIVE
+        where = f"None but in {', '.join(SPECULATIVE)}"
+        if not is_speculative:
+            for name in ("draft_form", "skip_masks", "lookup"):
+                check(name, lambda v: v is None, where)
+        forms = f"None, {', '.join(DRAFT_FORMS)}"
+        check("draft_form", lambda v: v is None or v in DRAFT_FORMS, forms)
+        check("lookup", lambda v: v is None or isinstance(v, bool), "None, True or False")
+        check(
+            "skip_masks", lambda v: v is None or (_is_int(v) and v >= 1), "None, or an integer >= 1"
+        )
+        if self.draft_form == "block":
+            check("skip_masks", lambda v: v is None, "None with draft_form 'block'")
+        elif self.draft_form == "skip" or self.skip_masks is not None:
+            none = "None with draft_form 'skip', whose drafts are made in one pass"
+            for name in ("threshold", "steps"):
+                check(name, lambda v: v is None, none)
         check(
             "draft_cutoff",
             lambda v: v is None or (self.mode in SPECULATIVE and _is_number(v) and 0 <= v <= 1),
             f"None, or 0 to 1 in {', '.join(SPECULATIVE)}",
         )
 
-    def setting(self, mode: str) -> Setting:
-        """How a round of `mode` is decoded; of `auto`, the widest that it may pick."""
+    def setting(self, mode: str, form: AdapterForm = PUBLISHED_FORM) -> Setting:
+        """How a round of `mode` is decoded; of `auto`, the widest that it may pick.
+
+        Args:
+            mode: One of `MODE_NAMES`.
+            form: What the drafter was trained for.
+        """
         length, most = self.block_length, 2 * self.block_length - 1
+        num_masks = self._num_masks(form)
         if mode == "diffusion" and self.revision == "joint_threshold":
             return Setting(mode, length, self.most_edits)
         if mode == "diffusion" and self.reveal_policy == "ar_weighted":
             return Setting(mode, length, 1)
         if mode == "quadratic":
-            return Setting(mode, length, length)
+            num_lengths = length if num_masks is None else 1 + num_masks
+            return Setting(mode, length, num_lengths, num_masks=num_masks)
         if mode == "branching":
             branches = min(DEFAULT_BRANCHES, most) if self.branches is None else self.branches
-            return Setting(mode, length, branches, self.guesses is not False)
+            return Setting(mode, length, branches, self.guesses is not False, num_masks)
         if mode == "auto":
-            return Setting("branching", length, min(MAX_AUTO_BRANCHES, most), True)
-        return Setting(mode, length)
+            most = min(MAX_AUTO_BRANCHES, most)
+            return Setting("branching", length, most, True, num_masks)
+        return Setting(mode, length, num_masks=num_masks if mode == "linear" else None)
+
+    def _num_masks(self, form: AdapterForm) -> int | None:
+        """Masks of a group that skips the bonus; None where drafts are blocks."""
+        draft_form = self.draft_form
+        if draft_form is None and self.skip_masks is not None:
+            draft_form = "skip"
+        if draft_form is None:
+            has_passes = self.threshold is not None or self.steps is not None
+            draft_form = "block" if has_passes else form.draft_forms[0]
+        if draft_form == "block" or self.skip_masks is not None:
+            return self.skip_masks
+        most = max(self.block_length - 2, 1)
+        return most if form.num_masks is None else min(form.num_masks, most)
 
     @property
     def reveal_policy(self) -> str:

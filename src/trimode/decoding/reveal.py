@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from trimode.decoding.noise import noise_key
 from trimode.decoding.params import GenerationParams
 from trimode.decoding.sequence import Sequence
-from trimode.decoding.step import BLOCK, Readout, Step, block_step
-from trimode.model.masks import TRUNK
+from trimode.decoding.step import Readout, Step, block, causal_step, group_step
 
 
 def even_schedule(num_masked: int, steps: int) -> list[int]:
@@ -107,18 +106,11 @@ def two_view_step(
     for i, token_id in zip(masked, proposed, strict=True):
         trunk[i] = token_id
     del trunk[-1]  # nobody asks what follows it
-    num_trunk, num = len(trunk), len(canvas)
-    return Step(
-        kind=kind,
-        token_ids=[*trunk, *canvas],
-        positions=[
-            *range(seq.length, seq.length + num_trunk),
-            *range(seq.length, seq.length + num),
-        ],
-        groups=[TRUNK] * num_trunk + [BLOCK] * num,
-        is_drafter_on=[False] * (num_trunk + num),
-        wanted=[i - 1 for i in masked] + [num_trunk + i for i in masked],
-        wants_confidence=True,
+    return group_step(
+        kind,
+        [block(canvas, start=seq.length, mask_token_id=seq.mask_token_id, wanted=masked)],
+        form=seq.form,
+        trunk=causal_step(kind, trunk, start=seq.length, wanted=[i - 1 for i in masked]),
         targets=[*proposed, *proposed],
     )
 
@@ -172,7 +164,6 @@ def denoise(
     canvas: list[int],
     *,
     kind: str,
-    is_drafter_on: bool,
     threshold: float | None,
     policy: str = "confidence_threshold",
     wants_runner_up: bool = False,
@@ -186,8 +177,7 @@ def denoise(
     Args:
         seq: Whose parameters decide.
         canvas: [K] token ids, the first clean, the others masks but for what stands fixed.
-        kind: Of the forwards, for the counts.
-        is_drafter_on: Whether the drafter adapter is on.
+        kind: Of the forwards: `denoise`, or `draft`, for which the adapter is on if it serves it.
         threshold: In force for `select`.
         policy: Which positions a pass reveals (`chosen_by`).
         wants_runner_up: Whether the second choices are wanted.
@@ -209,12 +199,10 @@ def denoise(
             both = yield two_view_step(seq, canvas, kind=kind, masked=masked, proposed=asked)
             readout = ar_weighted(both, asked)
         else:
-            readout = yield block_step(
-                *(kind, canvas),
-                start=seq.length,
-                wanted=masked,
-                is_drafter_on=is_drafter_on,
-                wants_confidence=True,
+            readout = yield group_step(
+                kind,
+                [block(canvas, start=seq.length, mask_token_id=seq.mask_token_id, wanted=masked)],
+                form=seq.form,
                 wants_runner_up=wants_runner_up,
                 wants_entropy=policy == "entropy_bound",
             )

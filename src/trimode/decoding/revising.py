@@ -19,7 +19,7 @@ from trimode.decoding.noise import noise_key
 from trimode.decoding.params import GenerationParams
 from trimode.decoding.reveal import chosen_by, denoise, even_schedule, first_stop
 from trimode.decoding.sequence import Sequence
-from trimode.decoding.step import BLOCK, Readout, Step, block_step, causal_step
+from trimode.decoding.step import Readout, Step, block, causal_step, group_step
 
 DEFAULT_EDIT_THRESHOLD = 0.5
 DEFAULT_DOUBT = 0.1
@@ -96,7 +96,6 @@ def ar_doubt(seq: Sequence, canvas: list[int]) -> Generator[Step, Readout, Reado
         yield from denoise(
             *(seq, canvas),
             kind="denoise",
-            is_drafter_on=False,
             threshold=params.reveal_threshold("diffusion"),
             policy=params.reveal_policy,
         )
@@ -167,9 +166,8 @@ def remdm(seq: Sequence, canvas: list[int]) -> Generator[Step, Readout, None]:
         if not floor:
             continue
         masked = _masked(seq, canvas)
-        readout = yield block_step(
-            "denoise", canvas, start=seq.length, wanted=masked, is_drafter_on=False
-        )
+        whole = block(canvas, start=seq.length, mask_token_id=seq.mask_token_id, wanted=masked)
+        readout = yield group_step("denoise", [whole], form=seq.form)
         for i in _revealed(seq, readout, masked, floor):
             canvas[masked[i]], sure[masked[i]] = readout.token_ids[i], readout.confidences[i]
         _tell_pass(seq, canvas)
@@ -218,20 +216,15 @@ def remask_chances(
 
 def _with_copies(seq: Sequence, canvas: list[int], masked: list[int], checked: list[int]) -> Step:
     """The block, if it has masks to fill, and a copy for each of `checked`, that one a mask."""
-    num = len(canvas)
-    blocks = [canvas] if masked else []
-    wanted = list(masked)
-    for i in checked:
-        wanted.append(len(blocks) * num + i)
-        blocks.append([*canvas[:i], seq.mask_token_id, *canvas[i + 1 :]])
-    return Step(
-        kind="denoise",
-        token_ids=[token_id for block in blocks for token_id in block],
-        positions=[*range(seq.length, seq.length + num)] * len(blocks),
-        groups=[BLOCK + number for number in range(len(blocks)) for _ in range(num)],
-        is_drafter_on=[False] * (num * len(blocks)),
-        wanted=wanted,
-        wants_confidence=True,
+    versions = [(canvas, masked)] if masked else []
+    versions += [([*canvas[:i], seq.mask_token_id, *canvas[i + 1 :]], [i]) for i in checked]
+    return group_step(
+        "denoise",
+        [
+            block(ids, start=seq.length, mask_token_id=seq.mask_token_id, wanted=wanted)
+            for ids, wanted in versions
+        ],
+        form=seq.form,
         wants_entropy=seq.params.reveal_policy == "entropy_bound",
     )
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from trimode.decoding.gap import Gap
 from trimode.decoding.grammar import Matcher
 from trimode.decoding.law import Rules
+from trimode.decoding.lookup import Lookup
 from trimode.decoding.params import MODE_NAMES, GenerationParams
 from trimode.decoding.setting import Round, Setting
 from trimode.decoding.stats import Stats
 from trimode.decoding.step import TokenLogprobs
 from trimode.errors import RequestError
+from trimode.model.adapter import PUBLISHED_FORM, AdapterForm
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +52,11 @@ class Draft:
 
     Attributes:
         start: Position of `last`, which they follow.
-        token_ids: At most K - 1.
+        token_ids: At most so many as a draft of the setting has.
         confidences: Probability of each when it was chosen.
         runner_ups: The drafter's second choices; empty if they were not wanted.
         runner_up_confidences: As `confidences`.
+        is_looked_up: Whether they are the text's own.
     """
 
     start: int
@@ -61,6 +64,7 @@ class Draft:
     confidences: list[float]
     runner_ups: list[int]
     runner_up_confidences: list[float]
+    is_looked_up: bool = False
 
     @classmethod
     def nothing(cls, start: int) -> Draft:
@@ -86,6 +90,7 @@ class Sequence:
         eos_token_ids: The model's own stop tokens.
         mask_token_id: The model's mask token.
         detokenize: Text of some token ids; needed only where `params.stop` has strings.
+        form: How the drafter adapter of its engine is to be used.
         gap: What to fill behind the prompt, which then is not continued.
         matcher: Of the grammar that `params` asks for; None without one.
         on_event: Called with every `Event`, from within a step.
@@ -95,6 +100,7 @@ class Sequence:
         new_ids: Tokens emitted so far.
         logprobs: Of each of them, if they were asked for.
         rules: What its answers are subject to beyond temperature and filters; None if nothing.
+        lookup: Where its own repetitions are drafts; None if they are not.
         finish_reason: None while running, then `stop`, `length` or `abort`.
         abort_reason: Of an `abort`: `cancelled`, `deadline`, `non_finite` (the network broke down),
             `no_token` (nothing is left to choose) or `error` (see there).
@@ -116,12 +122,14 @@ class Sequence:
         eos_token_ids: Iterable[int] = (),
         mask_token_id: int,
         detokenize: Callable[[Ids[int]], str] | None = None,
+        form: AdapterForm = PUBLISHED_FORM,
         gap: Gap | None = None,
         matcher: Matcher | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         self.prompt_ids = list(prompt_ids)
         self.params = params
+        self.form = form
         self.mode = params.mode
         self.mask_token_id = mask_token_id
         self.gap = gap
@@ -137,7 +145,8 @@ class Sequence:
         self.finish_reason: str | None = None
         self.abort_reason: str | None = None
         self.error: Exception | None = None
-        self.setting = params.setting(params.mode)
+        self.setting = params.setting(params.mode, form)
+        self.lookup = Lookup() if params.lookup else None
         self.latest_round: Round | None = None
         self.num_rounds = 0
         self.choose_setting: Callable[[Sequence], Setting] | None = None
@@ -191,7 +200,7 @@ class Sequence:
             return self.setting
         self.num_rounds += begun[1] != self._begun[1]
         self._begun = begun
-        self.setting = self.params.setting(self.mode)
+        self.setting = self.params.setting(self.mode, self.form)
         if self.mode == "auto":
             if self.choose_setting is None:
                 raise RequestError(
@@ -211,9 +220,9 @@ class Sequence:
         return draft if draft is not None and draft.start == self.length else None
 
     def num_spare_groups(self, num_tokens: int) -> int:
-        """Groups of a block each that a step has cells for, behind `num_tokens` others."""
+        """Groups that a step has cells for, behind `num_tokens` others."""
         free = self.num_cells - self.length - num_tokens
-        return max(free // self.setting.block_length, 0)
+        return max(free // self.setting.group_len, 0)
 
     def commit(self, num_tokens: int) -> None:
         """Keep the K/V of the first `num_tokens` fed in the latest step."""

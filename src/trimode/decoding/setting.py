@@ -14,17 +14,33 @@ class Setting:
         block_length: K.
         num_groups: Groups that a forward carries behind a block or draft of its own, at most.
         has_guesses: Whether they may begin with a guess of the bonus token.
+        num_masks: Masks of a group that skips the bonus, m; None where groups are blocks.
     """
 
     mode: str
     block_length: int
     num_groups: int = 0
     has_guesses: bool = False
+    num_masks: int | None = None
+
+    @property
+    def draft_len(self) -> int:
+        """Tokens of one draft."""
+        return self.block_length - 1 if self.num_masks is None else self.num_masks
+
+    @property
+    def group_len(self) -> int:
+        """Tokens of its largest group."""
+        return self.block_length if self.num_masks is None else self.num_masks + self.has_guesses
 
     @property
     def num_fed(self) -> int:
-        """Tokens of its largest forward."""
-        return 1 if self.mode == "ar" else self.block_length * (1 + self.num_groups)
+        """Tokens of its largest forward. Masks that skip the bonus have a group even where no
+        outcome does, in the forward that opens a round."""
+        if self.mode == "ar":
+            return 1
+        num_groups = self.num_groups if self.num_masks is None else max(self.num_groups, 1)
+        return 1 + self.draft_len + num_groups * self.group_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +53,8 @@ class Round:
         num_accepted: How many of them were right.
         has_next: Whether the next draft was made in the same forward.
         is_fresh: Whether the draft had a forward of its own.
+        num_opened: Tokens that this forward gave beside it: 1 where its masks skipped the bonus.
+        is_looked_up: Whether the draft came from the text itself.
     """
 
     setting: Setting
@@ -44,3 +62,5 @@ class Round:
     num_accepted: int
     has_next: bool
     is_fresh: bool
+    num_opened: int = 0
+    is_looked_up: bool = False

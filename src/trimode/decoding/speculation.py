@@ -3,9 +3,14 @@
 Linear and branching are one algorithm. A verify forward carries, behind the tokens it checks, one
 group of masks for each of a few outcomes that the round may have: the draft of the next round, made
 before it is known which it will be. Linear carries none and pays a draft forward every round; the
-published quadratic carries one for every acceptance length (facts 3.3 and 3.4). A group may begin
-with a guess of the bonus token instead of a mask: if that comes true, its draft is the one that a
-draft forward would have given.
+published quadratic carries one for every acceptance length (arXiv 2607.05722, section 3.3 and
+appendix C). A group may begin with a guess of the bonus token: if that comes true, its draft is the
+one that a draft forward would have given.
+
+A group without a guess holds a mask in the bonus token's place, or skips that place (the setting's
+`num_masks`). Where masks skip it, the forward that drafts gives that token too, exactly, since the
+trunk does: a round opens with [last | masks], a verify forward with nothing to check and one
+outcome.
 """
 
 from __future__ import annotations
@@ -14,11 +19,15 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
+from trimode.decoding.lookup import expected_run
 from trimode.decoding.reveal import denoise
 from trimode.decoding.sequence import Draft, Sequence
 from trimode.decoding.setting import Round
-from trimode.decoding.step import BLOCK, Readout, Step, causal_step
-from trimode.model.masks import TRUNK
+from trimode.decoding.step import Group, Readout, Step, causal_step, group_step
+
+NUM_LATEST = 8
+FIRST_LENGTH = 2.0
+"""Rounds that tell how long the next will be, and its length before there were any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,50 +45,116 @@ class Outcome:
     probability: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """What a verify forward made of a draft: tokens checked, accepted, and emitted in all."""
+
+    num_checked: int
+    num_accepted: int
+    num_emitted: int
+
+
 def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
-    """One round: draft K - 1 tokens unless the round before has, verify them in one causal forward,
-    keep the run that agrees.
+    """One round: draft unless the round before has or the text itself does, verify the draft in one
+    causal forward, keep the run that agrees.
 
     Both views choose with the same noise (`trimode.decoding.choose`), so a draft token is right
     exactly when it equals the verifier's choice, and what is emitted is the verifier's at any
-    temperature. The draft is always a whole block, as the drafter was trained on, and then cut to
-    what may still be emitted; where that is one token there is nothing to draft.
+    temperature. The draft is always a whole group, as the drafter was trained on, and then cut to
+    what may still be emitted; where nothing of it could be, nothing is drafted.
     """
-    draft = seq.pending_draft
-    is_fresh = draft is None
-    if draft is None and seq.num_remaining > 1:
+    skips = seq.setting.num_masks is not None
+    draft = _ready_draft(seq)
+    is_fresh, num_opened = draft is None, 0
+    if draft is None and skips and seq.num_remaining > 2:
+        opened = yield from _check(seq, Draft.nothing(seq.length), least_groups=1)
+        draft, num_opened = seq.pending_draft, opened.num_emitted
+    elif draft is None and not skips and seq.num_remaining > 1:
         draft = yield from _draft(seq)
-    draft = draft or Draft.nothing(seq.length)
-    num_checked = min(draft.num_sure(seq.params.draft_cutoff), seq.num_remaining - 1)
-    block = [seq.last, *draft.token_ids[:num_checked]]
-    outcomes = likeliest_outcomes(seq, draft, num_checked)
-    readout = yield _verify_step(seq, block, outcomes)
-    chosen = readout.token_ids[: len(block)]
-    agreeing = takewhile(lambda pair: pair[0] == pair[1], zip(block[1:], chosen, strict=False))
-    num_accepted = sum(1 for _ in agreeing)
-    seq.event("verify", position=seq.length + 1, token_ids=block[1:], num_accepted=num_accepted)
-    num_emitted = seq.emit(chosen[: num_accepted + 1], readout.logprobs)
+    num_emitted = num_opened
+    if not seq.is_finished:
+        draft = draft or Draft.nothing(seq.length)
+        # Behind a guess from the text, masks that skip make the draft that otherwise would need a
+        # forward of its own.
+        checked = yield from _check(seq, draft, least_groups=int(skips and draft.is_looked_up))
+        num_emitted += checked.num_emitted
+        seq.latest_round = Round(
+            setting=seq.setting,
+            num_checked=checked.num_checked,
+            num_accepted=checked.num_accepted,
+            has_next=seq.pending_draft is not None,
+            is_fresh=is_fresh,
+            num_opened=num_opened,
+            is_looked_up=draft.is_looked_up,
+        )
     seq.stats.acceptance_lengths.append(num_emitted)
+
+
+def _ready_draft(seq: Sequence) -> Draft | None:
+    """The draft made in the round before, or what the text itself suggests if that promises more;
+    None where a forward of its own promises more still."""
+    draft = seq.pending_draft
+    if seq.lookup is None or seq.num_remaining < 2:
+        return draft
+    guess = seq.lookup.guess([*seq.prompt_ids, *seq.new_ids], most=seq.setting.draft_len)
+    if guess is None:
+        return draft
+    promised = expected_run(draft.confidences) if draft is not None else 0.0
+    if draft is None and seq.setting.num_masks is None:
+        # A drafted block takes two forwards for one that checks what was looked up.
+        lengths = seq.stats.acceptance_lengths[-NUM_LATEST:]
+        promised = (sum(lengths) / len(lengths) if lengths else FIRST_LENGTH) / 2 - 1
+    if guess.expected <= promised:
+        return draft
+    found = Draft(seq.length, guess.token_ids, guess.confidences, [], [], is_looked_up=True)
+    return _told(seq, found)
+
+
+def _check(seq: Sequence, draft: Draft, *, least_groups: int) -> Generator[Step, Readout, _Checked]:
+    """One verify forward: the draft checked, what agrees and the bonus token emitted, and the draft
+    of the group whose outcome came true kept for the next round.
+
+    Args:
+        seq: Whose text goes on.
+        draft: May have no tokens.
+        least_groups: Groups to feed even where the setting has none.
+    """
+    num_checked = min(draft.num_sure(seq.params.draft_cutoff), seq.num_remaining - 1)
+    fed = [seq.last, *draft.token_ids[:num_checked]]
+    outcomes = likeliest_outcomes(seq, draft, num_checked, least=least_groups)
+    readout = yield _verify_step(seq, fed, outcomes)
+    chosen = readout.token_ids[: len(fed)]
+    agreeing = takewhile(lambda pair: pair[0] == pair[1], zip(fed[1:], chosen, strict=False))
+    num_accepted = sum(1 for _ in agreeing)
+    seq.event("verify", position=seq.length + 1, token_ids=fed[1:], num_accepted=num_accepted)
+    num_emitted = seq.emit(chosen[: num_accepted + 1], readout.logprobs)
     seq.commit(num_emitted)
-    has_next = False
     for number, outcome in enumerate(outcomes):
         if outcome.num_accepted == num_accepted and outcome.bonus in (None, chosen[num_accepted]):
-            seq.keep_draft(_draft_of_group(seq, readout, number, first=len(block)))
-            has_next = True
+            seq.keep_draft(_draft_of_group(seq, readout, number, first=len(fed)))
             break
-    seq.latest_round = Round(seq.setting, num_checked, num_accepted, has_next, is_fresh)
+    return _Checked(num_checked, num_accepted, num_emitted)
 
 
-def likeliest_outcomes(seq: Sequence, draft: Draft, num_checked: int) -> list[Outcome]:
+def likeliest_outcomes(
+    seq: Sequence, draft: Draft, num_checked: int, *, least: int = 0
+) -> list[Outcome]:
     """The outcomes that get a group each, those with a guess before those without.
 
     Only such after which the text goes on. The draft's confidences are taken for chances of being
     accepted: c_1 ... c_a (1 - c_{a+1}) for a length of a; the guess is the drafter's second choice
     where acceptance stops, with its share of what the first leaves. Where all of a draft that was
     cut is accepted, the guess is its first token that was cut off.
+
+    Args:
+        seq: Whose setting says how many.
+        draft: The whole one.
+        num_checked: Tokens of it that are fed.
+        least: Outcomes wanted even where the setting wants fewer.
     """
     has_guesses = seq.setting.has_guesses
-    num_wanted = min(seq.setting.num_groups, seq.num_spare_groups(num_checked + 1))
+    num_wanted = max(seq.setting.num_groups, least)
+    num_wanted = min(num_wanted, seq.num_spare_groups(num_checked + 1))
     if not num_wanted:
         return []
     has_guesses = has_guesses and len(draft.runner_ups) == len(draft.token_ids)  # or made without
@@ -104,29 +179,33 @@ def _outcomes(draft: Draft, num_checked: int, *, has_guesses: bool) -> Iterator[
         yield Outcome(num_checked, draft.token_ids[num_checked], reached * share)
 
 
-def _verify_step(seq: Sequence, block: list[int], outcomes: list[Outcome]) -> Step:
-    """The block in the AR view, then a group for each outcome, in the drafter's."""
-    step = causal_step("verify", block, start=seq.length, wanted=range(len(block)))
+def _verify_step(seq: Sequence, fed: list[int], outcomes: list[Outcome]) -> Step:
+    """The tokens to check in the AR view, then a group for each outcome, in the drafter's."""
+    trunk = causal_step("verify", fed, start=seq.length, wanted=range(len(fed)))
     if not outcomes:
-        return step
-    length, masks = seq.setting.block_length, [seq.mask_token_id]
-    token_ids, positions, groups = [*step.token_ids], [*step.positions], [*step.groups]
-    wanted = [*step.wanted]
-    for number, outcome in enumerate(outcomes):
-        start = seq.length + outcome.num_accepted + 1  # of the bonus token
-        wanted += range(len(token_ids) + 1, len(token_ids) + length)
-        token_ids += (masks if outcome.bonus is None else [outcome.bonus]) + masks * (length - 1)
-        positions += range(start, start + length)
-        groups += [BLOCK + number] * length
-    return Step(
-        kind="verify",
-        token_ids=token_ids,
-        positions=positions,
-        groups=groups,
-        is_drafter_on=[group != TRUNK for group in groups],
-        wanted=wanted,
-        wants_confidence=True,
+        return trunk
+    return group_step(
+        "verify",
+        [_group(seq, outcome) for outcome in outcomes],
+        form=seq.form,
+        trunk=trunk,
         wants_runner_up=seq.setting.has_guesses,
+    )
+
+
+def _group(seq: Sequence, outcome: Outcome) -> Group:
+    """What drafts behind one outcome: place 1, unless it is skipped, and the masks after it."""
+    num_drafted, mask = seq.setting.draft_len, seq.mask_token_id
+    anchor = seq.length + outcome.num_accepted
+    is_skipped = seq.setting.num_masks is not None and outcome.bonus is None
+    first = [] if is_skipped else [mask if outcome.bonus is None else outcome.bonus]
+    is_masked = [outcome.bonus is None] * len(first) + [True] * num_drafted
+    return Group(
+        token_ids=[*first, *[mask] * num_drafted],
+        is_masked=is_masked,
+        start=anchor + 2 - len(first),
+        anchor=anchor,
+        wanted=range(len(first), len(first) + num_drafted),
     )
 
 
@@ -137,7 +216,6 @@ def _draft(seq: Sequence) -> Generator[Step, Readout, Draft]:
         seq,
         block,
         kind="draft",
-        is_drafter_on=True,
         threshold=seq.params.reveal_threshold("linear"),
         wants_runner_up=seq.setting.has_guesses,
     )
@@ -152,7 +230,7 @@ def _draft(seq: Sequence) -> Generator[Step, Readout, Draft]:
 
 def _draft_of_group(seq: Sequence, readout: Readout, number: int, *, first: int) -> Draft:
     """What a group answered; its first token, the bonus, is known by now."""
-    share = seq.setting.block_length - 1
+    share = seq.setting.draft_len
     answers = slice(first + number * share, first + (number + 1) * share)
     draft = Draft(
         seq.length,
@@ -161,6 +239,11 @@ def _draft_of_group(seq: Sequence, readout: Readout, number: int, *, first: int)
         readout.runner_ups[answers],
         readout.runner_up_confidences[answers],
     )
+    return _told(seq, draft)
+
+
+def _told(seq: Sequence, draft: Draft) -> Draft:
+    """The draft, of which the watcher hears."""
     block = [seq.last, *draft.token_ids]
     seq.event("draft", position=seq.length, token_ids=block, is_masked=[False] * len(block))
     return draft

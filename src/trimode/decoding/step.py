@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from trimode.model.adapter import AdapterForm
 from trimode.model.masks import TRUNK
 
 FORWARD_KINDS = ("prefill", "decode", "draft", "verify", "denoise", "commit")
 
 BLOCK = 1
-"""Group of the tokens of a block that see each other bidirectionally (any group but the trunk)."""
+"""Number of the first group of a step; further groups count on from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Fed tokens at neighbouring positions that see each other, and the trunk up to their anchor.
+
+    Attributes:
+        token_ids: Ids fed.
+        is_masked: Which of them stand for a token not known yet; ids alone do not say so, since a
+            text may contain the mask token's id.
+        start: Absolute position of the first.
+        anchor: Position of the last trunk token that they see; `start - 1` but for masks that skip
+            the bonus.
+        wanted: Indexes into them whose answer is wanted.
+    """
+
+    token_ids: Sequence[int]
+    is_masked: Sequence[bool]
+    start: int
+    anchor: int
+    wanted: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +44,9 @@ class Step:
         token_ids: [T] ids fed.
         positions: [T] absolute positions.
         groups: [T] group of each (`trimode.model.masks.fed_mask`); 0 is the causal trunk.
+        anchors: [T] position of the anchor of each; a trunk token's own.
+        mask_places: [T] place of each masked token, its position less its anchor's; 0 for the
+            others.
         is_drafter_on: [T] whether the drafter adapter is on for each.
         wanted: Indexes into the fed tokens whose answer is wanted. A trunk token answers for the
             position after its own (the AR law), any other token for its own (the diffusion law).
@@ -35,6 +60,8 @@ class Step:
     token_ids: Sequence[int]
     positions: Sequence[int]
     groups: Sequence[int]
+    anchors: Sequence[int]
+    mask_places: Sequence[int]
     is_drafter_on: Sequence[bool]
     wanted: Sequence[int]
     wants_confidence: bool = False
@@ -115,38 +142,82 @@ def causal_step(
 ) -> Step:
     """Tokens from position `start` in the AR view: causal, adapter off."""
     num_tokens = len(token_ids)
+    positions = range(start, start + num_tokens)
     return Step(
         kind=kind,
         token_ids=token_ids,
-        positions=range(start, start + num_tokens),
+        positions=positions,
         groups=[TRUNK] * num_tokens,
+        anchors=positions,
+        mask_places=[0] * num_tokens,
         is_drafter_on=[False] * num_tokens,
         wanted=wanted,
         targets=targets,
     )
 
 
-def block_step(
+def group_step(
     kind: str,
-    token_ids: Sequence[int],
+    groups: Iterable[Group],
     *,
-    start: int,
-    wanted: Sequence[int],
-    is_drafter_on: bool,
+    form: AdapterForm,
+    trunk: Step | None = None,
     wants_confidence: bool = True,
     wants_runner_up: bool = False,
     wants_entropy: bool = False,
+    targets: Sequence[int] = (),
 ) -> Step:
-    """A block from position `start` in the diffusion view: bidirectional within itself."""
-    num_tokens = len(token_ids)
+    """A few trunk tokens, then groups in the diffusion view.
+
+    Args:
+        kind: `denoise` is the view of that name; any other is drafting.
+        groups: In feed order; the answers come in this order too.
+        form: Of the adapter: whether it serves the view, and clean tokens.
+        trunk: A causal step, fed and answered first; None for none.
+        wants_confidence: See `Step`.
+        wants_runner_up: See `Step`.
+        wants_entropy: See `Step`.
+        targets: See `Step`, for all wanted answers.
+    """
+    trunk = trunk or causal_step(kind, (), start=0, wanted=())
+    token_ids, positions = list(trunk.token_ids), list(trunk.positions)
+    numbers, anchors = list(trunk.groups), list(trunk.anchors)
+    places, is_on = list(trunk.mask_places), list(trunk.is_drafter_on)
+    wanted = list(trunk.wanted)
+    is_served = ("denoise" if kind == "denoise" else "draft") in form.views
+    for number, group in enumerate(groups, start=BLOCK):
+        num_tokens, first = len(group.token_ids), len(token_ids)
+        own = range(group.start, group.start + num_tokens)
+        token_ids += group.token_ids
+        positions += own
+        numbers += [number] * num_tokens
+        anchors += [group.anchor] * num_tokens
+        places += [
+            position - group.anchor if is_masked else 0
+            for position, is_masked in zip(own, group.is_masked, strict=True)
+        ]
+        is_on += [is_served and (masked or form.adapts_clean) for masked in group.is_masked]
+        wanted += [first + i for i in group.wanted]
     return Step(
         kind=kind,
         token_ids=token_ids,
-        positions=range(start, start + num_tokens),
-        groups=[BLOCK] * num_tokens,
-        is_drafter_on=[is_drafter_on] * num_tokens,
+        positions=positions,
+        groups=numbers,
+        anchors=anchors,
+        mask_places=places,
+        is_drafter_on=is_on,
         wanted=wanted,
         wants_confidence=wants_confidence,
         wants_runner_up=wants_runner_up,
         wants_entropy=wants_entropy,
+        targets=targets,
     )
+
+
+def block(
+    token_ids: Sequence[int], *, start: int, mask_token_id: int, wanted: Sequence[int]
+) -> Group:
+    """The group of a diffusion block: its first token is clean whatever its id, every other is
+    masked that has the mask token's id."""
+    is_masked = [i > 0 and token_id == mask_token_id for i, token_id in enumerate(token_ids)]
+    return Group(token_ids, is_masked, start, start - 1, wanted)

@@ -99,10 +99,11 @@ class Acceptance:
 
     One that had a forward of its own (fresh) is better than one made behind a verify forward
     (early), before the token that it follows was known; how much, depends on which outcomes have
-    groups, so early ones are known by the setting that made them.
+    groups, so early ones are known by the setting that made them. Fresh ones are known by whether
+    their masks skip the bonus.
     """
 
-    _fresh: _Shared = field(default_factory=_Shared)
+    _fresh: defaultdict[bool, _Shared] = field(default_factory=lambda: defaultdict(_Shared))
     _early: defaultdict[Setting, _Shared] = field(default_factory=lambda: defaultdict(_Shared))
     _hits: defaultdict[Setting, _Shared] = field(default_factory=lambda: defaultdict(_Shared))
 
@@ -116,13 +117,13 @@ class Acceptance:
                 accepted, the next position counts as wrong.
         """
         setting = happened.setting
-        if not (happened.is_fresh or setting.num_groups):
-            return  # a draft left over from another setting
-        is_short = happened.num_checked < setting.block_length - 1
+        if happened.is_looked_up or not (happened.is_fresh or setting.num_groups):
+            return  # not the drafter's, or a draft left over from another setting
+        is_short = happened.num_checked < setting.draft_len
         num_seen = happened.num_accepted + (
             happened.num_accepted < happened.num_checked or (is_cut and is_short)
         )
-        shared = self._fresh if happened.is_fresh else self._early[setting]
+        shared = self._fresh[_skips(setting)] if happened.is_fresh else self._early[setting]
         total = 0.0
         for j in range(num_seen):
             holds = j < happened.num_accepted
@@ -135,14 +136,15 @@ class Acceptance:
             chance = _chance(self._ranked_hit(setting, shift.value) + better.at(0))
             better.learn(0, happened.has_next - chance)
 
-    def fresh(self, num_drafted: int, shift: float) -> list[float]:
+    def fresh(self, setting: Setting, shift: float) -> list[float]:
         """Chances that 0, 1, ... positions in a row hold of a draft with a forward of its own."""
-        return _reached(self._fresh.hoped(j) + shift for j in range(num_drafted))
+        shared = self._fresh[_skips(setting)]
+        return _reached(shared.hoped(j) + shift for j in range(setting.draft_len))
 
     def early(self, setting: Setting, shift: float) -> list[float]:
         """The same of a draft made behind a verify forward."""
         shared = self._early[setting]
-        return _reached(shared.hoped(j) + shift for j in range(setting.block_length - 1))
+        return _reached(shared.hoped(j) + shift for j in range(setting.draft_len))
 
     def hit(self, setting: Setting, shift: float) -> float:
         """Chance that a verify forward makes the next draft as well."""
@@ -151,7 +153,7 @@ class Acceptance:
     def _ranked_hit(self, setting: Setting, shift: float) -> float:
         """Log-odds that a round ends in one of the lengths that are likeliest on average; a draft's
         own confidences know more, by how much is learned."""
-        if setting.num_groups >= setting.block_length:
+        if setting.num_groups > setting.draft_len:
             return _odds(1.0)
         reached = [*self.early(setting, shift), 0.0]
         ends = sorted((a - b for a, b in pairwise(reached)), reverse=True)
@@ -164,29 +166,35 @@ class Outlook:
     Args:
         known: Of drafts.
         shift: The request's s.
-        most: The longest block length it will be asked about.
+        widest: A setting with the longest drafts it will be asked about, in the form of all.
     """
 
-    def __init__(self, known: Acceptance, shift: float, most: int) -> None:
+    def __init__(self, known: Acceptance, shift: float, widest: Setting) -> None:
         self._known = known
         self._shift = shift
-        self._fresh_tokens = list(accumulate(known.fresh(most - 1, shift)))
+        self._fresh_tokens = list(accumulate(known.fresh(widest, shift)))
 
     def pace(self, setting: Setting) -> Pace:
         """Of a request that goes on so.
 
         A round of linear is two forwards. A round of branching is one, and one more where no group
-        foresaw how the round before it ended.
+        foresaw how the round before it ended. Where masks skip the bonus, the forward that drafts
+        gives a token too.
         """
         if setting.mode == "ar":
             return AR_PACE
-        length, fresh = setting.block_length, self._fresh_tokens[setting.block_length - 1]
+        length = 1 + setting.draft_len
+        fresh = self._fresh_tokens[setting.draft_len] + _skips(setting)
         if not setting.num_groups:
             return Pace(fresh / 2, length)
         hit = self._known.hit(setting, self._shift)
         tokens = hit * sum(self._known.early(setting, self._shift)) + (1 - hit) * fresh
         fed = setting.num_fed + (1 - hit) * length
         return Pace(tokens / (2 - hit), fed / (2 - hit))
+
+
+def _skips(setting: Setting) -> bool:
+    return setting.num_masks is not None
 
 
 def _reached(odds: Iterable[float]) -> list[float]:

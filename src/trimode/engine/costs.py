@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from trimode.decoding import GenerationParams, Sequence
-from trimode.decoding.step import Step, block_step, causal_step
+from trimode.decoding.step import Group, Step, causal_step, group_step
 from trimode.engine.runner import Feed, Runner
 from trimode.errors import CapacityError
 from trimode.model import DrafterAdapter, TriModeModel
+from trimode.model.adapter import PUBLISHED_FORM
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +210,8 @@ def _scratch(model: TriModeModel, adapter: DrafterAdapter | None) -> tuple[list[
     params = GenerationParams(mode="linear", max_new_tokens=1, block_length=TOKENS[-1], seed=0)
     sequences = []
     for row in range(num_rows):
-        seq = Sequence([0], params, mask_token_id=model.config.mask_token_id)
+        form = PUBLISHED_FORM if adapter is None else adapter.form
+        seq = Sequence([0], params, mask_token_id=model.config.mask_token_id, form=form)
         seq.length = NUM_COMMITTED - row % 16  # no two lengths alike, as in earnest
         sequences.append(seq)
     return sequences, Runner(model, cache, adapter=adapter)
@@ -226,23 +228,14 @@ def _step(seq: Sequence, num_tokens: int) -> Step:
     trunk = causal_step("verify", [0] * first, start=seq.length, wanted=range(first))
     if first == num_tokens:
         return trunk
-    group = block_step(
-        "draft",
-        [seq.mask_token_id] * (num_tokens - first),
-        start=seq.length + 1,
-        wanted=range(num_tokens - first),
-        is_drafter_on=True,
+    num_masks = num_tokens - first
+    group = Group(
+        [seq.mask_token_id] * num_masks,
+        [True] * num_masks,
+        *(seq.length + first, seq.length + first - 1),
+        range(num_masks),
     )
-    return Step(
-        kind="verify",
-        token_ids=[*trunk.token_ids, *group.token_ids],
-        positions=[*trunk.positions, *group.positions],
-        groups=[*trunk.groups, *group.groups],
-        is_drafter_on=[*trunk.is_drafter_on, *group.is_drafter_on],
-        wanted=range(num_tokens),
-        wants_confidence=True,
-        wants_runner_up=True,
-    )
+    return group_step("verify", [group], form=seq.form, trunk=trunk, wants_runner_up=True)
 
 
 def _completed(found: dict[Point, float]) -> dict[Point, float]:
@@ -277,13 +270,20 @@ def _key(model: TriModeModel, adapter: DrafterAdapter | None) -> dict[str, Any]:
         **{name: getattr(config, name) for name in names},
         "dtype": str(model.dtype),
         "weights": model.weights,
-        "adapter": adapter is not None,
+        "adapter": None if adapter is None else _shape(adapter),
         "ranks": model.num_ranks,
         "device": torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "measured": [ROWS, TOKENS, NUM_COMMITTED],
     }
+
+
+def _shape(adapter: DrafterAdapter) -> Items[Any]:
+    """What an adapter's share of a cost depends on."""
+    sizes = sorted({(target, len(pair.down)) for _, target, pair in adapter.items()})
+    is_shared = adapter.form.adapts_clean
+    return [sizes, is_shared, adapter.mask_embeddings is not None, adapter.corrector is not None]
 
 
 def _cpu_name() -> str:

@@ -15,6 +15,7 @@ from trimode.engine.runner import Feed, Runner
 from trimode.engine.scheduler import PREFILL_SHARE, Demand, Waiting, WaitingList, share
 from trimode.errors import CapacityError, ConfigError, RequestError
 from trimode.model import DrafterAdapter, TriModeModel
+from trimode.model.adapter import PUBLISHED_FORM
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ class Engine:
             raise ConfigError(f"max_waiting is {max_waiting}; allowed: at least 0")
         if time_slice is not None and time_slice < 1:
             raise ConfigError(f"time_slice is {time_slice}; allowed: at least 1")
+        self._form = PUBLISHED_FORM if adapter is None else adapter.form
         cache = model.new_cache(num_rows=num_rows, num_cells=num_cells)
         self.num_rows = num_rows
         self.num_cells = num_cells
@@ -161,6 +163,8 @@ class Engine:
         """
         if seq.length or seq.is_finished or seq in self._sequences():
             raise AssertionError("a sequence is submitted once")
+        if seq.form != self._form:
+            raise AssertionError(f"made for an adapter that is {seq.form}, not {self._form}")
         if self._planner is None and "auto" in (seq.mode, seq.params.mode):
             raise RequestError("mode is 'auto'; allowed: another, since this engine has no planner")
         if timeout_s is not None and not timeout_s >= 0:
@@ -362,15 +366,16 @@ def widest_step(seq: Sequence) -> int:
     """Tokens of the largest forward that a sequence may ask for, its prompt aside."""
     if seq.gap is not None:
         return seq.gap.num_fed
-    return max(seq.params.setting(mode).num_fed for mode in (seq.mode, seq.params.mode))
+    modes = (seq.mode, seq.params.mode)
+    return max(seq.params.setting(mode, seq.form).num_fed for mode in modes)
 
 
 def cells_needed(seq: Sequence) -> int:
-    """Cells a sequence may touch: a last block starts at most at the last token, groups lie behind
-    it: those of its mode and of the one it was made for, which it may go back to. A gap's canvases
-    lie side by side behind the prompt."""
+    """Cells a sequence may touch: its largest forward starts at most at the last token, in its mode
+    or in the one it was made for, which it may go back to. A gap's canvases lie side by side behind
+    the prompt."""
     params = seq.params
     if seq.gap is not None:
         return len(seq.prompt_ids) + seq.gap.num_fed
-    num_groups = max(params.setting(mode).num_groups for mode in (seq.mode, params.mode))
-    return len(seq.prompt_ids) + params.max_new_tokens + params.block_length * (1 + num_groups)
+    most = max(widest_step(seq), params.block_length)
+    return len(seq.prompt_ids) + params.max_new_tokens + most

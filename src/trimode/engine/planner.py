@@ -8,7 +8,7 @@ makes this largest, the others taken as they are. Nothing here touches what is w
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
@@ -191,12 +191,13 @@ class Planner:
     def _best(self, seq: Sequence, one: _Request, others: _Totals) -> tuple[Setting, Pace, float]:
         """The best setting, its pace, and by what part it is better for a sequence than its present
         one. One of B sequences moves the rate of all by a B-th of what it gains itself."""
-        outlook = Outlook(self._known, one.shift.value, seq.params.block_length)
+        widest = seq.params.setting("auto", seq.form)
+        outlook = Outlook(self._known, one.shift.value, widest)
         if one.setting is not None:
             one.pace = outlook.pace(one.setting)
         best, pace = Setting("ar", seq.params.block_length), AR_PACE
         rate = self._rate(others, pace)
-        for setting, at_best in settings(seq.params.block_length).items():
+        for setting, at_best in settings(widest.block_length, widest.num_masks).items():
             if self._rate(others, at_best) > rate:  # or it is not worth a closer look
                 found = outlook.pace(setting)
                 found_rate = self._rate(others, found)
@@ -223,11 +224,11 @@ class Planner:
         after, and what it brings is paid back.
         """
         assert one.setting is not None
-        length = min(seq.params.block_length, PROBE_LENGTH)
-        is_known = one.setting.mode != "ar" and one.setting.block_length >= length
+        probe = _probe_setting(seq.params.setting("auto", seq.form))
+        is_known = one.setting.mode != "ar" and one.setting.draft_len >= probe.draft_len
         if is_known or one.since_probe < PROBE_ROUNDS or self._allowed_s <= 0:
             return None
-        at_best = Pace(length / 2, length)
+        at_best = _pace_at_best(probe)
         gain = (others.num_rows + 1) * (
             self._rate(others, at_best) / self._rate(others, one.pace) - 1
         )
@@ -246,7 +247,7 @@ class Planner:
         one.expected_s, one.since_probe = expected_s, 0
         one.seconds_per_token = 1 / self._rate(others, one.pace)
         self.num_probes += 1
-        return Setting("linear", length)
+        return probe
 
     def _settle(self, one: _Request) -> None:
         """A probe is over. One that paid is worth another at once, and so is one that checked a
@@ -254,7 +255,8 @@ class Planner:
         assert one.expected_s is not None
         assert one.latest is not None
         num_forwards = 2 if one.latest.is_fresh else 1
-        gained = one.latest.num_accepted + 1 - num_forwards * one.pace.tokens
+        num_gained = one.latest.num_opened + one.latest.num_accepted + 1
+        gained = num_gained - num_forwards * one.pace.tokens
         gained_s = gained * one.seconds_per_token
         self._allowed_s += gained_s
         if gained_s > one.expected_s or not one.latest.is_fresh:
@@ -263,17 +265,48 @@ class Planner:
 
 
 @lru_cache
-def settings(block_length: int) -> dict[Setting, Pace]:
-    """What a sequence may pick from beside `ar`, and its pace if all drafts were right."""
-    lengths = sorted({2, 3, *(2**i for i in range(2, 32) if 2**i < block_length), block_length})
+def settings(block_length: int, num_masks: int | None = None) -> dict[Setting, Pace]:
+    """What a sequence may pick from beside `ar`, and its pace if all drafts were right.
+
+    Args:
+        block_length: The longest.
+        num_masks: The most masks of a group that skips the bonus; None where groups are blocks.
+    """
+    if num_masks is None:
+        drafts = [Setting("linear", length) for length in _lengths(2, block_length)]
+    else:
+        lengths = _lengths(1, num_masks)
+        drafts = [Setting("linear", block_length, num_masks=length) for length in lengths]
     found = {}
-    for length in (length for length in lengths if length <= block_length):
-        found[Setting("linear", length)] = Pace(length / 2, length)
+    for draft in drafts:
+        found[draft] = _pace_at_best(draft)
         for count in (1, 2, 4, 8):
-            if count <= min(MAX_AUTO_BRANCHES, 2 * length - 1):
-                setting = Setting("branching", length, count, True)
-                found[setting] = Pace(length, setting.num_fed)
+            if count <= min(MAX_AUTO_BRANCHES, 2 * draft.draft_len + 1):
+                setting = replace(draft, mode="branching", num_groups=count, has_guesses=True)
+                found[setting] = _pace_at_best(setting)
     return found
+
+
+def _lengths(least: int, most: int) -> list[int]:
+    """From the shortest to the longest: small steps first, then doubling."""
+    lengths = {least, 2, 3, *(2**i for i in range(2, 32) if 2**i < most), most}
+    return sorted(length for length in lengths if least <= length <= most)
+
+
+def _pace_at_best(setting: Setting) -> Pace:
+    """What a setting does if all drafts are right, and every outcome has its group."""
+    length = 1 + setting.draft_len
+    if setting.num_groups:
+        return Pace(length, setting.num_fed)
+    return Pace((length + (setting.num_masks is not None)) / 2, length)
+
+
+def _probe_setting(widest: Setting) -> Setting:
+    """Linear, of at most `PROBE_LENGTH` tokens a forward."""
+    if widest.num_masks is None:
+        return Setting("linear", min(widest.block_length, PROBE_LENGTH))
+    num_masks = min(widest.num_masks, PROBE_LENGTH - 1)
+    return Setting("linear", widest.block_length, num_masks=num_masks)
 
 
 def _is_prefilled(seq: Sequence) -> bool:

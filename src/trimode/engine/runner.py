@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimode.decoding.choose import choose
+from trimode.decoding.choose import Choice, choose
 from trimode.decoding.law import RowLaw
 from trimode.decoding.sequence import Sequence
 from trimode.decoding.step import Readout, Step
+from trimode.engine.correction import Before, choose_in_waves, tokens_before
 from trimode.errors import ConfigError
 from trimode.model import (
     AdapterSwitch,
@@ -85,19 +86,7 @@ class Runner:
             start += len(feed.step.token_ids)
         if len(wanted) < len(hidden):
             hidden = hidden[torch.tensor(wanted, device=self._device)]
-        choice = choose(
-            self._model.diffusion_head(hidden),
-            params=[feed.seq.params for feed in packed for _ in feed.step.wanted],
-            positions=[p for feed in packed for p in feed.step.answer_positions],
-            banned=self._banned,
-            wants_confidence=any(feed.step.wants_confidence for feed in packed),
-            wants_runner_up=any(feed.step.wants_runner_up for feed in packed),
-            wants_entropy=any(feed.step.wants_entropy for feed in packed),
-            targets=[target for feed in packed for target in _targets(feed.step)],
-            laws=_laws(packed, num_tokens=self._model.config.vocab_size),
-            num_logprobs=_num_logprobs(packed),
-            none_id=self._model.config.mask_token_id,
-        )
+        choice = self._choose(packed, hidden)
         readouts: list[Readout | None] = [None] * len(feeds)
         start = 0
         for i, feed in zip(order, packed, strict=True):
@@ -118,6 +107,46 @@ class Runner:
             start = stop
         return readouts
 
+    def _choose(self, packed: list[Feed], states: Tensor) -> Choice:
+        """A choice for each of the wanted answers [W, H], in packed order."""
+        logits = self._model.diffusion_head(states)
+        params = [feed.seq.params for feed in packed for _ in feed.step.wanted]
+        positions = [p for feed in packed for p in feed.step.answer_positions]
+        targets = [target for feed in packed for target in _targets(feed.step)]
+        laws = _laws(packed, num_tokens=self._model.config.vocab_size)
+        num_logprobs = _num_logprobs(packed)
+
+        def choose_rows(logits: Tensor, rows: Items[int]) -> Choice:
+            return choose(
+                logits,
+                params=[params[row] for row in rows],
+                positions=[positions[row] for row in rows],
+                banned=self._banned,
+                wants_confidence=any(feed.step.wants_confidence for feed in packed),
+                wants_runner_up=any(feed.step.wants_runner_up for feed in packed),
+                wants_entropy=any(feed.step.wants_entropy for feed in packed),
+                targets=[targets[row] for row in rows],
+                laws=[laws[row] for row in rows] if laws else [],
+                num_logprobs=[num_logprobs[row] for row in rows] if num_logprobs else [],
+                none_id=self._model.config.mask_token_id,
+            )
+
+        corrector = None if self._adapter is None else self._adapter.corrector
+        before: list[Before | None] = []
+        if corrector is not None:
+            for feed in packed:
+                before += tokens_before(feed.seq, feed.step, first_row=len(before))
+        if corrector is None or not any(before):
+            return choose_rows(logits, range(len(logits)))
+        return choose_in_waves(
+            logits,
+            states,
+            before=before,
+            corrector=corrector,
+            embeddings=self._model.encoder.embed_tokens.weight,
+            choose_rows=choose_rows,
+        )
+
     def _encode(self, packed: list[Feed]) -> Tensor:
         """[P, H] for all fed tokens, in packed order; their K/V go to the cells after each
         length."""
@@ -125,22 +154,25 @@ class Runner:
         positions = [p for feed in packed for p in feed.step.positions]
         input_ids, position_ids = torch.tensor([ids, positions], device=self._device)
         feeds = [
-            RowFeed(feed.row, feed.seq.length, feed.step.groups, feed.step.positions)
+            RowFeed(
+                *(feed.row, feed.seq.length),
+                groups=feed.step.groups,
+                positions=feed.step.positions,
+                anchors=feed.step.anchors,
+            )
             for feed in packed
         ]
         return self._model.encode(
             input_ids,
             position_ids,
             attend=RowAttention(self._cache, feeds),
-            adapter=self._switch([on for feed in packed for on in feed.step.is_drafter_on]),
+            adapter=AdapterSwitch.of(
+                self._adapter,
+                [is_on for feed in packed for is_on in feed.step.is_drafter_on],
+                [place for feed in packed for place in feed.step.mask_places],
+                device=self._device,
+            ),
         )
-
-    def _switch(self, is_on: list[bool]) -> AdapterSwitch | None:
-        if self._adapter is None or not any(is_on):
-            return None
-        if all(is_on):
-            return AdapterSwitch(self._adapter, None)
-        return AdapterSwitch(self._adapter, torch.tensor(is_on, device=self._device)[:, None])
 
 
 def _targets(step: Step) -> Items[int | None]:

@@ -223,6 +223,33 @@ class AdapterSwitch:
     is_on: Tensor | None
     mask_places: Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        adapter: DrafterAdapter | None,
+        is_on: Sequence[bool] | Sequence[Sequence[bool]],
+        mask_places: Sequence[int] | Sequence[Sequence[int]],
+        *,
+        device: torch.device,
+    ) -> AdapterSwitch | None:
+        """The switch of a forward; None where there is no adapter, or it is on for no token.
+
+        Args:
+            adapter: The weights.
+            is_on: Whether it is on, for each token.
+            mask_places: Place of each masked token, 0 for any other.
+            device: Of the forward.
+        """
+        if adapter is None:
+            return None
+        on = torch.tensor(is_on)
+        if not on.any():
+            return None
+        places = None
+        if adapter.mask_embeddings is not None:
+            places = (torch.tensor(mask_places) * on).to(device)
+        return cls(adapter, None if on.all() else on[..., None].to(device), places)
+
     def embed(self, embeddings: Tensor) -> Tensor:
         """Input embeddings [..., H], with the adapter's own where a token is masked."""
         own = self.adapter.mask_embeddings

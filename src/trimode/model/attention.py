@@ -65,12 +65,14 @@ class RowFeed:
         length: Committed length L; the fed tokens go to cells L .. L+T-1, in feed order.
         groups: Group of each of the T tokens (see `fed_mask`).
         positions: Absolute position of each.
+        anchors: Position of the anchor of each.
     """
 
     row: int
     length: int
     groups: Sequence[int]
     positions: Sequence[int]
+    anchors: Sequence[int]
 
     @property
     def is_causal(self) -> bool:
@@ -242,4 +244,4 @@ def _fed_mask(feed: RowFeed, device: torch.device) -> Tensor:
         return torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
     if feed.is_one_group:
         return torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
-    return fed_mask(feed.groups, feed.positions).to(device)
+    return fed_mask(feed.groups, feed.positions, feed.anchors).to(device)

@@ -20,8 +20,7 @@ class Corrector(nn.Module):
         before: [r, H]. A.
         state: [r, H]. C; zero makes the term a bigram's.
         candidate: [r, H]. B; zero makes no difference at all.
-        num_candidates: Likeliest tokens of a place that are scored; the others keep their logits
-            and cannot be drafted.
+        num_candidates: Likeliest tokens of a place that are scored; the others keep their logits.
 
     Source: the sequential head of DSpark (arXiv 2607.05147), on a frozen embedding.
     """

@@ -12,31 +12,29 @@ TRUNK = 0
 kept."""
 
 
-def fed_mask(groups: Sequence[int], positions: Sequence[int]) -> Tensor:
+def fed_mask(groups: Sequence[int], positions: Sequence[int], anchors: Sequence[int]) -> Tensor:
     """Attention among the tokens one sequence feeds in one forward; the committed prefix is always
     visible.
 
-    Group 0 is the *trunk*: its tokens see earlier fed trunk tokens and themselves. A token of any
-    other group sees its whole own group (bidirectionally) and the trunk tokens that lie before the
-    group's first position. Groups never see each other and the trunk never sees a group.
+    A token sees the fed trunk tokens up to its *anchor*, the last position of the trunk that it may
+    know of. Group 0 is the *trunk*, causal: each of its tokens is its own anchor. The tokens of any
+    other group share one anchor, and see their whole own group as well (bidirectionally). Groups
+    never see each other and the trunk never sees a group. The anchor is said, never derived from
+    the group's positions: masks that skip the bonus begin one place later and see no more.
 
     Args:
-        groups: Group of each of the T fed tokens, in feed order.
+        groups: Group of each of the T fed tokens, in feed order; trunk tokens by position.
         positions: Absolute position of each.
+        anchors: Position of the anchor of each, at least that of the last committed token.
 
     Returns:
         [T, T] bool. Row t: what fed token t may attend to.
     """
-    group = torch.tensor(groups)
-    position = torch.tensor(positions)
+    group, position, anchor = (torch.tensor(list(x)) for x in (groups, positions, anchors))
     is_trunk = group == TRUNK
-    same_group = group[:, None] == group[None, :]
-    in_feed_order = torch.ones(len(groups), len(groups), dtype=torch.bool).tril()
-    starts = position.clone()
-    for g in set(groups) - {TRUNK}:
-        starts[group == g] = position[group == g].min()
-    sees_trunk = ~is_trunk[:, None] & is_trunk[None, :] & (position[None, :] < starts[:, None])
-    return torch.where(is_trunk[:, None], same_group & in_feed_order, same_group | sees_trunk)
+    sees_trunk = is_trunk[None, :] & (position[None, :] <= anchor[:, None])
+    sees_group = ~is_trunk[:, None] & (group[:, None] == group[None, :])
+    return sees_trunk | sees_group
 
 
 def cell_mask(fed: Tensor, lengths: Tensor, num_cells: int) -> Tensor:

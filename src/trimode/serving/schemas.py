@@ -72,6 +72,9 @@ class _Generating(_Request):
     remask_rate: Share | None = None
     branches: Annotated[int, Field(ge=0)] | None = None
     guesses: bool | None = None
+    draft_form: Literal["block", "skip"] | None = None
+    skip_masks: Count | None = None
+    lookup: bool | None = None
     draft_cutoff: Share | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
@@ -195,7 +198,8 @@ class InfillRequest(_Request):
 OURS = (
     *("mode", "block_length", "threshold", "steps", "policy", "entropy_bound", "revision"),
     *("edit_threshold", "edit_budget", "doubt", "remask_schedule", "remask_rate", "branches"),
-    *("guesses", "draft_cutoff", "top_p", "top_k", "seed", "stop", "stop_token_ids", "ignore_eos"),
+    *("guesses", "draft_form", "skip_masks", "lookup", "draft_cutoff", "top_p", "top_k", "seed"),
+    *("stop", "stop_token_ids", "ignore_eos"),
     *("repetition_penalty", "max_thinking_tokens", "end_think_token_id", "json_schema", "regex"),
     "grammar",
 )
