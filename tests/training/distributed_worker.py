@@ -1,6 +1,6 @@
 """Runs `trimode train` on several ranks, again and again, for `test_distributed_run.py`.
 
-A program, `python distributed_worker.py FOLDER`: it reads `launches.json`, a list of
+A program, `python -m tests.training.distributed_worker FOLDER`: it reads `launches.json`, a list of
 `[name, words of each rank]`, forks the ranks of one launch after the other, so that Python and
 torch start once, and writes what each rank printed to `NAME.RANK.out` and `.err` and all exit codes
 to `codes.json`.

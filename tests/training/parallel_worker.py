@@ -1,8 +1,8 @@
 """What `test_parallel.py` runs on several ranks, and what it compares them with on one.
 
 As a program it forks four ranks, which form worlds of two and of four one after the other, so that
-Python and torch start once. `python parallel_worker.py FOLDER`; under torchrun it is one of the
-ranks of a single world and runs `steps` alone.
+Python and torch start once. `python -m tests.training.parallel_worker FOLDER`; under torchrun it
+is one of the ranks of a single world and runs `steps` alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fake_stream import MASK, FakeStream
 
+from tests.training.fake_stream import MASK, FakeStream
 from trimode.errors import TriModeError
 from trimode.model import DenseAttention, DrafterAdapter, TriModeConfig, TriModeModel
 from trimode.model.adapter import AdapterSwitch, LoraPair

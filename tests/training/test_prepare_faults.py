@@ -14,24 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killed_prepare import DISK_FULL, DONE, KILLED, read_tree
-from made_documents import make_code, make_config
 
+from tests.training import killed_prepare
+from tests.training.killed_prepare import DISK_FULL, DONE, KILLED, read_tree
+from tests.training.made_documents import make_code, make_config
 from trimode.checkpoint.whole_folder import is_disk_full
 from trimode.cli.main import main
 from trimode.errors import ConfigError
 from trimode.training import byte_bpe, corpus
 from trimode.training.prepare import prepare
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What became of many runs that were cut off, see `killed_prepare`."""
     folder = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).with_name("killed_prepare.py")
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    words = [sys.executable, str(script), str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=280, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", killed_prepare.__name__, str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
