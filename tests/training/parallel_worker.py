@@ -8,7 +8,6 @@ is one of the ranks of a single world and runs `steps` alone.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tests.free_ports import free_ports
 from tests.training.fake_stream import MASK, FakeStream
 from trimode.errors import TriModeError
 from trimode.model import DenseAttention, DrafterAdapter, TriModeConfig, TriModeModel
@@ -297,16 +297,6 @@ def _rank(number: int, ports: list[int], folder: Path) -> None:
     _refused(rank=number, ports=ports[4:], folder=folder)
 
 
-def _free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -317,7 +307,7 @@ def main() -> None:
             torch.save(results, folder / "torchrun.pt")
         parallel.close()
         return
-    ports = _free_ports(6)
+    ports = free_ports(6)
     torch.multiprocessing.start_processes(
         _rank, args=(ports, folder), nprocs=4, start_method="fork"
     )

@@ -29,6 +29,8 @@ from trimode.training.config import (
 )
 from trimode.training.trainer import train
 
+pytestmark = pytest.mark.ranks
+
 ROOT = Path(__file__).parents[2]
 JOINT = replace(STAGE, name="joint", diffusion_weight=0.3, block_lengths=(4, 8), draft_share=0.25)
 LAST = "checkpoints/step_00000005"

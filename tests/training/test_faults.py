@@ -21,6 +21,8 @@ from tests.training.fake_stream import write_data
 from tests.training.tiny_run import MODEL, STAGE
 from trimode.training.config import EvaluationPart, SchedulePart, TrainConfig
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 KILLED, FAILED = -9, 1
 NAN = "not finite"

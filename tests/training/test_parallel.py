@@ -14,6 +14,8 @@ from trimode.errors import CheckpointError, ConfigError
 from trimode.training.dist_checkpoint import load_distributed
 from trimode.training.parallel import Parallel, ParallelPart, setup
 
+pytestmark = pytest.mark.ranks
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 

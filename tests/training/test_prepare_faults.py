@@ -44,6 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.process
 def test_killed_at_any_moment(runs: dict[str, Any]) -> None:
     """Half an output, an old output lost in the middle of the move, or other bytes after a resume.
 
@@ -55,6 +56,7 @@ def test_killed_at_any_moment(runs: dict[str, Any]) -> None:
         assert (again, is_same, left) == (DONE, True, []), moment
 
 
+@pytest.mark.process
 def test_killed_again_and_again(runs: dict[str, Any]) -> None:
     """A run that only goes on from a first kill, or that spoils what an earlier one has left."""
     codes, is_same, left = runs["chain"]
@@ -63,6 +65,7 @@ def test_killed_again_and_again(runs: dict[str, Any]) -> None:
     assert (is_same, left) == (True, [])
 
 
+@pytest.mark.process
 def test_full_disk_keeps_the_old_output(runs: dict[str, Any]) -> None:
     """A full disk taken for success, the old output gone, or work that cannot be gone on from."""
     assert len(runs["full"]) >= 4
