@@ -1,16 +1,23 @@
-# Two commands: `make demo` shows one prompt decoded three ways, `make test` runs the tests.
+# Three commands: `make demo` shows one prompt decoded three ways, `make test` runs all tests,
+# `make quick` leaves out those that start ranks, Ray, a browser or other programs (two minutes).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test soak check format results humaneval clean
+.PHONY: demo test quick soak check format results humaneval clean
 
 demo: $(STAMP)
 	GOMP_SPINCOUNT=3000 $(BIN)/python examples/three_modes.py
 
+# Two workers, a file at a time and in the order of the names: the long files are not the last ones.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations=25
+
+quick: $(STAMP)
+	$(PYTEST) -m "not (browser or process or ranks or ray)"
 
 # Ten minutes of a server under mixed load and rude clients, then three with replicas that are killed.
 soak: $(STAMP)

@@ -111,6 +111,7 @@ class TestJson:
         assert main([*command, "--seed", str(drawn["seed"])]) == 0
         assert json.loads(capsys.readouterr().out)["token_ids"] == drawn["token_ids"]
 
+    @pytest.mark.process
     def test_as_a_process(self, folder: Path) -> None:
         """Prevents: anything else on stdout when it really runs, e.g. from a library."""
         done = subprocess.run(
@@ -160,6 +161,7 @@ class TestText:
         assert out.startswith("a\u241b[2J\tb\u240d")
         assert "\x1b" not in out
 
+    @pytest.mark.process
     def test_closed_pipe(self, folder: Path) -> None:
         """Prevents: a traceback from `trimode generate ... | head -1`."""
         command = words(folder, PROMPT, "--max-new-tokens", "400", "--ignore-eos")

@@ -59,6 +59,7 @@ def _ready_until_it_is_not(client: httpx.Client, url: str) -> httpx.Response:
     raise AssertionError("it takes requests after the signal")
 
 
+@pytest.mark.process
 def test_flags_reach_the_server_and_a_running_stream_finishes(tmp_path: Path) -> None:
     """Prevents: a flag that is taken and not passed on; a rolling update that cuts answers off, or
     hands requests to who is leaving; a log that is not one JSON object a line."""
@@ -107,6 +108,7 @@ def test_flags_reach_the_server_and_a_running_stream_finishes(tmp_path: Path) ->
     assert "secret" not in str(log)
 
 
+@pytest.mark.process
 def test_the_second_signal_ends_it_at_once() -> None:
     """Prevents: a server that only SIGKILL ends while something runs; a log that takes what it cut
     off for a good end."""

@@ -291,6 +291,7 @@ class TestWatch:
         file.flush()
         assert "_______" in without_codes(raw.getvalue().decode("ascii"))
 
+    @pytest.mark.process
     def test_in_a_terminal(self, tiny_checkpoint: Callable[..., Path]) -> None:
         """Prevents: no picture in a real terminal, colours despite NO_COLOR, a hidden cursor."""
         folder = tiny_checkpoint()

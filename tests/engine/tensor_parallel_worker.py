@@ -1,7 +1,7 @@
 """What ranks do for `test_tensor_parallel.py`, which compares it with what one process does.
 
-A program, `python tensor_parallel_worker.py FOLDER`: forks two ranks, so that Python and torch
-start once, for one world after the other. Each leaves what it found in `WORLD.RANK.json`.
+A program, `python -m tests.engine.tensor_parallel_worker FOLDER`: forks two ranks, so that Python
+and torch start once, for one world after the other. Each leaves what it found in `WORLD.RANK.json`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import gc
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 import trimode
+from tests.free_ports import free_ports
 from trimode.checkpoint.share import load_share
 from trimode.decoding import GenerationParams, Sequence
 from trimode.engine import Engine
@@ -281,7 +281,7 @@ def _rank(world: str, folder: Path, *, rank: int, ports: list[int]) -> None:
 def launch(world: str, folder: Path) -> None:
     """Forks the ranks of one world and waits for them; one that hangs on purpose is ended."""
     children = []
-    ports = _free_ports(2)
+    ports = free_ports(2)
     for rank in range(2):
         child = os.fork()
         if child == 0:
@@ -314,16 +314,6 @@ def launch(world: str, folder: Path) -> None:
         os.waitpid(child, 0)
     for file in folder.glob("gone.*.json"):
         file.unlink()
-
-
-def _free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def main(folder: Path, worlds: list[str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.engine import tensor_parallel_worker
 from tests.engine.tensor_parallel_worker import (
     CASES,
     LEFT,
@@ -27,7 +28,9 @@ from trimode.checkpoint.io import save_checkpoint
 from trimode.errors import ConfigError
 from trimode.model.adapter import TARGETS, DrafterAdapter, LoraPair, linear_of
 
-WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
+pytestmark = pytest.mark.ranks
+
+ROOT = Path(__file__).parents[2]
 
 
 def make_adapter(
@@ -71,8 +74,8 @@ def folder(
     lora = folder / "untied" / "lora"
     save_tensors(load_file(lora / "adapter_model.safetensors"), lora, use="lora")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(WORKER), str(folder)]
-    subprocess.run(command, check=True, timeout=120, env=environment)
+    command = [sys.executable, "-m", tensor_parallel_worker.__name__, str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=280, env=environment)
     return folder
 
 

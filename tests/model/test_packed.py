@@ -248,6 +248,7 @@ assert ((product(weight, None, weights="int8")(x) - expected).norm() < 0.01 * ex
 """
 
 
+@pytest.mark.process
 def test_int8_is_near_without_vnni() -> None:
     """Prevents: sums cut off at 16 bits, as older processors (and newer ones told to) do."""
     told = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}

@@ -58,12 +58,17 @@ class Served:
 
 
 class Brake:
-    """Holds an engine before its steps; let through one by one, or all."""
+    """Holds an engine before its steps; let through one by one, or all.
+
+    Attributes:
+        is_held: The engine waits here, so that its thread obeys no command.
+    """
 
     def __init__(self, thread: EngineThread) -> None:
         self._step = thread.engine.step
         self._tickets = threading.Semaphore(0)
         self._is_off = False
+        self.is_held = False
         thread.engine.step = self._held  # type: ignore[method-assign]
 
     def let(self, num_steps: int) -> None:
@@ -77,8 +82,10 @@ class Brake:
         self._tickets.release()
 
     def _held(self) -> Any:
-        if not self._is_off:
+        if not self._is_off and not self._tickets.acquire(blocking=False):
+            self.is_held = True
             assert self._tickets.acquire(timeout=WAIT_S)
+            self.is_held = False
         return self._step()
 
 

@@ -210,6 +210,7 @@ def test_what_takes_too_long_is_told(serve: Callable[..., Served]) -> None:
         with client.stream("POST", f"{server.url}/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
+            wait_until(lambda: brake.is_held)
             server.signal()
             thread = server.backend._thread
             wait_until(lambda: not (thread._commands.empty() and thread.is_alive))

@@ -74,6 +74,7 @@ def test_curl_examples_run(page: str, line: str, pocket: Served) -> None:
     assert ran.stdout.strip()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_client_examples_run(page: Path, pocket: Served) -> None:
     """Prevents the same in Python, and a stream that gives nothing."""

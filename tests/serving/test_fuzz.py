@@ -18,6 +18,8 @@ from trimode.serving.app import create_app
 from trimode.serving.settings import Settings
 from trimode.serving.worker import LocalBackend
 
+pytestmark = pytest.mark.process
+
 ROUTES = (
     *("GET /health", "GET /ready", "GET /metrics", "GET /v1/models", "GET /v1/models/{model}"),
     *("POST /v1/completions", "POST /v1/chat/completions", "POST /v1/infill"),

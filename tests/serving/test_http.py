@@ -353,6 +353,7 @@ def test_a_full_queue(serve: Callable[..., Served]) -> None:
         with client.stream("POST", f"{server.url}/v1/completions", json=body) as first:
             assert first.status_code == 200
             with ThreadPoolExecutor(1) as pool:
+                wait_until(lambda: brake.is_held)
                 second = pool.submit(server.post, "completions", {"prompt": "y"})
                 wait_until(lambda: not server.backend._thread._commands.empty())
                 brake.let(1)  # it is looked at between steps

@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import trimode
+from tests.free_ports import free_ports
 from trimode.checkpoint.io import save_checkpoint
 from trimode.cli.main import main
 from trimode.errors import ConfigError
@@ -48,6 +48,7 @@ with warnings.catch_warnings():
     from trimode.serving.ray_backend import Merged, RayBackend, Report
 
 pytestmark = [
+    pytest.mark.ray,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -82,9 +83,7 @@ def lm(checkpoint: Path) -> TriModeLM:
 def url(checkpoint: Path) -> Iterator[str]:
     """Two replicas and an ingress, one row each."""
     folder = tempfile.mkdtemp(prefix="ray")  # short: sockets lie in it
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     config = yaml.safe_load(CONFIG.read_text("utf-8"))
     application = config["applications"][0]
     application["args"] = {
@@ -218,11 +217,15 @@ def test_texts_of_replicas_are_those_of_one_process(url: str, lm: TriModeLM) -> 
         for job, updates in zip(jobs, results, strict=True):
             _check_whole(updates, _expected(lm, job))
 
-    _with_backend(use)
-    after = {one.replica: _gauge(one, "trimode_new_tokens") for one in _reports()}
-    assert after.keys() == before.keys()
-    assert len(after) == 2
-    assert all(after[replica] > before[replica] for replica in after)
+    def all_have_worked() -> bool:
+        """Ray may pass over a replica that is slow to answer once, not for good."""
+        _with_backend(use)
+        after = {one.replica: _gauge(one, "trimode_new_tokens") for one in _reports()}
+        assert after.keys() == before.keys()
+        assert len(after) == 2
+        return all(after[replica] > before[replica] for replica in after)
+
+    _wait_for(all_have_worked)
 
 
 @pytest.mark.usefixtures("two")
@@ -256,13 +259,20 @@ def test_http_through_the_ingress(url: str, lm: TriModeLM) -> None:
 @pytest.mark.usefixtures("two")
 def test_a_client_that_leaves_frees_the_row(url: str) -> None:
     """Prevents work for nobody: the row stays taken until the text is done."""
-    done = sum(_gauge(one, "trimode_new_tokens") for one in _reports())
     body = {"prompt": "def ", "max_tokens": LONG, "ignore_eos": True, "stream": True, "mode": "ar"}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
-        assert next(answer.iter_lines()).startswith("data:")
-        assert [_gauge(one, "trimode_running") for one in _reports()].count(1) == 1
-    _wait_for(lambda: sum(_gauge(one, "trimode_running") for one in _reports()) == 0)
-    assert sum(_gauge(one, "trimode_new_tokens") for one in _reports()) == done
+
+    def has_left_in_the_middle() -> bool:
+        """False where the machine is so busy that the text was done before anybody looked."""
+        done = sum(_gauge(one, "trimode_new_tokens") for one in _reports())
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+            assert next(answer.iter_lines()).startswith("data:")
+            is_running = [_gauge(one, "trimode_running") for one in _reports()].count(1) == 1
+        _wait_for(lambda: sum(_gauge(one, "trimode_running") for one in _reports()) == 0)
+        now = sum(_gauge(one, "trimode_new_tokens") for one in _reports())
+        assert not is_running or now == done
+        return is_running
+
+    _wait_for(has_left_in_the_middle)
 
 
 @pytest.mark.usefixtures("two")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.serving.soak import soak
+
+pytestmark = pytest.mark.process
 
 
 def test_a_minute_under_load() -> None:

@@ -239,6 +239,8 @@ def test_closing_aborts_what_does_not_finish(make: Make) -> None:
         async def read() -> Update:
             return [update async for update in running][-1]
 
+        while not brake.is_held:  # else its thread may take the command before anybody looks
+            await asyncio.sleep(0.001)
         reading = asyncio.create_task(read())
         closing = asyncio.create_task(backend.close(timeout_s=0))
         while backend._thread._commands.empty():

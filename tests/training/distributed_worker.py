@@ -1,6 +1,6 @@
 """Runs `trimode train` on several ranks, again and again, for `test_distributed_run.py`.
 
-A program, `python distributed_worker.py FOLDER`: it reads `launches.json`, a list of
+A program, `python -m tests.training.distributed_worker FOLDER`: it reads `launches.json`, a list of
 `[name, words of each rank]`, forks the ranks of one launch after the other, so that Python and
 torch start once, and writes what each rank printed to `NAME.RANK.out` and `.err` and all exit codes
 to `codes.json`.
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from tests.free_ports import free_ports
 from trimode.cli.main import main as trimode
 from trimode.training import trainer  # noqa: F401 - loaded before the forks
 
@@ -26,9 +26,7 @@ with suppress(ImportError):
 
 def launch(name: str, words: list[list[str]], folder: Path) -> list[int]:
     """Forks one rank for each list of words; returns their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     children = []
     for rank, line in enumerate(words):
         child = os.fork()

@@ -1,7 +1,8 @@
 """Prepares the same data again and again, cut off at another moment each time.
 
-A program, since what it tests ends processes: `python killed_prepare.py FOLDER` forks a process for
-every run, so that the libraries are loaded once, and prints what became of the runs as JSON.
+A program, since what it tests ends processes: `python -m tests.training.killed_prepare FOLDER`
+forks a process for every run, so that the libraries are loaded once, and prints what became of the
+runs as JSON.
 
 A moment is a call that puts something on disk, renames or removes, or a report of progress.
 """
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import datasketch  # noqa: F401 - loaded before the forks
-from made_documents import make_code, make_config
 
+from tests.training.made_documents import make_code, make_config
 from trimode.errors import CapacityError
 from trimode.training import corpus
 from trimode.training.prepare import prepare

@@ -1,8 +1,8 @@
 """Trains the same run again and again, cut off at another place each time, for `test_faults.py`.
 
-A program, since what it tests ends processes: `python killed_train.py CONFIG.yaml FOLDER` forks a
-process for every `trimode train`, so that torch is loaded once, and writes what became of the runs
-to `results_0.json` and `results_1.json`.
+A program, since what it tests ends processes: `python -m tests.training.killed_train CONFIG.yaml
+FOLDER` forks a process for every `trimode train`, so that torch is loaded once, and writes what
+became of the runs to `results_0.json` and `results_1.json`.
 """
 
 from __future__ import annotations

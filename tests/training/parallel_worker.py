@@ -1,14 +1,13 @@
 """What `test_parallel.py` runs on several ranks, and what it compares them with on one.
 
 As a program it forks four ranks, which form worlds of two and of four one after the other, so that
-Python and torch start once. `python parallel_worker.py FOLDER`; under torchrun it is one of the
-ranks of a single world and runs `steps` alone.
+Python and torch start once. `python -m tests.training.parallel_worker FOLDER`; under torchrun it
+is one of the ranks of a single world and runs `steps` alone.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fake_stream import MASK, FakeStream
 
+from tests.free_ports import free_ports
+from tests.training.fake_stream import MASK, FakeStream
 from trimode.errors import TriModeError
 from trimode.model import DenseAttention, DrafterAdapter, TriModeConfig, TriModeModel
 from trimode.model.adapter import AdapterSwitch, LoraPair
@@ -297,16 +297,6 @@ def _rank(number: int, ports: list[int], folder: Path) -> None:
     _refused(rank=number, ports=ports[4:], folder=folder)
 
 
-def _free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -317,7 +307,7 @@ def main() -> None:
             torch.save(results, folder / "torchrun.pt")
         parallel.close()
         return
-    ports = _free_ports(6)
+    ports = free_ports(6)
     torch.multiprocessing.start_processes(
         _rank, args=(ports, folder), nprocs=4, start_method="fork"
     )

@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
-from made_documents import make_code
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from tests.training.made_documents import make_code
 from trimode.training.byte_bpe import SPECIAL_TOKENS, encode_documents, train_tokenizer
 
 AWKWARD_TEXTS = (

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_stream import write_data
-from test_resume import MODEL, STAGE
 
+from tests.training.fake_stream import write_data
+from tests.training.tiny_run import MODEL, STAGE
 from trimode.errors import ConfigError
 from trimode.training.checkpoints import CheckpointInfo, RunState
 from trimode.training.config import (

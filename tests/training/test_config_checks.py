@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_stream import write_data
 
+from tests.training.fake_stream import write_data
 from trimode.errors import ConfigError
 from trimode.model import NemotronLabsDiffusionConfig
 from trimode.training.config import ModelPart, StagePart, TrainConfig

@@ -7,8 +7,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from fake_stream import EOS, MASK, FakeChats, FakeStream
 
+from tests.training.fake_stream import EOS, MASK, FakeChats, FakeStream
 from trimode.errors import ConfigError
 from trimode.training.conversation_packing import (
     ConversationSampler,

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake_stream import MASK, FakeStream
 
+from tests.training.fake_stream import MASK, FakeStream
 from trimode.training.corruption import (
     MASK_RATIO_EPS,
     Corruption,

@@ -11,14 +11,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import distributed_worker
 import pytest
 import torch
 import yaml
-from fake_stream import write_data
 from safetensors.torch import load_file
-from test_resume import MODEL, STAGE
 
+from tests.training import distributed_worker
+from tests.training.fake_stream import write_data
+from tests.training.tiny_run import MODEL, STAGE
 from trimode.training.adapter_config import DrafterPart, LoraPart
 from trimode.training.config import (
     EvaluationPart,
@@ -29,6 +29,9 @@ from trimode.training.config import (
 )
 from trimode.training.trainer import train
 
+pytestmark = pytest.mark.ranks
+
+ROOT = Path(__file__).parents[2]
 JOINT = replace(STAGE, name="joint", diffusion_weight=0.3, block_lengths=(4, 8), draft_share=0.25)
 LAST = "checkpoints/step_00000005"
 
@@ -149,7 +152,8 @@ def codes(
     ]
     (folder / "launches.json").write_text(json.dumps(launches))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", distributed_worker.__file__, str(folder)],
+        [sys.executable, "-W", "ignore", "-m", distributed_worker.__name__, str(folder)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

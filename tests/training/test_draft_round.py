@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fake_stream import EOS, MASK, FakeStream
 from torch import Tensor
 
+from tests.training.fake_stream import EOS, MASK, FakeStream
 from trimode.model import AdapterSwitch, DenseAttention, DrafterAdapter, TriModeConfig, TriModeModel
 from trimode.training.config import DrafterPart
 from trimode.training.draft_noise import draw_slots, gumbel_noise

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from fake_stream import write_data
 from safetensors.torch import load_file
 from torch import Tensor
 
 import trimode
+from tests.training.fake_stream import write_data
 from trimode.checkpoint.adapter import load_adapter
 from trimode.checkpoint.io import load_model, load_tokenizer, save_checkpoint
 from trimode.errors import CheckpointError, ConfigError, TriModeError

@@ -10,16 +10,20 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-import killed_train
 import pytest
 import yaml
-from fake_stream import write_data
-from test_resume import MODEL, STAGE
 
+from tests.training import killed_train
+from tests.training.fake_stream import write_data
+from tests.training.tiny_run import MODEL, STAGE
 from trimode.training.config import EvaluationPart, SchedulePart, TrainConfig
 
+pytestmark = pytest.mark.process
+
+ROOT = Path(__file__).parents[2]
 KILLED, FAILED = -9, 1
 NAN = "not finite"
 KILLS = [n for n in killed_train.FAULTS if not n.startswith("no room") and n != NAN]
@@ -47,7 +51,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", killed_train.__file__, str(path), str(folder)],
+        [sys.executable, "-W", "ignore", "-m", killed_train.__name__, str(path), str(folder)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -15,11 +15,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from fake_stream import write_data
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import trimode
+from tests.training.fake_stream import write_data
 from trimode.checkpoint.adapter import merge_lora, save_adapter
 from trimode.checkpoint.io import load_model, load_tokenizer, save_checkpoint
 from trimode.errors import CapacityError, CheckpointError, ConfigError

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from fake_stream import MASK, FakeStream
 from torch import Tensor
 
+from tests.training.fake_stream import MASK, FakeStream
 from trimode.model import Checkpointing, DenseAttention, TriModeConfig, TriModeModel
 from trimode.training import chunked_attention, dual_stream
 from trimode.training.chunked_attention import ChunkedAttention

@@ -6,9 +6,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_stream import EOS, MASK, FakeStream
 
 from tests.reference import next_logits
+from tests.training.fake_stream import EOS, MASK, FakeStream
 from trimode.model import DenseAttention, TriModeConfig, TriModeModel
 from trimode.training.corruption import Corruption, corrupt, draft_pattern
 from trimode.training.draft_accuracy import draft_accuracy

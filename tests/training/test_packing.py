@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from fake_stream import BOS, EOS, FakeStream
 
+from tests.training.fake_stream import BOS, EOS, FakeStream
 from trimode.training.packing import RowSampler, pack_row
 
 

@@ -6,15 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import parallel_worker as worker
 import pytest
 import torch
 
+from tests.training import parallel_worker as worker
 from trimode.errors import CheckpointError, ConfigError
 from trimode.training.dist_checkpoint import load_distributed
 from trimode.training.parallel import Parallel, ParallelPart, setup
 
-WORKER = Path(worker.__file__)
+pytestmark = pytest.mark.ranks
+
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -43,7 +45,8 @@ def results(expected: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What all worlds of ranks did, by world: one launch for the whole file."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(WORKER), str(folder)],
+        [sys.executable, "-W", "ignore", "-m", worker.__name__, str(folder)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         env=environment,

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_documents import make_code, make_config, make_package
 from transformers import PreTrainedTokenizerFast
 
+from tests.training.made_documents import make_code, make_config, make_package
 from trimode.cli.main import main
 from trimode.errors import ConfigError
 from trimode.training import document_filter

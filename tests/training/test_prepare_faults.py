@@ -14,28 +14,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killed_prepare import DISK_FULL, DONE, KILLED, read_tree
-from made_documents import make_code, make_config
 
+from tests.training import killed_prepare
+from tests.training.killed_prepare import DISK_FULL, DONE, KILLED, read_tree
+from tests.training.made_documents import make_code, make_config
 from trimode.checkpoint.whole_folder import is_disk_full
 from trimode.cli.main import main
 from trimode.errors import ConfigError
 from trimode.training import byte_bpe, corpus
 from trimode.training.prepare import prepare
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What became of many runs that were cut off, see `killed_prepare`."""
     folder = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).with_name("killed_prepare.py")
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    words = [sys.executable, str(script), str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=280, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", killed_prepare.__name__, str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
+@pytest.mark.process
 def test_killed_at_any_moment(runs: dict[str, Any]) -> None:
     """Half an output, an old output lost in the middle of the move, or other bytes after a resume.
 
@@ -47,6 +56,7 @@ def test_killed_at_any_moment(runs: dict[str, Any]) -> None:
         assert (again, is_same, left) == (DONE, True, []), moment
 
 
+@pytest.mark.process
 def test_killed_again_and_again(runs: dict[str, Any]) -> None:
     """A run that only goes on from a first kill, or that spoils what an earlier one has left."""
     codes, is_same, left = runs["chain"]
@@ -55,6 +65,7 @@ def test_killed_again_and_again(runs: dict[str, Any]) -> None:
     assert (is_same, left) == (True, [])
 
 
+@pytest.mark.process
 def test_full_disk_keeps_the_old_output(runs: dict[str, Any]) -> None:
     """A full disk taken for success, the old output gone, or work that cannot be gone on from."""
     assert len(runs["full"]) >= 4

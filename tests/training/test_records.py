@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_documents import make_code, make_config
 
+from tests.training.made_documents import make_code, make_config
 from trimode.errors import ConfigError
 from trimode.training import corpus
 from trimode.training.manifest import Manifest

@@ -10,44 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from fake_stream import write_data
 
+from tests.training.fake_stream import write_data
+from tests.training.tiny_run import MODEL, STAGE
 from trimode.checkpoint import whole_folder
 from trimode.errors import CheckpointError, ConfigError, TriModeError
 from trimode.model import TriModeModel
 from trimode.training import joint
 from trimode.training.checkpoints import latest_checkpoint
-from trimode.training.config import (
-    EvaluationPart,
-    ExportPart,
-    ModelPart,
-    SchedulePart,
-    StagePart,
-    TrainConfig,
-)
+from trimode.training.config import EvaluationPart, ExportPart, SchedulePart, TrainConfig
 from trimode.training.objective import LossSums
 from trimode.training.resume import locked
 from trimode.training.trainer import TrainResult, train
-
-MODEL = ModelPart(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=128,
-    block_size=4,
-)
-STAGE = StagePart(
-    name="ar",
-    tokens=3 * 128,
-    diffusion_weight=0.0,
-    sequence_length=32,
-    batch_tokens=128,
-    micro_batch_sequences=2,
-    block_lengths=(4,),
-)
 
 
 @pytest.fixture(scope="module")

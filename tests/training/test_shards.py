@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_documents import make_config
 
+from tests.training.made_documents import make_config
 from trimode.errors import ConfigError
 from trimode.training.prepare import prepare
 from trimode.training.shard_writer import write_split

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_stream import write_data
-from test_resume import MODEL, STAGE
 from torch import nn
 
+from tests.training.fake_stream import write_data
+from tests.training.tiny_run import MODEL, STAGE
 from trimode.model import TriModeModel
 from trimode.training.batches import (
     block_lengths_at,
