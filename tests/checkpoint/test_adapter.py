@@ -15,8 +15,9 @@ from torch import Tensor
 
 from trimode.checkpoint.adapter import find_adapter, load_adapter, save_adapter
 from trimode.errors import CheckpointError
-from trimode.model import AdapterSwitch, TriModeModel
-from trimode.model.adapter import TARGETS, new_adapter
+from trimode.model import AdapterSwitch, DrafterAdapter, TriModeModel
+from trimode.model.adapter import TARGETS, AdapterForm, new_adapter
+from trimode.model.corrector import new_corrector
 
 peft = pytest.importorskip("peft")
 
@@ -233,6 +234,109 @@ def test_saved_adapter_is_read_back_and_by_peft(
     wrapped = peft.PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
     torch.testing.assert_close(wrapped(ids).logits, wanted, rtol=0, atol=1e-10)
     assert wrapped.peft_config["default"].base_model_name_or_path == "somewhere"
+
+
+def viewed(model: TriModeModel) -> DrafterAdapter:
+    """An adapter with all that PEFT has no word for."""
+    adapter = new_adapter(
+        *(model.encoder.layers,),
+        rank=3,
+        alpha=6.0,
+        targets=TARGETS,
+        seed=0,
+        form=AdapterForm(("draft", "denoise"), False, ("skip", "block"), 5),
+        mask_embeddings=torch.randn(2, model.config.hidden_size),
+        corrector=new_corrector(model.config.hidden_size, rank=4, num_candidates=8, seed=1),
+    )
+    for parameter in adapter.parameters():
+        parameter.data.normal_()
+    return adapter
+
+
+def test_form_mask_embeddings_and_corrector_are_read_back(
+    tiny_model: Model, tmp_path: Path
+) -> None:
+    """Prevents: an adapter decoded otherwise than it was trained; PEFT put off by what is ours."""
+    model = tiny_model(torch.float32)
+    adapter = viewed(model)
+    save_adapter(adapter, tmp_path / "view", dtype=torch.float32)
+    found = load_adapter(tmp_path / "view", model=model)
+    assert found.form == adapter.form
+    expected = dict(adapter.named_parameters())
+    assert expected.keys() == dict(found.named_parameters()).keys()
+    for name, parameter in found.named_parameters():
+        assert parameter.equal(expected[name]), name
+        assert not parameter.requires_grad
+    assert found.corrector is not None
+    assert found.corrector.num_candidates == 8
+    wrapped = peft.PeftModel.from_pretrained(model, str(tmp_path / "view"))
+    ids = torch.arange(10)[None]
+    bare = DrafterAdapter(
+        {(i, target): pair for i, target, pair in adapter.items()}, form=adapter.form
+    )
+    expected_logits = tiny_model(torch.float32)(ids, adapter=AdapterSwitch(bare, None)).logits
+    torch.testing.assert_close(wrapped(ids).logits, expected_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_published_adapter_has_no_files_of_ours(tiny_model: Model, tmp_path: Path) -> None:
+    """Prevents: folders that other engines have not seen; a form invented where none is said."""
+    model = tiny_model(torch.float32)
+    adapter = new_adapter(model.encoder.layers, rank=2, alpha=4.0, targets=("o_proj",), seed=0)
+    save_adapter(adapter, tmp_path / "plain", dtype=torch.float32)
+    names = {file.name for file in (tmp_path / "plain").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    assert load_adapter(tmp_path / "plain", model=model).form == AdapterForm(("draft",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"views": ["draft", "commit"]}, "views is .*; allowed: some of draft, denoise"),
+        ({"views": []}, "views is .*; allowed"),
+        ({"draft_forms": ["wide"]}, "draft_forms is .*; allowed: some of block, skip"),
+        ({"draft_forms": "skip"}, "draft_forms is 'skip'; allowed"),
+        ({"adapts_clean": "no"}, "adapts_clean is 'no'; allowed"),
+        ({"num_masks": 0}, "num_masks is 0; allowed"),
+        ({"place": "index in the group"}, "place is 'index in the group'; allowed"),
+        ({"format": 2}, "format is 2"),
+        ({"colour": "blue"}, "colour"),
+        ({"corrector_candidates": None}, "expected"),
+        ({"corrector_candidates": -1}, "corrector_candidates is -1; allowed"),
+    ],
+    ids=str,
+)
+def test_defects_of_a_view(
+    tiny_model: Model, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Prevents: a field misread, or a newer file read as if it were this version's."""
+    model = tiny_model(torch.float32)
+    save_adapter(viewed(model), tmp_path / "view", dtype=torch.float32)
+    path = tmp_path / "view" / "trimode_view.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    refused(tmp_path / "view", model, message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("corrector.state"),
+        lambda tensors: tensors.update(mask_embeddings=torch.zeros(2, 3)),
+        lambda tensors: tensors.update(mask_embeddings=torch.zeros(0, 64)),
+        lambda tensors: tensors.update(mask_embeddings=torch.zeros(1, 64, dtype=torch.int64)),
+        lambda tensors: tensors.update(extra=torch.zeros(1, 64)),
+        lambda tensors: tensors.update({"corrector.before": torch.zeros(9, 64)}),
+    ],
+    ids=["missing", "width", "empty", "integers", "extra", "rank"],
+)
+def test_defects_of_a_views_tensors(tiny_model: Model, tmp_path: Path, change: Any) -> None:
+    """Prevents: tensors of another network taken, or left out in silence."""
+    model = tiny_model(torch.float32)
+    save_adapter(viewed(model), tmp_path / "view", dtype=torch.float32)
+    path = tmp_path / "view" / "trimode_view.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    refused(tmp_path / "view", model, "trimode_view.safetensors")
 
 
 def test_an_adapter_is_found_by_its_name_inside_the_checkpoint(tmp_path: Path) -> None:
