@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trimode.arguments import Prompt, as_prompts, as_seeds, as_tuple, plain
 from trimode.checkpoint.adapter import check_use, find_adapter, load_adapter, merge_lora
-from trimode.checkpoint.io import load_model, load_tokenizer, resolve
+from trimode.checkpoint.io import load_model, load_tokenizer
+from trimode.checkpoint.model_cache import resolve
 from trimode.checkpoint.share import load_share
 from trimode.conversation import Messages, answering
 from trimode.decoding import Event, GenerationParams, Sequence, Stats
@@ -413,7 +414,8 @@ def load(
     Adapters are PEFT LoRA folders, each given by its path or by its name inside the checkpoint.
 
     Args:
-        path: A folder, or an id on the Hugging Face hub; None is the default model.
+        path: A name (`pocket`, `smollm2`), a folder, or an id on the Hugging Face hub; None is the
+            default model. A folder of a model's name is given as `./smollm2`, or as a `Path`.
         device: Default: CUDA where there is one, else the CPU.
         dtype: Default: bfloat16 on CUDA, float32 on the CPU.
         lora: Merged into the weights, so that every mode sees it, e.g. `instruct_lora` of the

@@ -24,11 +24,15 @@ from torch import Tensor
 
 from trimode.checkpoint import gguf_file, io, key_maps, whole_folder
 from trimode.checkpoint.mask_token import MaskToken, choose_mask_token
+from trimode.checkpoint.names import KNOWN, find_source
 from trimode.checkpoint.proof import prove, prove_tokenizer
 from trimode.checkpoint.source import Source, open_source
 from trimode.errors import CheckpointError, UnsupportedError
 from trimode.model import NemotronLabsDiffusionConfig, TriModeConfig
 from trimode.model.modeling import MODEL_CLASSES
+
+VERSION = 1
+"""Grows when the same source gives another result; the cache of named models goes by it."""
 
 ROW_MULTIPLE = 64
 GENERATION_DEFAULTS = "generation_config.json"
@@ -54,7 +58,7 @@ def convert(
 
     Args:
         source: A folder or hub id of a Llama, Mistral, Ministral 3, Qwen2 or Qwen3 checkpoint; or a
-            GGUF file, or a folder with nothing but one.
+            GGUF file, a folder with nothing but one, or a name of `names.KNOWN`.
         destination: A folder that does not exist or is empty; it appears complete or not at all.
         block_length: Default diffusion block length of the result.
         mask_token: A token or a token id of the vocabulary; None chooses one.
@@ -109,6 +113,8 @@ def convert(
 
 def _find(source: str | Path) -> Path:
     """The source's folder, or its GGUF file."""
+    if isinstance(source, str) and source in KNOWN:
+        return find_source(source)
     if gguf_file.is_gguf(source):
         return Path(source)
     folder = io.resolve(source)

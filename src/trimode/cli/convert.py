@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " learn to denoise: until it is trained, its diffusion view guesses badly."
     )
     parser.add_argument(
-        "source", metavar="SRC", help="a folder or hub id with safetensors, or a GGUF file"
+        "source", metavar="SRC", help="a folder or hub id with safetensors, a GGUF file, or smollm2"
     )
     parser.add_argument("destination", metavar="DST", help="a folder, new or empty")
     parser.add_argument(

@@ -20,14 +20,17 @@ _MODEL_CARD = "README.md"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "path", nargs="?", metavar="PATH", help="a folder or hub id (default: the built-in model)"
+        "path",
+        nargs="?",
+        metavar="PATH",
+        help="a name, folder or hub id (default: pocket, built in)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Describe it; weights are not loaded."""
-    from trimode.checkpoint.io import resolve
+    from trimode.checkpoint.model_cache import resolve
 
     record = describe(resolve(args.path))
     print(json.dumps(record) if args.json else as_text(record))

@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model = parser.add_argument_group("model")
     model.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a folder or hub id (default: built in)"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="pocket (built in, default), smollm2, a folder or a hub id",
     )
     model.add_argument("--name", metavar="NAME", help="what requests call it (default: its own)")
     model.add_argument("--lora", metavar="PATH", help="PEFT LoRA folder to merge into the weights")
