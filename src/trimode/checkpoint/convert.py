@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trimode.checkpoint import gguf_file, io, key_maps, whole_folder
+from trimode.checkpoint.generation_defaults import FILE_NAME as GENERATION_DEFAULTS
 from trimode.checkpoint.mask_token import MaskToken, choose_mask_token
 from trimode.checkpoint.names import KNOWN, find_source
 from trimode.checkpoint.proof import prove, prove_tokenizer
@@ -35,7 +36,6 @@ VERSION = 1
 """Grows when the same source gives another result; the cache of named models goes by it."""
 
 ROW_MULTIPLE = 64
-GENERATION_DEFAULTS = "generation_config.json"
 UNPACKED = "unpacked"
 """Folder for what a GGUF file holds; gone when the result is complete."""
 
