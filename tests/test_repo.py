@@ -20,10 +20,11 @@ PACKAGE = ROOT / "src" / "trimode"
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "_version": set(),
+    "user_cache": set(),
     "model": {"errors"},
-    "checkpoint": {"model", "errors"},
+    "checkpoint": {"model", "errors", "user_cache"},
     "decoding": {"model", "errors"},
-    "engine": {"decoding", "model", "errors"},
+    "engine": {"decoding", "model", "errors", "user_cache"},
     "conversation": {"errors"},
     "detokenize": set(),
     "arguments": {"errors"},

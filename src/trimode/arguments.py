@@ -1,4 +1,4 @@
-"""Arguments of Python callers as plain values: one prompt or several, seeds, numpy's numbers."""
+"""Arguments of Python callers as plain values: prompts, seeds, a device, numpy's numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Any
 
-from trimode.errors import RequestError
+import torch
+
+from trimode.errors import ConfigError, RequestError
 
 Prompt = str | Items[int]
 
@@ -55,3 +57,19 @@ def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
     if not isinstance(items, Items):
         raise RequestError(f"{name} is {values!r}; allowed: a list")
     return tuple(map(plain, items))
+
+
+def as_device(device: str | torch.device | None) -> torch.device:
+    """A device that this machine has; None is CUDA where there is one, else the CPU."""
+    num_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        device = "cuda" if num_cuda else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {str(device)!r}; allowed: cpu, cuda, cuda:0, ...")
+    if found.type == "cuda" and (found.index or 0) >= num_cuda:
+        raise ConfigError(f"device is '{found}'; this machine has {num_cuda} usable CUDA devices")
+    return found

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trimode.arguments import Prompt, as_prompts, as_seeds, as_tuple, plain
+from trimode.arguments import Prompt, as_device, as_prompts, as_seeds, as_tuple, plain
 from trimode.checkpoint.adapter import check_use, find_adapter, load_adapter, merge_lora
-from trimode.checkpoint.io import load_model, load_tokenizer, resolve
+from trimode.checkpoint.generation_defaults import GenerationDefaults, read_generation_defaults
+from trimode.checkpoint.io import load_model, load_tokenizer
+from trimode.checkpoint.model_cache import resolve
 from trimode.checkpoint.share import load_share
 from trimode.conversation import Messages, answering
 from trimode.decoding import Event, GenerationParams, Sequence, Stats
@@ -75,6 +77,7 @@ class TriModeLM:
         tokenizer: transformers tokenizer; None for a checkpoint without one, which takes prompts of
             token ids only.
         adapter: The drafter adapter, or None.
+        generation_defaults: Of the model's makers; `chat` uses them, `generate` does not.
         ranks: That share the network, if it was loaded so: those other than the first only follow.
     """
 
@@ -85,11 +88,13 @@ class TriModeLM:
         *,
         adapter: DrafterAdapter | None = None,
         ranks: Ranks | None = None,
+        generation_defaults: GenerationDefaults | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.adapter = adapter
         self.ranks = ranks
+        self.generation_defaults = generation_defaults or GenerationDefaults()
         self._grammars = Grammars(tokenizer, num_tokens=model.config.vocab_size)
 
     def generate(
@@ -168,14 +173,24 @@ class TriModeLM:
 
         Args:
             messages: `{"role": "user", "content": ...}` and so on; the last is not assistant's.
-            options: Of `generate`. The end of the assistant's turn ends the answer as well.
+            options: Of `generate`; what is left open is as `generation_config.json` of the model
+                has it. The end of the assistant's turn ends the answer as well.
 
         Raises:
             RequestError: as `generate`; or there is no template, or it refuses the conversation.
         """
-        generation = self.generate(**answering(self.tokenizer, messages, options))
+        generation = self.generate(**self.answering(messages, options))
         assert isinstance(generation, Generation)
         return generation
+
+    def answering(self, messages: Messages, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` and `stream` that answer a conversation; see `chat`."""
+        defaults = self.generation_defaults
+        arguments = answering(self.tokenizer, messages, defaults.fill(options))
+        if defaults.max_new_tokens is not None:
+            room = self.model.config.max_position_embeddings - len(arguments["prompt"])
+            arguments.setdefault("max_new_tokens", max(1, min(defaults.max_new_tokens, room)))
+        return arguments
 
     def revise(self, text: str, **options: Any) -> Revision:
         """Replace the least likely tokens of a text; see `trimode.revision.revise_text`."""
@@ -424,7 +439,8 @@ def load(
     Adapters are PEFT LoRA folders, each given by its path or by its name inside the checkpoint.
 
     Args:
-        path: A folder, or an id on the Hugging Face hub; None is the default model.
+        path: A name (`pocket`, `smollm2`), a folder, or an id on the Hugging Face hub; None is the
+            default model. A folder of a model's name is given as `./smollm2`, or as a `Path`.
         device: Default: CUDA where there is one, else the CPU.
         dtype: Default: bfloat16 on CUDA, float32 on the CPU.
         lora: Merged into the weights, so that every mode sees it, e.g. `instruct_lora` of the
@@ -442,11 +458,11 @@ def load(
     """
     options = {"dtype": dtype, "lora": lora, "drafter": drafter, "weights": weights}
     if not tensor_parallel:
-        return _load(resolve(path), None, device=_as_device(device), **options)
+        return _load(resolve(path), None, device=as_device(device), **options)
     if weights not in (None, "plain"):
         raise ConfigError(f"weights is {weights!r}; allowed with tensor_parallel: plain")
     options["weights"] = "plain"
-    ranks = join(_as_device(device))
+    ranks = join(as_device(device))
     try:
         return _load(resolve(path), ranks, device=ranks.device, **options)
     except BaseException:
@@ -480,22 +496,8 @@ def _load(folder: Path, ranks: Ranks | None, *, device: torch.device, **options:
         if adapter is not None:
             share_adapter(adapter, ranks.mesh)
         ranks.connect(model, adapter)
-    return TriModeLM(model, tokenizer, adapter=adapter, ranks=ranks)
-
-
-def _as_device(device: str | torch.device | None) -> torch.device:
-    num_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device is None:
-        device = "cuda" if num_cuda else "cpu"
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        found = torch.device("meta")
-    if found.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {str(device)!r}; allowed: cpu, cuda, cuda:0, ...")
-    if found.type == "cuda" and (found.index or 0) >= num_cuda:
-        raise ConfigError(f"device is '{found}'; this machine has {num_cuda} usable CUDA devices")
-    return found
+    defaults = read_generation_defaults(folder, model.config)
+    return TriModeLM(model, tokenizer, adapter=adapter, ranks=ranks, generation_defaults=defaults)
 
 
 def _bind(

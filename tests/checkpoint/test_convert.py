@@ -35,7 +35,7 @@ from trimode.errors import CapacityError, CheckpointError, ConfigError, Unsuppor
     ("family", "config", "published"),
     [
         pytest.param("llama", {"head_dim": 32}, True, id="llama"),
-        pytest.param("llama", {"tie_word_embeddings": True}, True, id="llama-tied"),
+        pytest.param("llama", {"tie_word_embeddings": True}, False, id="llama-tied"),
         pytest.param("llama", {"rope_parameters": LLAMA3}, True, id="llama-3-rope"),
         pytest.param("llama", {"attention_bias": True, "mlp_bias": True}, False, id="llama-biases"),
         pytest.param("mistral", {"sliding_window": None}, True, id="mistral"),
@@ -49,7 +49,7 @@ from trimode.errors import CapacityError, CheckpointError, ConfigError, Unsuppor
         pytest.param(
             "mistral3",
             {"rope_parameters": YARN, "tie_word_embeddings": True},
-            True,
+            False,
             id="vision-tied",
         ),
     ],
@@ -66,7 +66,10 @@ def test_every_family(
     assert type(model).__name__ in model.config.architectures
     assert (model.config.block_size, model.config.mask_token_id) == (16, 300)
     assert model.config.eos_token_ids == (257,)
-    assert not model.config.tie_word_embeddings
+    is_tied = config.get("tie_word_embeddings", False)
+    assert model.config.tie_word_embeddings == is_tied
+    assert record["head"] == ("tied to the embedding" if is_tied else "its own")
+    assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     ids = torch.randint(320, (100,), generator=torch.Generator().manual_seed(1))
     expected = their_logits(folder, ids)
     assert expected.std() > 1
@@ -74,7 +77,33 @@ def test_every_family(
     assert record["proof"]["max_difference"] < 1e-4 < record["proof"]["allowed_difference"]
     assert all("vision" in name or "multi_modal" in name for name in record["ignored"])
     assert bool(record["ignored"]) == (family == "mistral3")
-    assert {tensor["name"] for tensor in record["tensors"]} == model.state_dict().keys()
+    stored = {tensor["name"] for tensor in record["tensors"]}
+    assert stored == model.state_dict().keys() - ({"diffusion_head.weight"} if is_tied else set())
+
+
+def test_untied_on_demand(source: Source, tmp_path: Path) -> None:
+    """Prevents: no way to the published type for a source whose head is tied."""
+    folder = source("llama", tie_word_embeddings=True)
+    record = convert(folder, tmp_path / "target", mask_token="300", untie=True)
+    assert (record["model_type"], record["head"]) == (
+        "nemotron_labs_diffusion",
+        "a copy of the embedding",
+    )
+    weights = load_file(tmp_path / "target" / "model.safetensors")
+    head, embedding = weights["diffusion_head.weight"], weights["encoder.embed_tokens.weight"]
+    assert torch.equal(head, embedding)
+    ids = torch.arange(50)
+    logits = opened(tmp_path / "target")(ids[None]).logits[0]
+    torch.testing.assert_close(logits, their_logits(folder, ids), rtol=0, atol=1e-4)
+
+
+def test_generation_defaults_are_kept(source: Source, tmp_path: Path) -> None:
+    """Prevents: a chat model that forgets how its makers sample."""
+    folder = source("llama")
+    defaults = {"temperature": 0.6, "top_p": 0.9, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+    convert(folder, tmp_path / "target")
+    assert json.loads((tmp_path / "target" / "generation_config.json").read_text()) == defaults
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.checkpoint.made_sources import (
     LLAMA_SLOTS,
@@ -16,12 +17,16 @@ from tests.checkpoint.made_sources import (
     MakeTokenizer,
     Source,
     edit_json,
+    edit_weights,
     opened,
     refused,
 )
 from trimode.checkpoint.convert import convert
 from trimode.checkpoint.io import load_tokenizer
+from trimode.checkpoint.key_maps import UNTRAINED_MARKERS
 from trimode.errors import ConfigError
+
+SMOLLM2 = UNTRAINED_MARKERS["SmolLM2"]
 
 
 @pytest.mark.parametrize(
@@ -81,16 +86,36 @@ def test_new_rows_are_the_mean(source: Source, tmp_path: Path, tied: bool) -> No
     theirs = load_file(folder / "model.safetensors")
     ours = load_file(tmp_path / "target" / "model.safetensors")
     assert ("lm_head.weight" in theirs) == (not tied)
-    embedding = theirs["model.embed_tokens.weight"]
-    heads = {
-        "encoder.embed_tokens.weight": embedding,
-        "diffusion_head.weight": theirs.get("lm_head.weight", embedding),
-    }
+    heads = {"encoder.embed_tokens.weight": theirs["model.embed_tokens.weight"]}
+    if not tied:
+        heads["diffusion_head.weight"] = theirs["lm_head.weight"]
     for name, old in heads.items():
         assert ours[name].shape == (384, 64)
         assert torch.equal(ours[name][:321], old)
         torch.testing.assert_close(ours[name][321:], old.mean(0).expand(63, -1))
     assert opened(tmp_path / "target").config.num_valid_tokens == 322
+
+
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_a_marker_that_was_never_learned(
+    source: Source, tokenizer: MakeTokenizer, tmp_path: Path, is_learned: bool
+) -> None:
+    """Prevents: a vocabulary that grows for a frozen base, or a marker in use made the mask."""
+    folder = source("llama", tokenizer=tokenizer(*SMOLLM2), vocab_size=258 + len(SMOLLM2))
+
+    def level(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows = weights["model.embed_tokens.weight"]
+        rows[258:] = rows[258]
+        if is_learned:
+            rows[260] *= 1.1
+        return weights
+
+    edit_weights(folder, level)
+    record = convert(folder, tmp_path / "target")
+    expected = ("<|mask|>", 258 + len(SMOLLM2)) if is_learned else ("<gh_stars>", 258)
+    assert (record["mask_token"]["token"], record["mask_token"]["token_id"]) == expected
+    assert record["num_new_rows"] == (52 if is_learned else 0)
+    assert expected[1] in opened(tmp_path / "target").config.banned_token_ids
 
 
 @pytest.mark.parametrize(("wanted", "token_id"), [("<SPECIAL_99>", 258), ("259", 259)])

@@ -48,11 +48,12 @@ def test_convert_then_generate_in_three_modes(qwen: Path, capsys: Capture) -> No
     assert lines[0] == f"wrote       {target}"
     assert lines[1].startswith("model       qwen3 as trimode, ")
     assert lines[2] == "vocabulary  288 rows, 0 of them new; tokens are the first 259"
-    assert lines[3] == "mask token  <|mask|>, id 258 (the tokenizer's own)"
-    assert lines[5].startswith("proof       logits differ by ")
+    assert lines[3] == "head        tied to the embedding"
+    assert lines[4] == "mask token  <|mask|>, id 258 (the tokenizer's own)"
+    assert lines[6].startswith("proof       logits differ by ")
     name = "layers.*.input_layernorm.weight"
     assert f"model.{name} -> encoder.{name} [64] float32 x2\n" in err
-    assert "model.embed_tokens.weight -> diffusion_head.weight [288, 64] float32\n" in err
+    assert "model.embed_tokens.weight -> encoder.embed_tokens.weight [288, 64] float32\n" in err
     found = {}
     for mode in ("ar", "diffusion", "linear"):
         words = ["generate", "def f(x):", "--model", str(target), "--mode", mode, "--json"]

@@ -167,7 +167,10 @@ def test_options_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_word_with_a_dash_after_two_dashes(capsys: Capture) -> None:
     """Prevents: prompts and paths that cannot be given; Python versions differ in this."""
     assert main(["info", "--", "--odd"]) == 2
-    assert capsys.readouterr().err == "trimode: error: --odd: no such folder\n"
+    assert (
+        capsys.readouterr().err
+        == "trimode: error: --odd: no such folder; names of models are pocket, smollm2\n"
+    )
 
 
 def raising(error: BaseException) -> Callable[[argparse.Namespace], int]:

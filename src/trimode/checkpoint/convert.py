@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,23 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
-from trimode.checkpoint import io, key_maps, whole_folder
+from trimode.checkpoint import gguf_file, io, key_maps, whole_folder
+from trimode.checkpoint.generation_defaults import FILE_NAME as GENERATION_DEFAULTS
 from trimode.checkpoint.mask_token import MaskToken, choose_mask_token
+from trimode.checkpoint.names import KNOWN, find_source
 from trimode.checkpoint.proof import prove, prove_tokenizer
 from trimode.checkpoint.source import Source, open_source
 from trimode.errors import CheckpointError, UnsupportedError
 from trimode.model import NemotronLabsDiffusionConfig, TriModeConfig
 from trimode.model.modeling import MODEL_CLASSES
 
+VERSION = 1
+"""Grows when the same source gives another result; the cache of named models goes by it."""
+
 ROW_MULTIPLE = 64
+UNPACKED = "unpacked"
+"""Folder for what a GGUF file holds; gone when the result is complete."""
+
 _LIBRARIES = (torch, transformers, safetensors)
 
 
@@ -38,6 +48,7 @@ def convert(
     *,
     block_length: int = 32,
     mask_token: str | None = None,
+    untie: bool = False,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     proof_dtype: str = "float32",
@@ -46,11 +57,15 @@ def convert(
     """Write a tri-mode checkpoint whose AR view computes what the source computes.
 
     Args:
-        source: A folder or hub id of a Llama, Mistral, Ministral 3, Qwen2 or Qwen3 checkpoint.
+        source: A folder or hub id of a Llama, Mistral, Ministral 3, Qwen2 or Qwen3 checkpoint; or a
+            GGUF file, a folder with nothing but one, or a name of `names.KNOWN`.
         destination: A folder that does not exist or is empty; it appears complete or not at all.
         block_length: Default diffusion block length of the result.
         mask_token: A token or a token id of the vocabulary; None chooses one.
-        dtype: Element type to write; None keeps that of each tensor.
+        untie: Write a copy of the embedding as the head where the source ties the two. The result
+            may then have the published type, which has no tied head.
+        dtype: Element type to write; None keeps that of each tensor, and is float32 for a GGUF
+            file, whose dequantised weights are then exact.
         max_shard_size: Such as "5GB"; one shard at most is in memory while copying.
         proof_dtype: Element type of the proof, which holds one network of the source's size.
         on_plan: Called with the record, all but its `proof`, before weights are read.
@@ -64,15 +79,16 @@ def convert(
         ConfigError: an argument is not valid.
         UnsupportedError: the source computes something that our network does not.
     """
-    folder, target = io.resolve(source), Path(destination).resolve()
-    if target == folder.resolve():
+    place, target = _find(source), Path(destination).resolve()
+    if target == place.resolve():
         raise CheckpointError(f"{destination} is the source itself; give another folder")
     proved_in = io.as_dtype(proof_dtype)
     written_in = None if dtype is None else io.as_dtype(dtype)
-    with io.fresh_folder(target) as partial:
+    with io.fresh_folder(target) as partial, _as_folder(place, partial) as folder:
         opened = open_source(folder)
         mask = choose_mask_token(mask_token, opened)
-        config = our_config(opened, mask, block_length=block_length)
+        is_tied = opened.is_tied and not untie
+        config = our_config(opened, mask, block_length=block_length, is_tied=is_tied)
         mapping = map_tensors(opened, config)
         record = {"source": str(source)} | make_record(opened, mask, config, mapping, written_in)
         if on_plan is not None:
@@ -87,12 +103,48 @@ def convert(
             prove_tokenizer(opened, partial, mask)
         record["proof"] = prove(opened, partial, written_in=written_in, proved_in=proved_in)
         with whole_folder.writing(target, what="checkpoint"):
+            if (folder / GENERATION_DEFAULTS).exists():
+                shutil.copyfile(folder / GENERATION_DEFAULTS, partial / GENERATION_DEFAULTS)
             (partial / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
+            shutil.rmtree(partial / UNPACKED, ignore_errors=True)
             whole_folder.settle(partial)
     return record
 
 
-def our_config(source: Source, mask: MaskToken, *, block_length: int) -> TriModeConfig:
+def _find(source: str | Path) -> Path:
+    """The source's folder, or its GGUF file."""
+    if isinstance(source, str) and source in KNOWN:
+        return find_source(source)
+    if gguf_file.is_gguf(source):
+        return Path(source)
+    folder = io.resolve(source)
+    files = sorted(folder.glob(f"*{gguf_file.SUFFIX}"))
+    if not files or (folder / io.CONFIG_NAME).exists():
+        return folder
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{folder} has several GGUF files; give one of them: {names}")
+    return files[0]
+
+
+@contextmanager
+def _as_folder(place: Path, partial: Path) -> Iterator[Path]:
+    """The source as a folder; a GGUF file is unpacked within, and errors name the file."""
+    if not gguf_file.is_gguf(place):
+        yield place
+        return
+    folder = partial / UNPACKED
+    try:
+        with whole_folder.writing(partial.with_suffix(""), what="checkpoint"):
+            gguf_file.unpack(place, folder)
+        yield folder
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(str(error).replace(str(folder), str(place))) from error
+
+
+def our_config(
+    source: Source, mask: MaskToken, *, block_length: int, is_tied: bool = False
+) -> TriModeConfig:
     """The result's configuration, of the published type where that can express it.
 
     Rows beyond the last token are padding and never chosen; new rows fill up to a multiple of 64.
@@ -114,6 +166,7 @@ def our_config(source: Source, mask: MaskToken, *, block_length: int) -> TriMode
         "eos_token_id": source.eos_token_id,
         "mask_token_id": mask.token_id,
         "block_size": block_length,
+        "tie_word_embeddings": is_tied,
     }
     config = TriModeConfig(**fields)
     if config.is_published_shape:
@@ -123,23 +176,23 @@ def our_config(source: Source, mask: MaskToken, *, block_length: int) -> TriMode
 
 
 def map_tensors(source: Source, config: TriModeConfig) -> dict[str, str]:
-    """Our name -> the source's, for every tensor of the result; a tied head is the embedding.
+    """Our name -> the source's, for every tensor of the result that is stored.
+
+    A tied head that is not to stay tied is the embedding.
 
     Raises:
         CheckpointError: tensors of the source are missing, extra or misshapen.
         UnsupportedError: a tensor is not of floats.
     """
-    layouts = key_maps.VISION_LAYOUTS if source.is_vision else key_maps.TEXT_LAYOUTS
-    embedding = key_maps.EMBEDDING.removeprefix("encoder.")
-    layout = next((it for it in layouts if it.encoder + embedding in source.stored), layouts[0])
+    layout = source.layout
     ours = io.expected_shapes(config)
     mapping = {name: layout.encoder + name.removeprefix("encoder.") for name in ours}
-    mapping[key_maps.HEAD] = layout.head
-    if layout.head not in source.stored and source.is_tied:
-        mapping[key_maps.HEAD] = mapping[key_maps.EMBEDDING]
+    mapping[key_maps.HEAD] = layout.embedding if source.is_tied else layout.head
+    if config.tie_word_embeddings:
+        del mapping[key_maps.HEAD]
     expected = {theirs: ours[name] for name, theirs in mapping.items()}
-    for name in (key_maps.EMBEDDING, key_maps.HEAD):
-        expected[mapping[name]] = (source.config.vocab_size, config.hidden_size)
+    for name in expected.keys() & {layout.embedding, layout.head}:
+        expected[name] = (source.config.vocab_size, config.hidden_size)
     found = {n: stored.shape for n, stored in source.stored.items() if not is_ignored(n, source)}
     io.compare_shapes(source.folder, found=found, expected=expected)
     for name in found:
@@ -187,7 +240,8 @@ def make_record(
     written_in: torch.dtype | None,
 ) -> dict[str, Any]:
     """What `conversion.json` says, but for the proof and the source's path."""
-    shapes = {name: list(shape) for name, shape in io.expected_shapes(config).items()}
+    expected = io.expected_shapes(config)
+    shapes = {name: list(expected[name]) for name in mapping}
     kept = {name: key_maps.DTYPES[source.stored[theirs].dtype] for name, theirs in mapping.items()}
     return {
         "source_model_type": source.model_type,
@@ -197,6 +251,7 @@ def make_record(
         "num_valid_tokens": config.num_valid_tokens,
         "num_new_rows": config.vocab_size - source.config.vocab_size,
         "block_size": config.block_size,
+        "head": _head(source, config),
         "has_tokenizer": source.tokenizer is not None,
         "mask_token": asdict(mask),
         "tensors": [
@@ -207,3 +262,10 @@ def make_record(
         "ignored": sorted(name for name in source.stored if is_ignored(name, source)),
         "versions": {library.__name__: library.__version__ for library in _LIBRARIES},
     }
+
+
+def _head(source: Source, config: TriModeConfig) -> str:
+    """How the head came by its weights."""
+    if config.tie_word_embeddings:
+        return "tied to the embedding"
+    return "a copy of the embedding" if source.is_tied else "its own"

@@ -70,6 +70,11 @@ class Layout:
     encoder: str
     head: str
 
+    @property
+    def embedding(self) -> str:
+        """The embedding's name."""
+        return self.encoder + EMBEDDING.removeprefix("encoder.")
+
 
 TEXT_LAYOUTS = (Layout("model.", "lm_head.weight"),)
 VISION_LAYOUTS = (
@@ -123,6 +128,20 @@ RESERVED_TOKENS = tuple(
     )
 )
 """Vocabulary slots that wait for a use, the best first."""
+
+UNTRAINED_MARKERS: dict[str, tuple[str, ...]] = {
+    "SmolLM2": (
+        *("<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>"),
+        *("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>"),
+        *("<jupyter_script>", "<empty_output>"),
+    ),
+}
+"""Known model -> markers of its vocabulary that it never saw in training. The first one serves as
+the mask token if the embedding rows of all are one and the same, as they are where nothing was
+learned."""
+
+SAME_ROW = 0.02
+"""Distance of two such rows, as a share of their length: rounding to 8 bits stays below."""
 
 PROOF_BOUNDS: dict[torch.dtype, float] = {
     torch.float64: 1e-4,  # transformers computes norms and angles in float32 even then

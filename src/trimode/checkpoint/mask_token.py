@@ -1,13 +1,16 @@
 """The mask token of a converted checkpoint: found in the source's vocabulary, or added to it.
 
-An unused reserved slot is better than a new token, for it costs no row. How rows grow is in
-`convert`; this module decides on the token alone.
+An unused reserved slot is better than a new token, for it costs no row; so is a marker that the
+source never learned. How rows grow is in `convert`; this module decides on the token alone.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
 
 from trimode.checkpoint import key_maps
 from trimode.checkpoint.source import Source
@@ -26,8 +29,9 @@ class MaskToken:
 def choose_mask_token(wanted: str | None, source: Source) -> MaskToken:
     """Find a mask token or make one; the source's tokenizer, if there is one, then knows it.
 
-    In order: the wanted one, the tokenizer's own, a reserved slot that nothing uses, a new token,
-    which takes a row of the embedding that has no token yet or else grows the vocabulary.
+    In order: the wanted one, the tokenizer's own, a marker that a known model never learned, a
+    reserved slot that nothing uses, a new token, which takes a row of the embedding that has no
+    token yet or else grows the vocabulary.
     """
     tokenizer, num_rows = source.tokenizer, source.config.vocab_size
     if tokenizer is None:
@@ -37,6 +41,8 @@ def choose_mask_token(wanted: str | None, source: Source) -> MaskToken:
         token, how = _wanted_token(wanted, vocab, source), "named"
     elif tokenizer.mask_token is not None:
         token, how = tokenizer.mask_token, "the tokenizer's own"
+    elif (marker := _untrained_marker(vocab, source)) is not None:
+        token, how = marker, "untrained marker"
     elif (reserved := _reserved_token(vocab, source)) is not None:
         token, how = reserved, "reserved slot"
     else:
@@ -88,12 +94,38 @@ def _wanted_token(wanted: str, vocab: dict[str, int], source: Source) -> str:
 
 def _reserved_token(vocab: dict[str, int], source: Source) -> str | None:
     """The best reserved slot with a row of its own, no role and no place in the chat template."""
-    template = str(source.tokenizer.chat_template or "")
-    roles = set(source.tokenizer.special_tokens_map.values())
     by_id = sorted(vocab, key=vocab.__getitem__)
     for pattern in key_maps.RESERVED_TOKENS:
         for token in filter(pattern.fullmatch, by_id):
-            is_taken = token in roles or token in template or vocab[token] in source.special_ids
-            if vocab[token] < source.config.vocab_size and not is_taken:
+            if vocab[token] < source.config.vocab_size and not _is_taken(token, vocab, source):
                 return token
     return None
+
+
+def _untrained_marker(vocab: dict[str, int], source: Source) -> str | None:
+    """The marker of a known model that serves, if the model has indeed not learned it."""
+    for markers in key_maps.UNTRAINED_MARKERS.values():
+        ids = [vocab.get(marker, source.config.vocab_size) for marker in markers]
+        is_known = max(ids) < source.config.vocab_size
+        if is_known and not _is_taken(markers[0], vocab, source) and _are_same_rows(ids, source):
+            return markers[0]
+    return None
+
+
+def _is_taken(token: str, vocab: dict[str, int], source: Source) -> bool:
+    """Whether a token has a role, or a place in the chat template."""
+    template = str(source.tokenizer.chat_template or "")
+    roles = source.tokenizer.special_tokens_map.values()
+    return token in roles or token in template or vocab[token] in source.special_ids
+
+
+def _are_same_rows(ids: list[int], source: Source) -> bool:
+    """Whether the embedding has one and the same row for all these tokens."""
+    name = source.layout.embedding
+    if name not in source.stored:
+        return False
+    with safe_open(source.stored[name].file, framework="pt") as stored:
+        embedding = stored.get_slice(name)
+        rows = torch.cat([embedding[i : i + 1] for i in ids]).float()
+    length = float(rows[0].norm())
+    return length > 0 and float((rows - rows[0]).norm(dim=1).max()) <= key_maps.SAME_ROW * length

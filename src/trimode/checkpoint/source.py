@@ -22,7 +22,8 @@ class Source:
     Attributes:
         folder, model_type: Where it is, and what it calls itself.
         config: transformers' configuration, of the text part if there is vision too.
-        is_vision, is_tied: Whether it is a vision layout, and whether the head may be absent.
+        is_vision, is_tied: Whether it is a vision layout, and whether the head is the embedding.
+        layout: Where the text network is among the tensors.
         stored: What the safetensors headers say.
         tokenizer: transformers' tokenizer, or None; choosing a mask token adds that to it.
         eos_token_id: The generation defaults' if they name any, else the configuration's.
@@ -34,6 +35,7 @@ class Source:
     config: Any
     is_vision: bool
     is_tied: bool
+    layout: key_maps.Layout
     stored: dict[str, io.StoredTensor]
     tokenizer: Any
     eos_token_id: int | list[int] | None
@@ -54,6 +56,9 @@ def open_source(folder: Path) -> Source:
             f"allowed: {', '.join(key_maps.FAMILIES)}"
         )
     _check_expressible(config, path)
+    is_vision = model_type in key_maps.VISION_FAMILIES
+    layout = _find_layout(stored, is_vision=is_vision)
+    is_tied = whole.tie_word_embeddings or config.tie_word_embeddings
     tokenizer = _read_tokenizer(folder)
     has_defaults = (folder / "generation_config.json").exists()
     defaults = io.read_json(folder / "generation_config.json") if has_defaults else {}
@@ -66,13 +71,19 @@ def open_source(folder: Path) -> Source:
         folder=folder,
         model_type=model_type,
         config=config,
-        is_vision=model_type in key_maps.VISION_FAMILIES,
-        is_tied=whole.tie_word_embeddings or config.tie_word_embeddings,
+        is_vision=is_vision,
+        is_tied=is_tied and layout.head not in stored,
+        layout=layout,
         stored=stored,
         tokenizer=tokenizer,
         eos_token_id=eos_token_id if has_defaults_eos else config.eos_token_id,
         special_ids=_ids(folder, taken),
     )
+
+
+def _find_layout(stored: dict[str, io.StoredTensor], *, is_vision: bool) -> key_maps.Layout:
+    layouts = key_maps.VISION_LAYOUTS if is_vision else key_maps.TEXT_LAYOUTS
+    return next((it for it in layouts if it.embedding in stored), layouts[0])
 
 
 def _known_type(content: dict[str, Any], path: Path) -> str:

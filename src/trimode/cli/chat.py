@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = (
         "Without MESSAGE on a terminal: a conversation, a line a message, until Ctrl-D. Answers go"
-        " to stdout, counts to stderr. The model's tokenizer must have a chat template."
+        " to stdout, counts to stderr. The model's tokenizer must have a chat template. What is not"
+        " given below is as the model's generation_config.json has it, if it has one."
     )
     parser.add_argument(
         "message",
@@ -89,9 +90,7 @@ def _talk(lm: TriModeLM, messages: list[dict[str, str]], options: dict[str, Any]
 
 def _answer(lm: TriModeLM, messages: list[dict[str, str]], options: dict[str, Any]) -> Generation:
     """The answer on stdout as it comes, its cost on stderr."""
-    from trimode.conversation import answering
-
-    stream = lm.stream(**answering(lm.tokenizer, messages, options))
+    stream = lm.stream(**lm.answering(messages, options))
     print_pieces(stream)
     assert stream.generation is not None
     mode, block_length = in_force(lm, options)

@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " network of the source's size in memory, in --proof-dtype. A converted network has yet to"
         " learn to denoise: until it is trained, its diffusion view guesses badly."
     )
-    parser.add_argument("source", metavar="SRC", help="a folder or hub id, safetensors only")
+    parser.add_argument(
+        "source", metavar="SRC", help="a folder or hub id with safetensors, a GGUF file, or smollm2"
+    )
     parser.add_argument("destination", metavar="DST", help="a folder, new or empty")
     parser.add_argument(
         "--block-length",
@@ -34,9 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mask-token",
         metavar="TOKEN",
-        help="a token of the vocabulary or its id (default: a reserved slot, else a new token)",
+        help="a token of the vocabulary or its id (default: a marker or slot that the source never"
+        " used, else a new token)",
     )
-    parser.add_argument("--dtype", metavar="D", help="write this type (default: the source's)")
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="write a copy of the embedding as the head, where the source ties the two; only so can"
+        " the result have the published type",
+    )
+    parser.add_argument(
+        "--dtype", metavar="D", help="write this type (default: the source's; of GGUF float32)"
+    )
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="per file (default %(default)s)"
     )
@@ -59,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         args.destination,
         block_length=args.block_length,
         mask_token=args.mask_token,
+        untie=args.untie,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         proof_dtype=args.proof_dtype,
@@ -104,6 +116,7 @@ def _summary(record: dict[str, Any], destination: str) -> str:
         "model": f"{record['source_model_type']} as {record['model_type']},"
         f" {record['parameters']:,} parameters, block length {record['block_size']}",
         "vocabulary": rows,
+        "head": record["head"],
         "mask token": f"{mask['token'] or 'unnamed'}, id {mask['token_id']} ({mask['how']})",
         "tensors": f"{len(record['tensors'])} copied, {len(record['ignored'])} left behind",
         "proof": f"logits differ by {proof['max_difference']:.2g} at most, allowed"

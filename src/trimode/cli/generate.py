@@ -191,7 +191,9 @@ def load_model(args: argparse.Namespace) -> TriModeLM:
 def add_model_arguments(parser: argparse.ArgumentParser, *, has_drafter: bool = True) -> None:
     """Declare what `trimode.load` takes; no drafter for a command that drafts nothing."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="PATH", help="a folder or hub id (default: built in)")
+    model.add_argument(
+        "--model", metavar="PATH", help="pocket (built in, default), smollm2, a folder or a hub id"
+    )
     model.add_argument(
         "--lora",
         metavar="PATH",

@@ -20,14 +20,17 @@ _MODEL_CARD = "README.md"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "path", nargs="?", metavar="PATH", help="a folder or hub id (default: the built-in model)"
+        "path",
+        nargs="?",
+        metavar="PATH",
+        help="a name, folder or hub id (default: pocket, built in)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Describe it; weights are not loaded."""
-    from trimode.checkpoint.io import resolve
+    from trimode.checkpoint.model_cache import resolve
 
     record = describe(resolve(args.path))
     print(json.dumps(record) if args.json else as_text(record))
@@ -40,6 +43,7 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder is not a checkpoint that could be loaded.
     """
+    from trimode.checkpoint.generation_defaults import read_generation_defaults
     from trimode.checkpoint.io import check_weights, read_model_config
 
     config = read_model_config(folder)
@@ -55,6 +59,7 @@ def describe(folder: Path) -> dict[str, Any]:
             "eos": list(config.eos_token_ids),
             "mask": config.mask_token_id,
         },
+        "generation_defaults": read_generation_defaults(folder, config).as_record(),
         "modes": _modes(config),
         "adapters": sorted(file.parent.name for file in folder.glob("*/adapter_config.json")),
         "has_model_card": (folder / _MODEL_CARD).is_file(),
@@ -79,6 +84,7 @@ def as_text(record: dict[str, Any]) -> str:
         if record["tokenizer"] is None
         else f"{record['tokenizer']['size']:,} tokens ({config['vocab_size']:,} rows)",
         "special ids": ", ".join(f"{k} {v}" for k, v in record["special_token_ids"].items()),
+        "chat, serve": _as_defaults(record["generation_defaults"]),
         **{f"mode {name}": _as_words(name, knobs) for name, knobs in record["modes"].items()},
         "adapters": ", ".join(record["adapters"]) or "none",
         "model card": "yes" if record["has_model_card"] else "none",
@@ -152,6 +158,16 @@ def _as_words(mode: str, knobs: dict[str, Any]) -> str:
     if mode == "auto":
         given |= {k: f"up to {given[k]}" for k in ("block_length", "branches")}
     return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in given.items())
+
+
+def _as_defaults(defaults: dict[str, Any]) -> str:
+    """What `generation_config.json` says, for a reader."""
+    named = {name.replace("_", " "): value for name, value in defaults.items()}
+    unread = named.pop("unread", [])
+    words = [f"{name} {value}" for name, value in named.items()]
+    if unread:
+        words.append(f"not used: {', '.join(unread)}")
+    return ", ".join(words) or "no generation_config.json, or nothing in it"
 
 
 def _environment() -> dict[str, Any]:

@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model = parser.add_argument_group("model")
     model.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a folder or hub id (default: built in)"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="pocket (built in, default), smollm2, a folder or a hub id",
     )
     model.add_argument("--name", metavar="NAME", help="what requests call it (default: its own)")
     model.add_argument("--lora", metavar="PATH", help="PEFT LoRA folder to merge into the weights")
@@ -59,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", metavar="D", help="cpu, cuda, ...")
     model.add_argument("--dtype", metavar="D", help="float32, bfloat16, ...")
     model.add_argument("--weights", metavar="FORM", help="plain, packed or int8")
+    model.add_argument(
+        "--generation-config",
+        default="auto",
+        metavar="WHICH",
+        help="defaults of what a request leaves open: auto (the model's generation_config.json),"
+        " none, or PATH of such a file or of a folder with it (default auto)",
+    )
     model.add_argument(
         "--tensor-parallel",
         action="store_true",
@@ -207,6 +217,7 @@ def _run(args: argparse.Namespace) -> int:
         "time_slice": args.time_slice,
         "max_waiting": args.max_waiting,
         "max_prompt_tokens": args.max_prompt_tokens,
+        "generation_config": args.generation_config,
         "has_auto": not args.no_auto,
     }
     if args.max_output_tokens is not None:
@@ -286,6 +297,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--tensor-parallel with --replicas {args.replicas}; allowed: one of the two"
         )
+    which = args.generation_config
+    if which not in ("auto", "none") and not Path(which).exists():
+        raise ConfigError(f"--generation-config is {which!r}; allowed: auto, none, or a path")
     if not 0 <= args.port <= 65_535:
         raise ConfigError(f"--port is {args.port}; allowed: 0 to 65535")
     if not 0 <= args.shutdown_timeout <= 86_400:

@@ -24,6 +24,7 @@ from trimode.engine.runner import Feed, Runner
 from trimode.errors import CapacityError
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.adapter import PUBLISHED_FORM
+from trimode.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def find_costs(
     """
     key = _key(model, adapter)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = (_cache_folder() if folder is None else folder) / f"costs_{name}.json"
+    path = (cache_folder() if folder is None else folder) / f"costs_{name}.json"
     if path.exists():
         try:
             return Costs(_read(path, key))
@@ -293,11 +294,6 @@ def _cpu_name() -> str:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "trimode"
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> dict[Point, float]:

@@ -109,14 +109,15 @@ class _Server:
         try:
             body = await read_body(request, settings=self.settings)
             asked: CompletionRequest | ChatRequest
+            defaults = self.backend.card.generation_defaults
             if chat:
                 asked = parse(ChatRequest, body)
                 check_model(asked.model, self.backend.card)
-                jobs = chat_jobs(asked, caller, settings=self.settings)
+                jobs = chat_jobs(asked, caller, settings=self.settings, defaults=defaults)
             else:
                 asked = parse(CompletionRequest, body)
                 check_model(asked.model, self.backend.card)
-                jobs = completion_jobs(asked, caller, settings=self.settings)
+                jobs = completion_jobs(asked, caller, settings=self.settings, defaults=defaults)
             request.scope["trimode"]["mode"] = jobs[0].options.get("mode", "linear")
             options = asked.stream_options
             answer = Answer(

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from trimode.checkpoint.generation_defaults import GenerationDefaults
 from trimode.decoding.stats import Stats
 
 
@@ -21,8 +22,9 @@ class Job:
         request_id: Of the HTTP request it belongs to, for the logs.
         task: `generate`, `chat` or `infill`.
         inputs: The prompt (str or token ids), the messages, or the text with its gaps.
-        options: Further arguments of `TriModeLM.generate` or `.infill`, as the user gave them;
-            without `max_new_tokens` as many as fit.
+        options: Further arguments of `TriModeLM.generate` or `.infill`.
+        usual_new_tokens: Without `max_new_tokens` in `options` so many as fit, at most these; None
+            means the backend's own number.
         client: Whose job it is; clients share the engine fairly.
         timeout_s: Seconds from submission after which it is aborted; None for no deadline.
         wants_events: Whether `Happening`s are sent, beside the text.
@@ -34,6 +36,7 @@ class Job:
     task: str
     inputs: Any
     options: Mapping[str, Any] = field(default_factory=dict)
+    usual_new_tokens: int | None = None
     client: str = ""
     timeout_s: float | None = None
     wants_events: bool = False
@@ -171,6 +174,7 @@ class ModelCard:
         has_chat: Whether its tokenizer has a chat template.
         has_drafter: Whether a drafter adapter is on for drafts.
         num_parameters: Of the network.
+        generation_defaults: For what a request leaves open.
     """
 
     name: str
@@ -180,6 +184,7 @@ class ModelCard:
     has_chat: bool
     has_drafter: bool
     num_parameters: int
+    generation_defaults: GenerationDefaults = GenerationDefaults()
 
 
 class Backend(Protocol):

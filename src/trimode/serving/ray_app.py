@@ -28,7 +28,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from trimode import runtime
-from trimode.checkpoint.io import resolve
+from trimode.checkpoint.model_cache import resolve
 from trimode.errors import CapacityError, ConfigError, TriModeError
 from trimode.serving.app import create_app
 from trimode.serving.jobs import Job, Update

@@ -1,7 +1,8 @@
 """What requests may hold: OpenAI's fields, and ours beside them, flat and optional.
 
-A field that is not given has OpenAI's default where OpenAI has the field (temperature 1, 16 tokens
-for a completion), else that of `TriModeLM.generate`.
+A field that is not given is as the model's generation_config.json has it. If the file says nothing,
+it has OpenAI's default where OpenAI has the field (temperature 1, 16 tokens for a completion), else
+that of `TriModeLM.generate`.
 """
 
 from __future__ import annotations

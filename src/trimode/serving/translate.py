@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_args
 import pydantic_core
 from pydantic import BaseModel, ValidationError
 
+from trimode.checkpoint.generation_defaults import GenerationDefaults
 from trimode.serving.jobs import Failed, Job, ModelCard
 from trimode.serving.refusals import Refusal, bad_request
 from trimode.serving.schemas import (
@@ -99,8 +100,20 @@ def parse(kind: type[R], body: bytes) -> R:
         raise _refusal(kind, error) from None
 
 
-def completion_jobs(request: CompletionRequest, caller: Caller, *, settings: Settings) -> list[Job]:
+def completion_jobs(
+    request: CompletionRequest,
+    caller: Caller,
+    *,
+    settings: Settings,
+    defaults: GenerationDefaults,
+) -> list[Job]:
     """A job for each choice: all of the first prompt, then of the second, and so on.
+
+    Args:
+        request: Checked.
+        caller: Who asks.
+        settings: Of the server.
+        defaults: Of the model, for what the request leaves open.
 
     Raises:
         Refusal: 400, naming the field.
@@ -111,26 +124,36 @@ def completion_jobs(request: CompletionRequest, caller: Caller, *, settings: Set
         prompts = request.prompt if is_many else [request.prompt]
     if not request.prompt and not isinstance(request.prompt, str):
         raise bad_request('prompt is []; allowed: "" for an empty prompt', param="prompt")
-    options = _options(request)
-    number = request.max_tokens
-    if number is None:
+    options = _options(request, defaults)
+    number, usual = request.max_tokens, _usual(defaults, settings)
+    if number is None and usual is None:
         number = min(DEFAULT_COMPLETION_TOKENS, settings.max_output_tokens or sys.maxsize)
-    options["max_new_tokens"] = _max_tokens("max_tokens", number, settings=settings)
+    if number is not None:
+        options["max_new_tokens"] = _max_tokens("max_tokens", number, settings=settings)
     if request.logprobs is not None:
         options["logprobs"] = request.logprobs
     names = {"inputs": "prompt", "max_new_tokens": "max_tokens"}
     return _jobs(
-        "generate", prompts, request, options=options, names=names, caller=caller, settings=settings
+        "generate",
+        prompts,
+        request,
+        options=options,
+        usual=usual,
+        names=names,
+        caller=caller,
+        settings=settings,
     )
 
 
-def chat_jobs(request: ChatRequest, caller: Caller, *, settings: Settings) -> list[Job]:
-    """A job for each choice.
+def chat_jobs(
+    request: ChatRequest, caller: Caller, *, settings: Settings, defaults: GenerationDefaults
+) -> list[Job]:
+    """A job for each choice; arguments as of `completion_jobs`.
 
     Raises:
         Refusal: 400, naming the field.
     """
-    options = _options(request)
+    options = _options(request, defaults)
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise bad_request(
             "max_tokens and max_completion_tokens are given; allowed: one of them",
@@ -154,7 +177,14 @@ def chat_jobs(request: ChatRequest, caller: Caller, *, settings: Settings) -> li
         names["json_schema"] = "response_format"
     messages = [_plain(message) for message in request.messages]
     return _jobs(
-        "chat", [messages], request, options=options, names=names, caller=caller, settings=settings
+        "chat",
+        [messages],
+        request,
+        options=options,
+        usual=_usual(defaults, settings),
+        names=names,
+        caller=caller,
+        settings=settings,
     )
 
 
@@ -202,11 +232,19 @@ def check_model(name: str | None, card: ModelCard) -> None:
         raise Refusal(Failed(status=404, code="model_not_found", message=message, param="model"))
 
 
-def _options(request: CompletionRequest | ChatRequest) -> dict[str, Any]:
-    """Arguments of `TriModeLM.generate` that a request gives."""
-    options = {name: value for name in OURS if (value := getattr(request, name)) is not None}
-    temperature = request.temperature
-    options["temperature"] = DEFAULT_TEMPERATURE if temperature is None else temperature
+def _usual(defaults: GenerationDefaults, settings: Settings) -> int | None:
+    """New tokens of a request that says nothing, if the model says something."""
+    own = defaults.max_new_tokens
+    return None if own is None else min(own, settings.max_output_tokens or sys.maxsize)
+
+
+def _options(
+    request: CompletionRequest | ChatRequest, defaults: GenerationDefaults
+) -> dict[str, Any]:
+    """Arguments of `TriModeLM.generate` that a request gives, and those that the model does."""
+    names = (*OURS, "temperature")
+    options = {name: value for name in names if (value := getattr(request, name)) is not None}
+    options = {"temperature": DEFAULT_TEMPERATURE, **defaults.fill(options)}
     if request.logit_bias is not None:
         options["logit_bias"] = {
             _token_id(token_id): value for token_id, value in request.logit_bias.items()
@@ -226,6 +264,7 @@ def _jobs(
     request: CompletionRequest | ChatRequest,
     *,
     options: dict[str, Any],
+    usual: int | None,
     names: Mapping[str, str],
     caller: Caller,
     settings: Settings,
@@ -246,6 +285,7 @@ def _jobs(
             task=task,
             inputs=one,
             options={**options, "seed": seed + choice},
+            usual_new_tokens=usual,
             client=caller.name,
             timeout_s=_timeout(request.timeout_s, settings),
             wants_events=bool(request.events),

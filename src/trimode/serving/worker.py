@@ -13,8 +13,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
+from trimode.checkpoint.generation_defaults import GenerationDefaults, read_generation_defaults
 from trimode.conversation import answering
 from trimode.decoding import Sequence
 from trimode.decoding.params import DEFAULT_BRANCHES, MODE_NAMES
@@ -81,10 +83,13 @@ class LocalBackend:
         max_step_tokens: The same, but what the model's own block length may ask for is allowed.
         max_new_tokens: Where a job gives none, at most so many, as far as they fit.
         max_prompt_tokens: Longer prompts are refused; None for no limit but the context.
+        generation_config: `auto` takes the defaults of the model's own generation_config.json,
+            `none` takes none; else the file, or a folder with it.
         has_auto: Whether mode `auto` is there, for which forwards are measured at first, once for
             each machine.
 
     Raises:
+        CheckpointError: the file of defaults is damaged.
         ConfigError: the model has no tokenizer, or a number is out of its range.
         CapacityError: the K/V rows do not fit into memory.
     """
@@ -102,6 +107,7 @@ class LocalBackend:
         time_slice: int | None = None,
         max_new_tokens: int = 1024,
         max_prompt_tokens: int | None = None,
+        generation_config: str = "auto",
         has_auto: bool = True,
     ) -> None:
         if lm.tokenizer is None:
@@ -119,6 +125,7 @@ class LocalBackend:
             has_chat=bool(lm.tokenizer.chat_template),
             has_drafter=lm.adapter is not None,
             num_parameters=lm.model.num_parameters(),
+            generation_defaults=_defaults(lm, generation_config),
         )
         room = block_length * (1 + DEFAULT_BRANCHES)
         engine = Engine(
@@ -294,7 +301,8 @@ class LocalBackend:
                 f"the prompt has {num_prompt} tokens, beyond the context of {context}; allowed: at"
                 f" most {context - 1}"
             )
-        num_new = options.setdefault("max_new_tokens", min(room, self._max_new_tokens))
+        usual = job.usual_new_tokens or self._max_new_tokens
+        num_new = options.setdefault("max_new_tokens", min(room, usual))
         if num_new > room:
             raise RequestError(
                 f"prompt of {num_prompt} tokens + max_new_tokens={num_new} ="
@@ -439,3 +447,11 @@ def _param(job: Job, message: str) -> str | None:
     fields = {job.names.get(name, name) for name in job.options} | {"end_think_token_id"}
     named = (word for word in re.findall(r"\w+", message) if word in fields)
     return next(named, job.names.get("inputs"))
+
+
+def _defaults(lm: TriModeLM, generation_config: str) -> GenerationDefaults:
+    if generation_config == "auto":
+        return lm.generation_defaults
+    if generation_config == "none":
+        return GenerationDefaults()
+    return read_generation_defaults(Path(generation_config), lm.model.config)

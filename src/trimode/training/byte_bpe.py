@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from trimode.checkpoint.model_cache import named_folder
 from trimode.errors import ConfigError
 
 BOS, EOS, MASK = "<|bos|>", "<|eos|>", "<|mask|>"
@@ -85,7 +86,7 @@ def load_tokenizer(folder: str | Path, *, mask_token: str | None) -> PreTrainedT
     """Loads an existing tokenizer folder and checks that it names the tokens that shards need.
 
     Args:
-        folder: A folder with `tokenizer.json`, or one of prepared data.
+        folder: A folder with `tokenizer.json`, one of prepared data, or the name of a model.
         mask_token: Token to use as the mask where the tokenizer declares none (or another one).
 
     Raises:
@@ -113,8 +114,9 @@ def load_tokenizer(folder: str | Path, *, mask_token: str | None) -> PreTrainedT
 
 def tokenizer_folder(folder: str | Path) -> Path:
     """The tokenizer's own folder in one of prepared data, else the folder itself."""
-    inner = Path(folder) / "tokenizer"
-    return inner if (inner / "tokenizer.json").is_file() else Path(folder)
+    outer = named_folder(folder)
+    inner = outer / "tokenizer"
+    return inner if (inner / "tokenizer.json").is_file() else outer
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from trimode.checkpoint.model_cache import named_folder
 from trimode.errors import ConfigError
 from trimode.training.byte_bpe import load_tokenizer, special_token_ids
 from trimode.training.chat_markers import with_markers
@@ -77,7 +78,7 @@ class ChatFormat:
         tokenizer = load_tokenizer(config.tokenizer, mask_token=config.mask_token)
         template, source = _find_template(config.chat_template, tokenizer)
         tokenizer, markers = with_markers(
-            tokenizer, template=template, folder=Path(config.tokenizer)
+            tokenizer, template=template, folder=named_folder(config.tokenizer)
         )
         tokenizer.chat_template = template
         return cls(

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from trimode.checkpoint.io import resolve
+from trimode.checkpoint.model_cache import resolve
 from trimode.errors import ConfigError
 from trimode.model import TriModeConfig, TriModeModel
 from trimode.training.config import TrainConfig

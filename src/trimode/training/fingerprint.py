@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from trimode._version import __version__
+from trimode.checkpoint.model_cache import named_folder
 from trimode.training.byte_bpe import tokenizer_folder
 from trimode.training.manifest import FORMAT_VERSION
 from trimode.training.prepare_config import PrepareConfig
@@ -48,7 +49,7 @@ def _versions() -> dict[str, str]:
 
 
 def _tokenizer_files(config: PrepareConfig) -> Iterator[Path]:
-    if config.tokenizer is not None and Path(config.tokenizer).is_dir():
+    if config.tokenizer is not None and named_folder(config.tokenizer).is_dir():
         folder = tokenizer_folder(config.tokenizer)
         for pattern in ("*token*.json", "*.jinja", "config.json", "*.model"):
             yield from sorted(folder.glob(pattern))

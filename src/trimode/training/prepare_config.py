@@ -72,8 +72,8 @@ class PrepareConfig:
         extensions: File name endings looked for in `folders`.
         include_tests: Whether test folders of packages, folders and the library are used as well.
         vocab_size: Size of the vocabulary to learn.
-        tokenizer: Folder of an existing tokenizer (of a checkpoint, or of prepared data) to use
-            instead of learning one. Needed for `kind: chat`.
+        tokenizer: Name of a model, or folder of a checkpoint, of a tokenizer or of prepared data,
+            whose tokenizer to use instead of learning one. Needed for `kind: chat`.
         mask_token: Mask token of that tokenizer, where it declares none.
         chat_template: File with the Jinja template of a conversation; null takes the tokenizer's
             own, and ChatML where it has none.

