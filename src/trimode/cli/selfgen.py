@@ -134,12 +134,15 @@ def run(args: argparse.Namespace) -> int:
     started_s = time.monotonic()
     console = Console(stderr=True)
     with Output(Path(args.output), arguments, is_overwritten=args.overwrite) as output:
-        writing = Writing(lm, options, batch=args.batch, prompts=prompts, before=output.before)
+        writing = Writing(
+            lm, options, batch=args.batch, prompts=prompts, before=output.before, early=output.early
+        )
         output.write_counts(writing.tally, is_finished=writing.is_finished)
         counted_s = time.monotonic()
         with StopSignals() as signals, _progress(console, writing, num) as show:
-            for outcomes in writing.steps():
-                output.write(outcomes)
+            for settled, early in writing.steps():
+                output.write_early(early)
+                output.write(settled)
                 show()
                 if time.monotonic() > counted_s + _SECONDS_BETWEEN_COUNTS:
                     output.write_counts(writing.tally, is_finished=False)

@@ -106,9 +106,10 @@ def noisy_argmax(scores: Tensor, keys: Tensor) -> Tensor:
 
 def _noisy_best(scores: Tensor, key: Tensor) -> Tensor:
     """The same for one row: scores [V], key []."""
-    ids = (scores >= scores.max() - _NOISE_RANGE).nonzero()[:, 0]
-    if not len(ids):
+    highest = scores.max()
+    if not highest.isfinite():
         return scores.argmax()
+    ids = (scores >= highest - _NOISE_RANGE).nonzero()[:, 0]
     scores = scores[ids]
     words = _mix(key + _steps_of(ids))
     exponential = (53 * _LN2 - _odd(words).double().log_()).clamp_(min=2.0**-53)

@@ -39,15 +39,15 @@ class Outcome:
     num_answer_tokens: int = 0
 
     @classmethod
-    def read(cls, record: Mapping[str, Any], *, is_kept: bool) -> Outcome:
+    def read(cls, record: Mapping[str, Any]) -> Outcome:
         """From a line that was written before.
 
         Raises:
             ConfigError: It is no such line.
         """
-        index, reason = record.get("index"), None if is_kept else record.get("reason")
+        index, reason = record.get("index"), record.get("reason")
         answer_ids = record.get("answer_ids", [])
-        is_known = is_kept or reason in (*ABOUT_PROMPTS, *ABOUT_ANSWERS)
+        is_known = reason is None or reason in (*ABOUT_PROMPTS, *ABOUT_ANSWERS)
         has_messages = isinstance(record.get("messages"), list)
         if not isinstance(index, int) or not is_known or not has_messages:
             raise ConfigError("not a line that this command wrote")

@@ -2,6 +2,7 @@
 
     out.jsonl               the conversations, in the order of their index
     out.jsonl.dropped.jsonl what was dropped and why, likewise
+    out.jsonl.early.jsonl   while a run goes on: what waits for an earlier index
     out.jsonl.counts.json   the arguments, the counts, and whether the run is finished
 
 Every index is a line of one of the first two, so a run that was killed goes on behind the last one.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -32,6 +33,7 @@ class Output:
     Attributes:
         path: As given.
         before: Outcomes that are there, index 0 first.
+        early: Outcomes behind an index that is missing.
 
     Raises:
         ConfigError: Another run is writing there, or files are there that this run did not write.
@@ -42,28 +44,30 @@ class Output:
     ) -> None:
         self.path = path
         self.dropped_path = path.with_name(f"{path.name}.dropped.jsonl")
+        self.early_path = path.with_name(f"{path.name}.early.jsonl")
         self.counts_path = path.with_name(f"{path.name}.counts.json")
         self._arguments = json.loads(json.dumps(arguments))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._files: dict[bool, IO[bytes]] = {}
+            self._files: dict[str, IO[bytes]] = {}
             is_new = not path.exists()
-            self._files[True] = path.open("a+b")
+            self._files["kept"] = path.open("a+b")
             self._lock()
             if is_overwritten:
                 self.counts_path.unlink(missing_ok=True)
             elif not is_new or self.counts_path.exists():
                 self._check_arguments()
-            self._files[False] = self.dropped_path.open("a+b")
+            self._files["dropped"] = self.dropped_path.open("a+b")
+            self._files["early"] = self.early_path.open("a+b")
             if is_overwritten or is_new:
-                self._cut({True: 0, False: 0})
+                self._cut({})
         except OSError as error:
             self.close()
             raise ConfigError(f"output: {path} cannot be written ({error.strerror})") from error
         except ConfigError:
             self.close()
             raise
-        self.before = self._read()
+        self.before, self.early = self._read()
 
     def __enter__(self) -> Output:
         return self
@@ -84,13 +88,15 @@ class Output:
     def write(self, outcomes: Iterable[Outcome]) -> None:
         """Add lines; they survive the process, whatever happens to it."""
         for outcome in outcomes:
-            line = json.dumps(outcome.record, ensure_ascii=False, separators=(",", ":"))
-            file = self._files[outcome.reason is None]
-            file.write(line.encode() + b"\n")
-            file.flush()
+            self._add("kept" if outcome.reason is None else "dropped", outcome)
+
+    def write_early(self, outcomes: Iterable[Outcome]) -> None:
+        """Keep outcomes that wait for an earlier index, for a run that goes on with this one."""
+        for outcome in outcomes:
+            self._add("early", outcome)
 
     def write_counts(self, tally: Tally, *, is_finished: bool) -> None:
-        """Put the arguments and the counts beside the conversations."""
+        """Put the arguments and the counts beside the conversations; at the end alone there."""
         record = {
             "arguments": self._arguments,
             "is_finished": is_finished,
@@ -99,10 +105,12 @@ class Output:
         partial = self.counts_path.with_name(f".{self.counts_path.name}.partial")
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
         os.replace(partial, self.counts_path)
+        if is_finished:
+            self.early_path.unlink(missing_ok=True)
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._files[True], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._files["kept"], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"output: another run is writing {self.path}") from None
 
@@ -126,33 +134,45 @@ class Output:
             what = ", ".join(f"{n} {there.get(n)!r}, not {wanted.get(n)!r}" for n in changed)
             raise ConfigError(f"output: {self.path} was written with {what}{advice}")
 
-    def _read(self) -> list[Outcome]:
-        """The outcomes of both files up to the first index that is missing; the rest is cut off."""
-        found: dict[int, tuple[Outcome, bool, int]] = {}
-        for is_kept, file in self._files.items():
-            file.seek(0)
-            end = 0
-            for line in file:
-                end += len(line)
-                if line.endswith(b"\n"):  # else its writer was killed
-                    outcome = self._outcome(line, is_kept=is_kept)
-                    found[outcome.index] = outcome, is_kept, end
-        ends = {True: 0, False: 0}
-        outcomes: list[Outcome] = []
-        while len(outcomes) in found:
-            outcome, is_kept, ends[is_kept] = found[len(outcomes)]
-            outcomes.append(outcome)
+    def _read(self) -> tuple[list[Outcome], list[Outcome]]:
+        """Outcomes up to the first index that is missing, and those behind it; what a killed writer
+        left is cut off."""
+        found: dict[int, tuple[Outcome, str, int]] = {}
+        for name in ("kept", "dropped"):
+            for outcome, end in self._lines(name):
+                found[outcome.index] = outcome, name, end
+        ends: dict[str, int] = {}
+        before: list[Outcome] = []
+        while len(before) in found:
+            outcome, name, ends[name] = found[len(before)]
+            before.append(outcome)
+        early = {one.index: one for one, _ in self._lines("early") if one.index >= len(before)}
         self._cut(ends)
-        return outcomes
+        self.write_early(early.values())
+        return before, list(early.values())
 
-    def _outcome(self, line: bytes, *, is_kept: bool) -> Outcome:
-        path = self.path if is_kept else self.dropped_path
-        try:
-            return Outcome.read(json.loads(line), is_kept=is_kept)
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"output: {path} is damaged ({error}); --overwrite it") from error
+    def _lines(self, name: str) -> Iterator[tuple[Outcome, int]]:
+        """Outcomes of one file, and where their line ends."""
+        file, end = self._files[name], 0
+        file.seek(0)
+        for line in file:
+            end += len(line)
+            if not line.endswith(b"\n"):  # its writer was killed
+                break
+            try:
+                yield Outcome.read(json.loads(line)), end
+            except (ValueError, AttributeError) as error:
+                raise ConfigError(
+                    f"output: {file.name} is damaged ({error}); --overwrite it"
+                ) from error
 
-    def _cut(self, ends: Mapping[bool, int]) -> None:
-        for is_kept, file in self._files.items():
-            file.truncate(ends[is_kept])
+    def _add(self, name: str, outcome: Outcome) -> None:
+        line = json.dumps(outcome.record, ensure_ascii=False, separators=(",", ":"))
+        self._files[name].write(line.encode() + b"\n")
+        self._files[name].flush()
+
+    def _cut(self, ends: Mapping[str, int]) -> None:
+        """Shorten the files; those not named lose everything."""
+        for name, file in self._files.items():
+            file.truncate(ends.get(name, 0))
             file.seek(0, os.SEEK_END)

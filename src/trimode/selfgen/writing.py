@@ -54,9 +54,10 @@ class Writing:
         batch: Sequences that run together; it changes the speed, not the text.
         prompts: To be answered; None: the model writes them.
         before: Outcomes of an earlier run with the same options, index 0 first.
+        early: Further ones, of any later index.
 
     Attributes:
-        tally: Counts of all outcomes, earlier ones included.
+        tally: Counts of all outcomes in order, earlier ones included.
 
     Raises:
         ConfigError: The options do not fit the model, or to each other.
@@ -72,6 +73,7 @@ class Writing:
         batch: int,
         prompts: list[Messages] | None = None,
         before: Iterable[Outcome] = (),
+        early: Iterable[Outcome] = (),
     ) -> None:
         if prompts is None and options.num is None:
             raise ConfigError("num is None; allowed: at least 1, since the model writes prompts")
@@ -79,8 +81,7 @@ class Writing:
         self._lm, self._options, self._prompts, self._batch = lm, options, prompts, batch
         self._seen = PromptsSeen(threshold=options.near_duplicates)
         for outcome in before:
-            if outcome.reason not in ABOUT_PROMPTS:
-                self._seen.reason(_asked(outcome.record["messages"]))
+            self._remember(outcome)
             self.tally.add(outcome)
         if options.num is not None and self.tally.num_kept > options.num:
             raise ConfigError(
@@ -92,6 +93,8 @@ class Writing:
         self._ready: deque[_Written] = deque()  # answers that wait for a row
         self._running: dict[int, _Written] = {}  # by the id of the sequence
         self._outcomes: dict[int, Outcome] = {}  # behind an index that is still open
+        self._early = {outcome.index: outcome for outcome in early}
+        self._new: list[Outcome] = []
         self._num_tokens = {"prompt": 0, "answer": 0}  # of sequences that ended
         self._asking = None if prompts is not None else self._plan_of_prompts()
         example = self._answer(0, [{"role": "user", "content": "x"}])
@@ -122,11 +125,12 @@ class Writing:
         running = (one for one in self._running.values() if _kind(one) == what)
         return self._num_tokens[what] + sum(len(one.seq.new_ids) for one in running)
 
-    def steps(self) -> Iterator[list[Outcome]]:
+    def steps(self) -> Iterator[tuple[list[Outcome], list[Outcome]]]:
         """Write until all is there; yields after every forward.
 
         Yields:
-            The outcomes that are known now, in the order of their index, often none.
+            The outcomes whose turn it is, in the order of their index, often none; and new ones
+            that wait for those before them.
 
         Raises:
             RequestError: Next to nothing of what the model writes can be kept.
@@ -139,7 +143,10 @@ class Writing:
             if not self._options.keeps_loops:
                 self._abort_loops()
             self._judge()
-            yield self._settled()
+            settled = self._settled()
+            waiting = [one for one in self._new if one.index in self._outcomes]
+            self._new = []
+            yield settled, waiting
 
     @property
     def _num_indexes(self) -> int | None:
@@ -196,7 +203,11 @@ class Writing:
         return num_open * share < self._options.num - self.tally.num_kept
 
     def _begin(self, index: int) -> None:
-        """Have the prompt of an index written, or take the given one."""
+        """Have the prompt of an index written, or take the given one, or an early outcome."""
+        if index in self._early:
+            self._candidates[index] = self._early.pop(index)
+            self._judge()
+            return
         if self._asking is not None:
             seed = self._options.seed_of(index, "prompt")
             self._submit(_Written(self._lm.prepare(**self._asking, seed=seed), index, None))
@@ -217,7 +228,7 @@ class Writing:
         if written.messages is None:
             self._candidates[written.index] = self._prompt_written(written)
         else:
-            self._outcomes[written.index] = self._answer_written(written)
+            self._put(self._answer_written(written))
 
     def _abort_loops(self) -> None:
         for one in list(self._running.values()):
@@ -234,10 +245,21 @@ class Writing:
             found = self._candidates.pop(index)
             self._next_judged += 1
             judged = found if isinstance(found, Outcome) else self._candidate(index, found)
+            if judged is found and isinstance(judged, Outcome):
+                self._remember(judged)
             if isinstance(judged, Outcome):
-                self._outcomes[index] = judged
+                self._put(judged)
             else:
                 self._ready.append(judged)
+
+    def _put(self, outcome: Outcome) -> None:
+        self._outcomes[outcome.index] = outcome
+        self._new.append(outcome)
+
+    def _remember(self, outcome: Outcome) -> None:
+        """An outcome of an earlier run: later prompts are compared with its prompt."""
+        if outcome.reason not in ABOUT_PROMPTS:
+            self._seen.reason(_asked(outcome.record["messages"]))
 
     def _candidate(self, index: int, messages: Messages) -> _Written | Outcome:
         if not messages[-1]["content"].strip():
