@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from trimode.training.near_duplicates import first_of_each, signature
+from trimode.training.near_duplicates import SIGNATURE_WORDS, first_of_each, signature
 
 LOOP_WINDOW = 64
 MOST_LOOP_PERIOD = 16
@@ -17,7 +17,8 @@ class PromptsSeen:
     """The prompts so far, in the order of their index.
 
     Args:
-        threshold: Similarity from which a prompt is a near duplicate; 1 finds equal ones only.
+        threshold: Similarity from which a prompt of at least five words is a near duplicate; 1
+            finds equal ones only.
 
     Raises:
         ConfigError: The library that finds near duplicates is missing.
@@ -36,7 +37,7 @@ class PromptsSeen:
         folded = " ".join(prompt.casefold().split())
         if folded in self._folded:
             return "duplicate"
-        if self._signatures is not None:
+        if self._signatures is not None and len(folded.split()) >= SIGNATURE_WORDS:
             self._signatures.append(signature(folded))
             if not next(self._is_new):
                 return "near_duplicate"

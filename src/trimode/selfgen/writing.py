@@ -97,7 +97,7 @@ class Writing:
         self._new: list[Outcome] = []
         self._num_tokens = {"prompt": 0, "answer": 0}  # of sequences that ended
         self._asking = None if prompts is not None else self._plan_of_prompts()
-        example = self._answer(0, [{"role": "user", "content": "x"}])
+        example = self._answer(0, [*self._opening(), {"role": "user", "content": "x"}])
         self._most_prompt_ids = len(example.prompt_ids) + options.max_prompt_tokens
         widest = [cells_needed(example) + options.max_prompt_tokens]
         if self._asking is not None:
@@ -174,6 +174,11 @@ class Writing:
         }
         return self._lm.prepare(**answering(self._lm.tokenizer, messages, settings))
 
+    def _opening(self) -> Messages:
+        """What stands before the user's message."""
+        system = self._options.system
+        return [] if system is None else [{"role": "system", "content": system}]
+
     def _check_worth(self) -> None:
         num, num_kept = self.tally.num_indexes, self.tally.num_kept
         if self._prompts is None and num >= _LEAST_INDEXES and num_kept < _LEAST_SHARE * num:
@@ -213,10 +218,9 @@ class Writing:
             self._submit(_Written(self._lm.prepare(**self._asking, seed=seed), index, None))
             return
         assert self._prompts is not None
-        messages, system = self._prompts[index], self._options.system
-        if system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-        self._candidates[index] = messages
+        messages = self._prompts[index]
+        opening = [] if messages[0]["role"] == "system" else self._opening()
+        self._candidates[index] = [*opening, *messages]
         self._judge()
 
     def _submit(self, written: _Written) -> None:
@@ -277,10 +281,9 @@ class Writing:
 
     def _prompt_written(self, written: _Written) -> Messages | Outcome:
         """The messages to answer, or why the prompt is none."""
-        seq, system = written.seq, self._options.system
+        seq = written.seq
         text = self._lm.generation(seq).text.strip()
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": text})
+        messages = [*self._opening(), {"role": "user", "content": text}]
         reason = None
         if seq.finish_reason == "abort":
             reason = "prompt_failed"
