@@ -81,7 +81,9 @@ class Output:
         self.close()
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Let go of the files; remove the early one if it is empty."""
+        if "early" in self._files and not self.early_path.stat().st_size:
+            self.early_path.unlink()
         for file in self._files.values():
             file.close()
 
@@ -96,7 +98,7 @@ class Output:
             self._add("early", outcome)
 
     def write_counts(self, tally: Tally, *, is_finished: bool) -> None:
-        """Put the arguments and the counts beside the conversations; at the end alone there."""
+        """Put the arguments and the counts beside the conversations; at the end nothing waits."""
         record = {
             "arguments": self._arguments,
             "is_finished": is_finished,
@@ -106,7 +108,7 @@ class Output:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
         os.replace(partial, self.counts_path)
         if is_finished:
-            self.early_path.unlink(missing_ok=True)
+            self._files["early"].truncate(0)
 
     def _lock(self) -> None:
         try:

@@ -17,8 +17,6 @@ from trimode.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
 
-pytest_plugins = ("tests.selfgen.conftest",)
-
 NUM = 40
 
 
