@@ -40,9 +40,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("runtime", "infill", "conversation", "detokenize"),  # it runs what runtime runs, in steps
         *("engine", "decoding", "checkpoint", "model", "errors", "_version"),
     },
+    "selfgen": {
+        *("runtime", "conversation", "training"),  # of training: near duplicates
+        *("engine", "decoding", "checkpoint", "model", "errors"),
+    },
     "hf": {"runtime", "engine", "decoding", "checkpoint", "model", "errors"},
     "cli": {
-        *("serving", "evaluation", "training", "runtime", "infill", "engine"),
+        *("serving", "evaluation", "selfgen", "training", "runtime", "infill", "engine"),
         *("conversation", "detokenize", "decoding", "checkpoint", "model", "errors", "_version"),
     },
     "__main__": {"cli"},

@@ -1,4 +1,4 @@
-"""A conversation as a prompt: the chat template up to the answer, and what ends the answer."""
+"""A conversation as a prompt: the chat template up to the next turn, and what ends that turn."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trimode.errors import RequestError
 
 _STAND_IN = "\N{OBJECT REPLACEMENT CHARACTER}"
+_OTHER_STAND_IN = "\N{INTERLINEAR ANNOTATION ANCHOR}"
 _ROLES = ("system", "user", "assistant")
 
 Messages = Sequence[Mapping[str, str]]
@@ -32,11 +33,7 @@ def answering(
     Raises:
         RequestError: No chat template, or one that refuses the conversation.
     """
-    if tokenizer is None or not tokenizer.chat_template:
-        raise RequestError(
-            "a conversation needs a tokenizer with a chat template, and this model has none; give "
-            "a model that was tuned on conversations, or a LoRA that was"
-        )
+    tokenizer = _with_template(tokenizer)
     if "prompt" in options:
         raise RequestError("prompt is given beside messages; allowed: one of them")
     plain = _checked(messages)
@@ -46,13 +43,69 @@ def answering(
     if len(parts) < 3:
         raise RequestError("the chat template leaves out what assistant or user say")
     prompt = _encode(tokenizer, _render(tokenizer, plain, add_generation_prompt=True))
-    arguments = {**options, "prompt": prompt}
-    marker = _first_special(tokenizer, parts[1])
+    return {**options, "prompt": prompt} | _ended_by(tokenizer, parts[1], options)
+
+
+def asking(
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: Mapping[str, Any],
+    *,
+    system: str | None = None,
+) -> dict[str, Any]:
+    """Arguments of `TriModeLM.generate` that have the model write the user's first message.
+
+    Args:
+        tokenizer: With a chat template.
+        options: Other arguments.
+        system: The system message; None leaves it to the template.
+
+    Returns:
+        As `answering`: the prompt is the template up to where the message begins, and the end of
+        the user's turn ends the text.
+
+    Raises:
+        RequestError: No chat template, or one that does not show where the message begins or ends.
+
+    Source:
+        Magpie (Xu et al. 2024, arXiv 2406.08464).
+    """
+    tokenizer = _with_template(tokenizer)
+    before = [] if system is None else [{"role": "system", "content": system}]
+    found = set()
+    for user, assistant in ((_STAND_IN, _OTHER_STAND_IN), (_OTHER_STAND_IN, _STAND_IN)):
+        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        opening, _, rest = _render(tokenizer, [*before, *turns]).partition(user)
+        ending = rest.partition(assistant)[0]
+        found.add((opening, ending if rest and user not in rest else ""))
+    opening, ending = found.pop()
+    if found or not opening or not ending.strip():
+        raise RequestError(
+            "the chat template does not show where the user's message begins and ends, so the"
+            " model cannot write one; give it prompts"
+        )
+    prompt = _encode(tokenizer, opening)
+    return {**options, "prompt": prompt} | _ended_by(tokenizer, ending, options)
+
+
+def _with_template(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None or not tokenizer.chat_template:
+        raise RequestError(
+            "a conversation needs a tokenizer with a chat template, and this model has none; give "
+            "a model that was tuned on conversations, or a LoRA that was"
+        )
+    return tokenizer
+
+
+def _ended_by(
+    tokenizer: PreTrainedTokenizerBase, ending: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options that end a text where the template ends the turn; none if nothing marks that."""
+    marker = _first_special(tokenizer, ending)
     if marker is not None:
-        arguments["stop_token_ids"] = _with(options.get("stop_token_ids"), marker)
-    elif parts[1].strip():
-        arguments["stop"] = _with(options.get("stop"), parts[1].strip().splitlines()[0])
-    return arguments
+        return {"stop_token_ids": _with(options.get("stop_token_ids"), marker)}
+    if ending.strip():
+        return {"stop": _with(options.get("stop"), ending.strip().splitlines()[0])}
+    return {}
 
 
 def _checked(messages: Messages) -> list[dict[str, str]]:

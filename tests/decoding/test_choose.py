@@ -143,7 +143,7 @@ def test_speculation_follows_the_enumerated_law(
         ("noise_key", lambda real: lambda seed, position: real(0, position)),
         # A filter after the noise keeps the winner, whatever it is: it filters nothing.
         ("filter_logits", lambda real: lambda logits, **_: logits),
-        ("gumbel", lambda real: lambda keys, num_tokens: 0.8 * real(keys, num_tokens)),
+        ("noisy_argmax", lambda real: lambda scores, keys: real(scores / 0.8, keys)),
     ],
     ids=["noise reused", "seed ignored", "filter after noise", "noise too small"],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from trimode.decoding.noise import _log, gumbel, noise_key, random_words
+from trimode.decoding.noise import _log, gumbel, noise_key, noisy_argmax, random_words
 
 EULER = 0.5772156649015329
 
@@ -104,3 +104,16 @@ def test_log_is_accurate() -> None:
     exact = torch.tensor([math.log(v) for v in x.tolist()], dtype=torch.float64)
     # Beside the method's own 1e-12, half a last bit of a large result.
     assert float(((_log(x) - exact).abs() - exact.abs() * 2**-52).max()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0, 1e6])
+def test_the_quick_argmax_is_the_exact_one(scale: float, dtype: torch.dtype) -> None:
+    """Prevents: the rough logarithm, or a bound on the noise, deciding between close tokens."""
+    generator = torch.Generator().manual_seed(3)
+    scores = (torch.randn(200, 500, generator=generator) * scale).to(dtype)
+    scores[:100, ::3] = -torch.inf
+    scores[::2] = scores[::2].round(decimals=1)  # with ties
+    keys = torch.tensor([noise_key(seed, 5) for seed in range(200)])
+    expected = (scores + gumbel(keys, 500).to(dtype)).argmax(dim=-1)
+    assert noisy_argmax(scores, keys).equal(expected)

@@ -28,7 +28,7 @@ from trimode.errors import (
 
 COMMANDS = (
     *("generate", "chat", "infill", "revise"),
-    *("prepare", "train", "report", "convert", "serve", "info"),
+    *("selfgen", "prepare", "train", "report", "convert", "serve", "info"),
 )
 """Each is a module of this package. Their imports are light, so help is quick."""
 

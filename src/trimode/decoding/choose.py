@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trimode.decoding.law import RowLaw, under
-from trimode.decoding.noise import gumbel, noise_key
+from trimode.decoding.noise import gumbel, noise_key, noisy_argmax
 from trimode.decoding.params import GenerationParams
 from trimode.decoding.step import TokenLogprobs
 
@@ -95,10 +95,15 @@ def choose(
     hot = [w for w, p in enumerate(params) if p.temperature > 0]
     if hot:
         rows = torch.tensor(hot, device=logits.device)
-        noisy = _noisy_scores(ruled[rows], [params[w] for w in hot], [positions[w] for w in hot])
-        token_ids[rows] = noisy.argmax(dim=-1)
-        if wants_runner_up:
-            scores = ruled.index_copy(0, rows, noisy)
+        hot_params = [params[w] for w in hot]
+        hot_scores = _hot_scores(ruled[rows], hot_params)
+        keys = _noise_keys(hot_params, [positions[w] for w in hot], device=logits.device)
+        if wants_runner_up or not logits.is_cpu:
+            noisy = hot_scores + gumbel(keys, logits.shape[-1]).to(hot_scores.dtype)
+            token_ids[rows] = noisy.argmax(dim=-1)
+            scores = ruled.index_copy(0, rows, noisy) if wants_runner_up else ruled
+        else:
+            token_ids[rows] = noisy_argmax(hot_scores, keys)
     if none_id is not None:
         token_ids = token_ids.masked_fill(~best.isfinite(), none_id)
     columns = {"token_ids": token_ids, "is_finite": is_finite}
@@ -164,18 +169,22 @@ def _entropies(logits: Tensor) -> Tensor:
     return torch.special.entr(logits.double().softmax(dim=-1)).sum(dim=-1)
 
 
-def _noisy_scores(logits: Tensor, params: list[GenerationParams], positions: list[int]) -> Tensor:
-    """[W, V]: the filtered law plus keyed noise, for temperatures above 0."""
-    device = logits.device
-    temperature = torch.tensor([p.temperature for p in params], device=device, dtype=logits.dtype)
-    scores = filter_logits(
-        logits / temperature[:, None],
+def _hot_scores(logits: Tensor, params: list[GenerationParams]) -> Tensor:
+    """[W, V]: the filtered law, for temperatures above 0."""
+    temperature = [[p.temperature] for p in params]
+    return filter_logits(
+        logits / torch.tensor(temperature, device=logits.device, dtype=logits.dtype),
         top_k=[p.top_k for p in params],
         top_p=[p.top_p for p in params],
     )
+
+
+def _noise_keys(
+    params: list[GenerationParams], positions: list[int], *, device: torch.device
+) -> Tensor:
+    """[W] int64."""
     keys = [noise_key(p.seed, position) for p, position in zip(params, positions, strict=True)]
-    noise = gumbel(torch.tensor(keys, device=device), logits.shape[-1])
-    return scores + noise.to(scores.dtype)
+    return torch.tensor(keys, device=device)
 
 
 def filter_logits(
@@ -190,8 +199,17 @@ def filter_logits(
         top_k: [W] how many of the likeliest stay; None for all.
         top_p: [W] the smallest likeliest set of at least this probability stays; None for all.
     """
-    if all(k is None for k in top_k) and all(p is None for p in top_p):
+    filtered = [
+        w for w, (k, p) in enumerate(zip(top_k, top_p, strict=True)) if (k, p) != (None, None)
+    ]
+    if not filtered:
         return logits
+    if len(filtered) < len(logits):  # sorting is slow
+        rows = torch.tensor(filtered, device=logits.device)
+        found = filter_logits(
+            logits[rows], top_k=[top_k[w] for w in filtered], top_p=[top_p[w] for w in filtered]
+        )
+        return logits.index_copy(0, rows, found)
     num_tokens, device = logits.shape[-1], logits.device
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     kept = torch.tensor([min(k or num_tokens, num_tokens) for k in top_k], device=device)

@@ -23,6 +23,11 @@ _WORD = 2**64
 _TABLE_BITS = 12
 _MANTISSA_BITS = 52
 _LN2 = math.log(2.0)
+_NOISE_RANGE = 41.0
+"""No two draws of the noise are farther apart."""
+
+_MOST_ROUGH, _ROUGH_ERROR = 20.0, 1e-3
+"""Noise up to which torch's own logarithm is trusted, and by how much it is off at most."""
 
 
 def _signed(word: int) -> int:
@@ -62,7 +67,11 @@ def random_words(keys: Tensor, num_tokens: int) -> Tensor:
     Returns:
         [W, V] int64, uniform over all 64-bit words.
     """
-    words = keys[:, None] + _steps(num_tokens, keys.device)
+    return _mix(keys[:, None] + _steps(num_tokens, keys.device))
+
+
+def _mix(words: Tensor) -> Tensor:
+    """SplitMix64's output for each state."""
     words = (words ^ _shift_right(words, 30)) * _signed(_MIX_1)
     words = (words ^ _shift_right(words, 27)) * _signed(_MIX_2)
     return words ^ _shift_right(words, 31)
@@ -78,14 +87,60 @@ def gumbel(keys: Tensor, num_tokens: int) -> Tensor:
     Returns:
         [W, V] float64, finite, within (-3.7, 36.8).
     """
-    odd = (_shift_right(random_words(keys, num_tokens), 12) << 1) | 1  # odd, below 2**53: exact
-    exponential = -(_log(odd.double()) - 53 * _LN2)
+    return _gumbel_of(random_words(keys, num_tokens))
+
+
+def noisy_argmax(scores: Tensor, keys: Tensor) -> Tensor:
+    """`(scores + gumbel(keys)).argmax(-1)`, bit for bit, with exact noise for few tokens only.
+
+    Args:
+        scores: [W, V] float32 or float64. What cannot be chosen is -inf.
+        keys: [W] int64, from `noise_key`.
+
+    Returns:
+        [W] int64. Of no meaning for a row with a NaN, or with nothing to choose.
+    """
+    best_ids = [_noisy_best(*pair) for pair in zip(scores, keys, strict=True)]  # fits the cache
+    return torch.stack(best_ids)
+
+
+def _noisy_best(scores: Tensor, key: Tensor) -> Tensor:
+    """The same for one row: scores [V], key []."""
+    highest = scores.max()
+    if not highest.isfinite():
+        return scores.argmax()
+    ids = (scores >= highest - _NOISE_RANGE).nonzero()[:, 0]
+    scores = scores[ids]
+    words = _mix(key + _steps_of(ids))
+    exponential = (53 * _LN2 - _odd(words).double().log_()).clamp_(min=2.0**-53)
+    noise = exponential.log_().neg_()
+    is_extreme = noise > _MOST_ROUGH
+    rough = noise.add_(scores)
+    best = rough.masked_fill(is_extreme, -torch.inf).max()
+    rounding = 8 * torch.finfo(scores.dtype).eps * best.abs()
+    may_win = ((rough >= best - (_ROUGH_ERROR + rounding)) | is_extreme).nonzero()[:, 0]
+    exact = scores[may_win] + _gumbel_of(words[may_win]).to(scores.dtype)
+    return ids[may_win[exact.argmax()]]
+
+
+def _odd(words: Tensor) -> Tensor:
+    """Odd integers below 2**53, which float64 holds exactly."""
+    return (_shift_right(words, 12) << 1) | 1
+
+
+def _gumbel_of(words: Tensor) -> Tensor:
+    exponential = -(_log(_odd(words).double()) - 53 * _LN2)
     return -_log(exponential.clamp(min=2.0**-53))
 
 
 @lru_cache(maxsize=8)
 def _steps(num_tokens: int, device: torch.device) -> Tensor:
-    return torch.arange(1, num_tokens + 1, device=device) * _signed(_GAMMA)
+    return _steps_of(torch.arange(num_tokens, device=device))
+
+
+def _steps_of(token_ids: Tensor) -> Tensor:
+    """How far the state of each token lies behind that of its position."""
+    return (token_ids + 1) * _signed(_GAMMA)
 
 
 @lru_cache(maxsize=8)
