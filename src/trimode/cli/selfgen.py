@@ -163,7 +163,7 @@ def _arguments(args: argparse.Namespace, options: SelfgenOptions, lm: TriModeLM)
     """What the text depends on: the options but their number, the model and the prompts."""
     from dataclasses import asdict
 
-    from trimode.checkpoint.io import resolve
+    from trimode.checkpoint.model_cache import resolve
 
     given = asdict(options)
     del given["num"]
