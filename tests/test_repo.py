@@ -34,10 +34,21 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("arguments", "conversation", "detokenize", "infill", "revision"),
         *("engine", "decoding", "checkpoint", "model", "errors"),
     },
+    "loading": {"runtime", "arguments", "engine", "checkpoint", "model", "errors"},
     "training": {"checkpoint", "model", "errors", "_version"},
-    "evaluation": {"training", "runtime", "engine", "decoding", "checkpoint", "model", "errors"},
+    "evaluation": {
+        "training",
+        "loading",
+        "runtime",
+        "engine",
+        "decoding",
+        "checkpoint",
+        "model",
+        "errors",
+    },
     "serving": {
-        *("runtime", "infill", "conversation", "detokenize"),  # it runs what runtime runs, in steps
+        *("loading", "runtime", "infill"),  # it runs what runtime runs, in steps
+        *("conversation", "detokenize"),
         *("engine", "decoding", "checkpoint", "model", "errors", "_version"),
     },
     "selfgen": {
@@ -46,11 +57,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "hf": {"runtime", "engine", "decoding", "checkpoint", "model", "errors"},
     "cli": {
-        *("serving", "evaluation", "selfgen", "training", "runtime", "infill", "engine"),
+        *("serving", "evaluation", "selfgen", "training", "loading", "runtime", "infill", "engine"),
         *("conversation", "detokenize", "decoding", "checkpoint", "model", "errors", "_version"),
     },
     "__main__": {"cli"},
-    "__init__": {"runtime", "errors", "_version"},
+    "__init__": {"loading", "runtime", "errors", "_version"},
 }
 """Part of the package -> the other parts it may import. A new part is added here, on purpose."""
 

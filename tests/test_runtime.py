@@ -16,8 +16,9 @@ from tests.conftest import BOS, EOS, MASK
 from trimode.decoding import GenerationParams
 from trimode.detokenize import GrowingText
 from trimode.errors import ConfigError, RequestError
+from trimode.loading import load
 from trimode.model import TriModeModel
-from trimode.runtime import MAX_BATCH, TriModeLM, load
+from trimode.runtime import MAX_BATCH, TriModeLM
 
 MODES = ("ar", "diffusion", "linear")
 

@@ -4,6 +4,7 @@ Importing this package loads neither torch nor transformers; the names below loa
 when used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from trimode._version import __version__
@@ -17,7 +18,8 @@ from trimode.errors import (
 )
 
 if TYPE_CHECKING:
-    from trimode.runtime import Generation, TriModeLM, load
+    from trimode.loading import load
+    from trimode.runtime import Generation, TriModeLM
 
 __all__ = [
     "CapacityError",
@@ -32,16 +34,14 @@ __all__ = [
     "load",
 ]
 
-_FROM_RUNTIME = ("Generation", "TriModeLM", "load")
+_LAZY = {"Generation": "runtime", "TriModeLM": "runtime", "load": "loading"}
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_FROM_RUNTIME})
+    return sorted({*globals(), *_LAZY})
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_RUNTIME:
-        from trimode import runtime
-
-        return getattr(runtime, name)
+    if name in _LAZY:
+        return getattr(import_module(f"trimode.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'trimode' has no attribute {name!r}")

@@ -18,8 +18,8 @@ from torch import Tensor
 from trimode.checkpoint import io
 from trimode.checkpoint.io import load_model, load_tokenizer, resolve, save_checkpoint
 from trimode.errors import CheckpointError, ConfigError
+from trimode.loading import load
 from trimode.model import NemotronLabsDiffusionConfig, TriModeModel
-from trimode.runtime import load
 
 Model = Callable[..., TriModeModel]
 Checkpoint = Callable[..., Path]

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from trimode.checkpoint.io import save_checkpoint
 from trimode.cli.main import main
+from trimode.loading import load
 from trimode.model import TriModeModel
-from trimode.runtime import Generation, load
+from trimode.runtime import Generation
 
 Capture = pytest.CaptureFixture[str]
 

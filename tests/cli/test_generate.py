@@ -25,8 +25,9 @@ from trimode.cli.main import main
 from trimode.decoding import GenerationParams
 from trimode.decoding.control import CONTROL_NAMES
 from trimode.decoding.params import DEFAULT_ENTROPY_BOUND, DEFAULT_THRESHOLDS, POLICIES
+from trimode.loading import load
 from trimode.model import TriModeModel
-from trimode.runtime import Generation, TriModeLM, load
+from trimode.runtime import Generation, TriModeLM
 
 Capture = pytest.CaptureFixture[str]
 
@@ -307,7 +308,7 @@ class TestFlags:
 
         note.__signature__ = inspect.signature(lm.generate)  # type: ignore[attr-defined]
         model = SimpleNamespace(model=lm.model, generate=note)
-        monkeypatch.setattr("trimode.runtime.load", lambda *args, **kwargs: model)
+        monkeypatch.setattr("trimode.loading.load", lambda *args, **kwargs: model)
         assert main(["generate", "--json", "x"]) == 0
         flags = "--mode diffusion --max-new-tokens 5 --block-length 4 --threshold 0.5 --steps 2"
         flags += " --policy threshold --entropy-bound 0.5"

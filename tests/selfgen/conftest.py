@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import EOS
 from trimode.checkpoint.io import save_checkpoint
+from trimode.loading import load
 from trimode.model import TriModeModel
-from trimode.runtime import TriModeLM, load
+from trimode.runtime import TriModeLM
 
 TEMPLATE = (
     "{% for message in messages %}"

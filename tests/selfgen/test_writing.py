@@ -13,7 +13,8 @@ import pytest
 
 from trimode.conversation import asking
 from trimode.errors import ConfigError, RequestError
-from trimode.runtime import TriModeLM, load
+from trimode.loading import load
+from trimode.runtime import TriModeLM
 from trimode.selfgen import SelfgenOptions, Writing
 from trimode.selfgen.outcome import Outcome
 from trimode.selfgen.prompt_file import read_prompts

@@ -176,7 +176,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_model(args: argparse.Namespace) -> TriModeLM:
     """What the arguments of `add_model_arguments` ask for."""
-    from trimode.runtime import load
+    from trimode.loading import load
 
     return load(
         args.model,

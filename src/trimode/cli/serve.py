@@ -258,9 +258,9 @@ def _say(what: str) -> None:
 
 def _follow(model: str | None, *, load: dict[str, Any]) -> int:
     """Run rank 0's forwards until it has ended."""
-    from trimode import runtime
+    from trimode import loading
 
-    ranks = runtime.load(model, **load).ranks
+    ranks = loading.load(model, **load).ranks
     assert ranks is not None
     ranks.follow()
     return 0
@@ -272,10 +272,10 @@ def _backend(args: argparse.Namespace, *, load: dict[str, Any], engine: dict[str
         from trimode.serving.ray_app import start_replicas
 
         return start_replicas(args.model, load=load, engine=engine, num_replicas=args.replicas)
-    from trimode import runtime
+    from trimode import loading
     from trimode.serving.worker import LocalBackend
 
-    return LocalBackend(runtime.load(args.model, **load), **engine)
+    return LocalBackend(loading.load(args.model, **load), **engine)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimode.evaluation.run_folder import RunFolder
-from trimode.runtime import Generation, TriModeLM, load
+from trimode.loading import load
+from trimode.runtime import Generation, TriModeLM
 from trimode.training.shards import TokenShards
 
 NUM_PROMPTS = 3

@@ -27,7 +27,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from trimode import runtime
+from trimode import loading, runtime
 from trimode.checkpoint.model_cache import resolve
 from trimode.errors import CapacityError, ConfigError, TriModeError
 from trimode.serving.app import create_app
@@ -72,7 +72,7 @@ class Replica:
         self, model: str | None, *, load: Mapping[str, Any], engine: Mapping[str, Any]
     ) -> None:
         self._id = serve.get_replica_context().replica_id.unique_id
-        self._backend = LocalBackend(runtime.load(model, **load), **engine)
+        self._backend = LocalBackend(loading.load(model, **load), **engine)
 
     async def run(self, job: Job) -> AsyncGenerator[Update, None]:
         """Updates of one job; Ray cancels it when the caller lets go."""

@@ -1,0 +1,97 @@
+"""`trimode.load`: from a path or a name to a model that decodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimode.arguments import as_device
+from trimode.checkpoint.adapter import check_use, find_adapter, load_adapter, merge_lora
+from trimode.checkpoint.generation_defaults import read_generation_defaults
+from trimode.checkpoint.io import load_model, load_tokenizer
+from trimode.checkpoint.model_cache import resolve
+from trimode.checkpoint.share import load_share
+from trimode.engine.ranks import Ranks, join
+from trimode.errors import ConfigError
+from trimode.model.products import as_weights
+from trimode.model.shares import share_adapter
+from trimode.runtime import TriModeLM
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    lora: str | Path | None = None,
+    drafter: str | Path | None = None,
+    weights: str | None = None,
+    tensor_parallel: bool = False,
+) -> TriModeLM:
+    """Open a checkpoint.
+
+    Adapters are PEFT LoRA folders, each given by its path or by its name inside the checkpoint.
+
+    Args:
+        path: A name (`pocket`, `smollm2`), a folder, or an id on the Hugging Face hub; None is the
+            default model. A folder of a model's name is given as `./smollm2`, or as a `Path`.
+        device: Default: CUDA where there is one, else the CPU.
+        dtype: Default: bfloat16 on CUDA, float32 on the CPU.
+        lora: Merged into the weights, so that every mode sees it, e.g. `instruct_lora` of the
+            default model. If a tokenizer lies beside it, that one is used.
+        drafter: On for drafts, or for all that its files say it serves, and never in the AR view;
+            e.g. `linear_spec_lora`.
+        weights: `plain`, `packed` or `int8`; see `TriModeModel.pack`. Default: packed for float32
+            on the CPU, else plain; always plain with `tensor_parallel`.
+        tensor_parallel: Share the network out over the ranks that torchrun has started; all of them
+            load it. Then rank 0 generates and calls `.ranks.close()`, the others `.ranks.follow()`.
+
+    Raises:
+        CheckpointError: it cannot be used, and why.
+        ConfigError: there is no such device, or no such form of the weights there; torchrun has not
+            started this process, or its ranks cannot share the network out.
+    """
+    options = {"dtype": dtype, "lora": lora, "drafter": drafter, "weights": weights}
+    if not tensor_parallel:
+        return _load(resolve(path), None, device=as_device(device), **options)
+    if weights not in (None, "plain"):
+        raise ConfigError(f"weights is {weights!r}; allowed with tensor_parallel: plain")
+    options["weights"] = "plain"
+    ranks = join(as_device(device))
+    try:
+        return _load(resolve(path), ranks, device=ranks.device, **options)
+    except BaseException:
+        ranks.close()
+        raise
+
+
+def _load(folder: Path, ranks: Ranks | None, *, device: torch.device, **options: Any) -> TriModeLM:
+    dtype, lora, drafter, weights = (options[n] for n in ("dtype", "lora", "drafter", "weights"))
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if ranks is None:
+        model = load_model(folder, device=device, dtype=dtype)
+    else:
+        model = load_share(folder, mesh=ranks.mesh, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(folder)
+    if lora is not None:
+        lora = find_adapter(lora, checkpoint=folder)
+        merge_lora(lora, model=model)
+        tokenizer = load_tokenizer(lora, config=model.config) or tokenizer
+    adapter = None
+    if drafter is not None:
+        drafter = find_adapter(drafter, checkpoint=folder)
+        check_use(drafter, "drafter")
+        adapter = load_adapter(drafter, model=model)
+    if weights is None:
+        is_quick = device.type == "cpu" and model.dtype is torch.float32
+        weights = "packed" if is_quick else "plain"
+    model.pack(as_weights(weights))
+    if ranks is not None:
+        if adapter is not None:
+            share_adapter(adapter, ranks.mesh)
+        ranks.connect(model, adapter)
+    defaults = read_generation_defaults(folder, model.config)
+    return TriModeLM(model, tokenizer, adapter=adapter, ranks=ranks, generation_defaults=defaults)
