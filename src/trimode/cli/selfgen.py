@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimode.cli.generate import add_model_arguments, load_model
-from trimode.errors import ConfigError
+from trimode.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
         keeps_cut=args.keep_cut,
     )
     lm = load_model(args)
+    if lm.tokenizer is None:
+        raise RequestError("writing conversations needs a tokenizer, and this checkpoint has none")
     arguments = _arguments(args, options, lm)
     started_s = time.monotonic()
     console = Console(stderr=True)
