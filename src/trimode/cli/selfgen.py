@@ -25,7 +25,7 @@ NAME = "selfgen"
 HELP = "have a model write its own training conversations"
 
 DEFAULT_NUM = 2000
-DEFAULT_BATCH = 32
+DEFAULT_BATCH = 64
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_COUNTS = 30.0
