@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,27 @@ def test_other_arguments_are_refused(
     assert reason in message
     assert message.count("\n") == 1
     assert files(out) == whole
+
+
+def test_another_model_is_refused(
+    talker: Callable[..., Path], whole: dict[str, bytes], tmp_path: Path, capsys: Capture
+) -> None:
+    """Prevents: conversations of two models in one file, under one name."""
+    out = tmp_path / "out.jsonl"
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    assert main(words(talker(5.1), out)) == 2
+    assert "written with model " in capsys.readouterr().err
+    assert files(out) == whole
+
+
+def test_the_built_in_model_has_a_name(tmp_path: Path, capsys: Capture) -> None:
+    """Prevents: a model that is loaded by its name, and then not found as a folder."""
+    (tmp_path / "prompts.txt").write_text("Hi\n")
+    arguments = ["selfgen", "--output", str(tmp_path / "out.jsonl"), "--max-answer-tokens", "4"]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--lora", "instruct_lora"]
+    assert main(arguments) == 0
+    assert "kept 1 of 1" in capsys.readouterr().err
 
 
 def test_overwriting_is_asked_for(

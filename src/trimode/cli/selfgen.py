@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimode.cli.generate import add_model_arguments, load_model
-from trimode.errors import ConfigError
+from trimode.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ NAME = "selfgen"
 HELP = "have a model write its own training conversations"
 
 DEFAULT_NUM = 2000
-DEFAULT_BATCH = 32
+DEFAULT_BATCH = 64
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_COUNTS = 30.0
@@ -130,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
         keeps_cut=args.keep_cut,
     )
     lm = load_model(args)
+    if lm.tokenizer is None:
+        raise RequestError("writing conversations needs a tokenizer, and this checkpoint has none")
     arguments = _arguments(args, options, lm)
     started_s = time.monotonic()
     console = Console(stderr=True)
