@@ -22,6 +22,7 @@ from trimode.checkpoint.io import load_model, read_model_config, resolve
 from trimode.errors import ConfigError, TriModeError
 from trimode.model import NemotronLabsDiffusionConfig, TriModeConfig, TriModeModel
 from trimode.model.modeling import MODEL_CLASSES
+from trimode.training.anchor_objective import AnchorObjective
 from trimode.training.batches import StepBatch, batches, place
 from trimode.training.checkpoints import (
     CheckpointInfo,
@@ -402,12 +403,16 @@ class _Run:
         logger.info("checkpoint %s", folder)
 
 
-def _objective_class(config: TrainConfig) -> type[JointObjective] | type[DrafterObjective]:
+def _objective_class(
+    config: TrainConfig,
+) -> type[JointObjective] | type[DrafterObjective] | type[AnchorObjective]:
     if config.lora is not None:
         from trimode.training.lora import LoraObjective  # needs PEFT, which is an extra
 
         return LoraObjective
-    return JointObjective if config.drafter is None else DrafterObjective
+    if config.drafter is None:
+        return JointObjective
+    return DrafterObjective if config.drafter.anchors is None else AnchorObjective
 
 
 def _make_model(config: TrainConfig, data: TokenShards) -> TriModeModel:
