@@ -142,7 +142,8 @@ class AnchorObjective:
         """Groups, drafts and masks."""
         counts = batch.counts
         found = self._parallel.sum_numbers([counts.num_groups, counts.num_drafts, counts.num_masks])
-        return replace(batch, counts=AnchorCounts(*map(int, found)))
+        all_counts = AnchorCounts(*map(int, found))
+        return replace(batch, counts=all_counts, drafted_tokens=all_counts.num_masks)
 
     def loss(self, micro_batch: AnchorBatch, batch: StepBatch) -> LossTerms:
         """The mean over the step's groups of their weighted places."""
@@ -162,7 +163,6 @@ class AnchorObjective:
                 "overlap": sums.overlap / num_drafts,
                 "acceptance_length": sums.num_emitted / num_drafts,
                 **{f"right_to_{i}": n / num_drafts for i, n in enumerate(sums.reached, start=2)},
-                "drafted_tokens": drawn.is_hidden.sum(),
             },
         )
 

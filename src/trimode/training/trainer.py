@@ -292,6 +292,7 @@ class _Run:
             step=self.state.step + 1,
             tokens=self.state.tokens + stage.batch_tokens,
             seconds=self.state.seconds + now - self._last_step,
+            drafted_tokens=self.state.drafted_tokens + batch.drafted_tokens,
         )
         self._last_step = now
 
@@ -345,13 +346,14 @@ class _Run:
         rate = (self.state.tokens - self._tokens_logged) / (now - self._last_logged)
         reports, self._reports = self._reports, []
         stage, _ = place(self.config, self.state.step - 1)
-        names = reports[0].values
+        names, drafted = reports[0].values, self.state.drafted_tokens
         values = {name: sum(r.values[name] for r in reports) / len(reports) for name in names}
         record = {
             "kind": "step",
             "stage": stage.name,
             "step": self.state.step,
             "tokens": self.state.tokens,
+            **({"drafted_tokens": drafted} if drafted else {}),
             **values,
             "grad_norm": sum(r.grad_norm for r in reports) / len(reports),
             "rate_ratio": reports[-1].rate_ratio,
@@ -362,6 +364,7 @@ class _Run:
         self._last_logged, self._tokens_logged = now, self.state.tokens
         self._log(record)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
+        shown += f", {drafted:,} drafted tokens" if drafted else ""
         logger.info(
             "%(stage)s step %(step)d: %(shown)s, gradient %(grad_norm).2f, rate x%(rate_ratio).2f, "
             "%(tokens_per_second).0f tokens/s, %(eta_s).0f s left",
