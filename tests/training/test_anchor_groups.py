@@ -48,8 +48,8 @@ def draw(part: AnchorPart, samples: range = range(4), *, is_replaying: bool = Fa
 
 def spans(drawn: Drawn) -> list[tuple[int, range]]:
     """Row and fed places of every group, place 1 included."""
-    columns = (drawn.rows, drawn.anchors, drawn.num_places)
-    return [(r, range(a + 1, a + n + 2)) for r, a, n in zip(*map(torch.Tensor.tolist, columns))]
+    columns = torch.stack((drawn.rows, drawn.anchors, drawn.num_places), dim=1).tolist()
+    return [(row, range(a + 1, a + n + 2)) for row, a, n in columns]
 
 
 @pytest.mark.parametrize("part", [PART, BOTH])
