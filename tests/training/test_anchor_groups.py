@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fake_stream import EOS, MASK, FakeChats
 
+from tests.training.fake_stream import EOS, MASK, FakeChats
 from trimode.errors import ConfigError
 from trimode.training.adapter_config import DrafterPart
 from trimode.training.anchor_config import AnchorPart

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from fake_stream import EOS, MASK, FakeChats
 from torch import Tensor
 
+from tests.training.fake_stream import EOS, MASK, FakeChats
 from trimode.model import TriModeModel
 from trimode.model.corrector import Corrector
 from trimode.training.adapter_config import DrafterPart

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake_stream import EOS, MASK, FakeChats
 from torch import Tensor
 
+from tests.training.fake_stream import EOS, MASK, FakeChats
 from trimode.model import AdapterSwitch, DenseAttention, DrafterAdapter, TriModeModel
 from trimode.training.anchor_config import AnchorPart
 from trimode.training.anchor_groups import Groups, draw_groups, lay_out

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_stream import FakeStream, write_data
 from safetensors.torch import load_file
-from test_drafter import SHAPE, STAGE, _StopAfter
 
 import trimode
+from tests.training.fake_stream import FakeStream, write_data
+from tests.training.test_drafter import SHAPE, STAGE, _StopAfter
 from trimode.checkpoint.adapter import load_adapter
 from trimode.checkpoint.io import load_model
 from trimode.errors import ConfigError, TriModeError

@@ -123,6 +123,7 @@ def group_sums(
         truth = clean_ids[before + 1]
         places, again = before.unique(return_inverse=True)  # groups may overlap
         verifier = heads.exact(hidden_text[places])
+        chosen = verifier.argmax(1)[again]
         verifier = verifier if len(places) == len(before) else verifier[again]
         plain = heads.drafts(some)
         logits = plain
@@ -141,7 +142,7 @@ def group_sums(
                 confidences = logits.softmax(1).gather(1, truth[:, None])[:, 0]
             weights = place_weights(groups, chunk, part=anchors, confidences=confidences)
             overlaps.append(overlap)
-            hits.append(logits.argmax(1) == verifier.argmax(1))
+            hits.append(logits.argmax(1) == chosen)
         total = (loss * weights).sum()
         if corrector is not None and anchors.uncorrected_weight:
             loss, _ = divergence(plain, verifier, kind=kind, part=part)
@@ -229,7 +230,7 @@ class _Divergence(torch.autograd.Function):
             grad = q.scatter_add_(1, best, -torch.ones_like(best, dtype=q.dtype))
         else:
             # sum p log(p / q), with log p - log q = verifier - logits - their normalisers
-            ahead = torch.linalg.vecdot(p, verifier - logits)
+            ahead = torch.linalg.vecdot(p, verifier) - torch.linalg.vecdot(p, logits)
             loss = ahead - (verifier.amax(1) - p.amax(1).log()) + normaliser
             grad = q.sub_(p)
         ctx.save_for_backward(grad)
