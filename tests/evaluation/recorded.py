@@ -66,6 +66,29 @@ def drafter_records() -> list[dict[str, Any]]:
     ]
 
 
+def anchor_records() -> list[dict[str, Any]]:
+    """A finished run from anchors, of the form `skip`."""
+
+    def quality(length: float, offsets: list[float]) -> dict[str, Any]:
+        skip = {
+            "round_acceptance_length": length,
+            "fused_tokens": length - 1,
+            "conditional_by_offset": offsets,
+        }
+        return {"tokens": 512, "skip": skip, "block": None}
+
+    reports = {
+        "without_adapter": quality(2.0123, [0.01, 0.0]),
+        "untrained": quality(2.0456, [0.05, 0.1]),
+        "with_adapter": quality(2.7891, [0.5, 0.4]),
+    }
+    steps = [
+        step(n, "drafter", loss=5.0 - n / 4, overlap=0.3, drafted_tokens=n * 700)
+        for n in range(1, 9)
+    ]
+    return [*steps, held_out(8, num_masks=2, form="skip", **reports)]
+
+
 def write_run(
     folder: Path, records: list[dict[str, Any]], *, torn: str = "", **config: Any
 ) -> Path:

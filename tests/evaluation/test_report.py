@@ -15,7 +15,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from tests.evaluation.recorded import drafter_records, held_out, model_records, step, write_run
+from tests.evaluation.recorded import (
+    anchor_records,
+    drafter_records,
+    held_out,
+    model_records,
+    step,
+    write_run,
+)
 from tests.training.fake_stream import write_data
 from trimode.checkpoint.adapter import save_adapter
 from trimode.cli.main import main
@@ -132,6 +139,22 @@ def test_a_drafters_run(tmp_path: Path) -> None:
     assert lines["Draft accuracy by offset"] == [
         ([1, 2, 3], [0.7, 0.5, 0.3]),
         ([1, 2, 3], [0.5, 0.3, 0.1]),
+    ]
+
+
+def test_a_run_from_anchors(tmp_path: Path) -> None:
+    """Prevents a report without the numbers that the run is for."""
+    folder = write_run(tmp_path / "run", anchor_records(), drafter={"rank": 4, "anchors": {}})
+    page = Page(render(read_run(folder), samples=[]))
+    charts = {"Loss", "Tokens a round, skip", "Right if all before are, skip", "Overlap"}
+    assert charts < page.images.keys()
+    for words in ("2.789", "2.012", "2.046", "1.789", "5,600", "4.7500"):
+        assert words in page.words
+    lines = chart_lines(folder)
+    assert lines["Tokens a round, skip"] == [([8], [2.7891]), ([8], [2.0456]), ([8], [2.0123])]
+    assert lines["Right if all before are, skip"] == [
+        ([1, 2], [0.5, 0.4]),
+        ([1, 2], [0.05, 0.1]),
     ]
 
 

@@ -427,3 +427,80 @@ def test_the_examples_of_the_page(folder: Path, tmp_path: Path) -> None:
     config = read_config(PrepareConfig, tmp_path / "x_data.yaml", ["datasets.0.max_records=7"])
     assert config.datasets[0].streaming
     assert config.datasets[0].max_records == 7
+
+
+@pytest.fixture
+def byte_answer(folder: Path) -> dict[str, Any]:
+    """A record of a model that wrote its answer byte by byte."""
+    form = chat_format(folder)
+    prompt = form.template.render(talk("hi", "x")["messages"])
+    start = prompt.spans[-1][0]
+    backend = form.tokenizer.backend_tokenizer
+    backend.encode_special_tokens = False
+    prompt_ids = backend.encode(prompt.text[:start], add_special_tokens=False).ids
+    symbols = [form.tokenizer.convert_ids_to_tokens(i) for i in range(len(form.tokenizer))]
+    letters = [symbols.index(letter) for letter in "hello"]
+    return talk("hi", "hello", prompt_ids=prompt_ids, answer_ids=letters, finish="length")
+
+
+def test_the_tokens_that_a_model_wrote_are_taken(folder: Path, byte_answer: dict[str, Any]) -> None:
+    """Prevents training on a cut that the model did not choose, and an end that it did not write
+    from being learned where its answer was cut."""
+    form = chat_format(folder)
+    eos = form.tokenizer.eos_token_id
+    for end in ([], [eos]):
+        record = byte_answer | {"answer_ids": byte_answer["answer_ids"] + end}
+        found = form.encode(form.text_of(record))
+        ids = record["prompt_ids"] + byte_answer["answer_ids"] + [eos]
+        assert found.ids.tolist() == ids
+        num_learned = len(record["answer_ids"])
+        assert found.is_supervised.tolist() == [
+            len(record["prompt_ids"]) <= i < len(record["prompt_ids"]) + num_learned
+            for i in range(len(ids))
+        ]
+    encoded = chat_format(folder, take_ids=False)
+    other = encoded.encode(encoded.text_of(byte_answer))
+    assert len(other.ids) != len(ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer_ids": None}, "`prompt_ids` is there, but prompt_ids and answer_ids go together"),
+        ({"answer_ids": []}, "`answer_ids` holds no token ids"),
+        ({"answer_ids": [10**6]}, "`answer_ids` holds no token ids"),
+        ({"answer_ids": ["a"]}, "`answer_ids` holds no token ids"),
+        ({"answer_ids": [70, 71]}, "`answer_ids` spells another text than the messages"),
+        ({"prompt_ids": [70, 71]}, "`prompt_ids` spells another text than the messages"),
+        ({"messages": talk("hi", "hello", "more")["messages"]}, "the last message is no answer"),
+    ],
+)
+def test_tokens_that_are_not_those_of_the_messages(
+    folder: Path, byte_answer: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    """Prevents ids of another tokenizer from being learned as if they were ours."""
+    with pytest.raises(CorruptRecordError, match=message):
+        chat_format(folder).text_of(byte_answer | changes)
+
+
+def test_records_say_their_split(folder: Path, tmp_path: Path) -> None:
+    """Prevents a conversation that was held out where it was made from being trained on."""
+    records = [talk(f"hi {i}", "hello") | {"split": s} for i, s in enumerate(["train"] * 3)]
+    records += [talk("good", "bye", split="held_out")]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = PrepareConfig(
+        str(tmp_path / "data"),
+        kind="chat",
+        jsonl=(str(file),),
+        tokenizer=str(folder),
+        split_field="split",
+    )
+    manifest = prepare(config)
+    assert manifest.train.num_documents == 3
+    assert manifest.held_out.num_documents == 1
+    with pytest.raises(ConfigError, match=r"held_out_share is 0\.5 beside split_field"):
+        replace(config, held_out_share=0.5)
+    file.write_text(json.dumps(records[0] | {"split": "dev"}) + "\n")
+    with pytest.raises(ConfigError, match="corrupt"):
+        prepare(replace(config, output_dir=str(tmp_path / "more")))

@@ -11,6 +11,9 @@ from typing import Any
 NAME = "convert"
 HELP = "turn an autoregressive checkpoint into a tri-mode one"
 
+_OF_NETWORKS = ("block_length", "mask_token", "max_shard_size", "proof_dtype")
+"""Options that mean nothing to an adapter."""
+
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
@@ -21,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " The result is kept only if its logits are those of the source; the proof holds one"
         " network of the source's size in memory, in --proof-dtype. A converted network has yet to"
         " learn to denoise: until it is trained, its diffusion view guesses badly."
+        " With --rank, SRC is an adapter's folder, and DST gets the nearest adapter of that rank."
     )
     parser.add_argument(
         "source", metavar="SRC", help="a folder or hub id with safetensors, a GGUF file, or smollm2"
@@ -58,13 +62,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare in this type; bfloat16 halves the memory and proves less"
         " (default %(default)s)",
     )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="cut an adapter's updates to their R largest singular values; of the other options"
+        " --dtype and --json go with it",
+    )
     parser.add_argument("--json", action="store_true", help="print the record as one JSON object")
+    parser.set_defaults(of_networks={name: parser.get_default(name) for name in _OF_NETWORKS})
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert; 0 if the result was proved and kept."""
+    from trimode.checkpoint.compress import is_adapter
     from trimode.checkpoint.convert import convert
 
+    if args.rank is not None or is_adapter(args.source):
+        return _compress(args)
     record = convert(
         args.source,
         args.destination,
@@ -77,6 +92,35 @@ def run(args: argparse.Namespace) -> int:
         on_plan=lambda plan: print(_plan(plan, args.proof_dtype), file=sys.stderr),
     )
     print(json.dumps(record) if args.json else _summary(record, args.destination))
+    return 0
+
+
+def _compress(args: argparse.Namespace) -> int:
+    """Write an adapter of lower rank."""
+    from trimode.checkpoint.compress import compress_adapter, is_adapter
+    from trimode.checkpoint.io import as_dtype
+    from trimode.errors import ConfigError
+
+    if not is_adapter(args.source):
+        raise ConfigError(f"rank is {args.rank}, but {args.source} is no adapter's folder")
+    if args.rank is None:
+        raise ConfigError(f"{args.source} is an adapter's folder: give --rank to compress it")
+    for name, default in args.of_networks.items():
+        if getattr(args, name) != default:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} means nothing to an adapter: leave it out")
+    dtype = None if args.dtype is None else as_dtype(args.dtype)
+    record = compress_adapter(args.source, args.destination, rank=args.rank, dtype=dtype)
+    if args.json:
+        print(json.dumps(record))
+        return 0
+    new, old = record["bytes"] / 1e6, record["source_bytes"] / 1e6
+    print(
+        f"wrote {args.destination}: {record['pairs']} pairs of rank {record['rank']} (they had"
+        f" {record['source_rank']}), {new:.1f} MB ({old:.1f})\n"
+        f"kept {record['kept']:.2%} of the updates' Frobenius norm, least"
+        f" {record['least_kept']:.2%} ({record['least_kept_pair']})"
+    )
     return 0
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Log = Callable[[dict[str, Any]], None]
 
-_NOT_SHOWN = ("kind", "stage", "step", "tokens", "rate_ratio", "seconds")
+_NOT_SHOWN = ("kind", "stage", "step", "tokens", "drafted_tokens", "rate_ratio", "seconds")
 _SHOWN_APART = ("grad_norm", "tokens_per_second", "eta_s")
 
 

@@ -27,12 +27,24 @@ _NAMES = {
     "with_adapter/round_acceptance_length": "acceptance length, adapter",
     "without_adapter/acceptance_length": "on the text's context, no adapter",
     "with_adapter/acceptance_length": "on the text's context, adapter",
+    **{
+        f"{who}/{form}/round_acceptance_length": f"tokens a round in {form}, {whose}"
+        for form in ("skip", "block")
+        for who, whose in (
+            ("without_adapter", "no adapter"),
+            ("untrained", "untrained"),
+            ("with_adapter", "adapter"),
+        )
+    },
+    "with_adapter/skip/fused_tokens": "tokens a fused forward, skip",
+    "with_adapter/block/fused_tokens": "tokens a fused forward, block",
 }
 """What a person is told, by its name in the log and in the order of the held-out table."""
 
 _FIRST = (
     *("ar_loss", "diffusion_loss", "acceptance_length"),
     *("without_adapter/round_acceptance_length", "with_adapter/round_acceptance_length"),
+    *("with_adapter/skip/round_acceptance_length", "with_adapter/block/round_acceptance_length"),
 )
 """Those of them that stand at the top."""
 
@@ -100,6 +112,8 @@ def _facts(run: RunFolder) -> str:
     facts: list[tuple[str, str]] = []
     if steps:
         facts.append(("tokens trained on", f"{steps[-1].get('tokens', 0):,.0f}"))
+        if run.has_anchors:
+            facts.append(("drafted tokens", f"{steps[-1].get('drafted_tokens', 0):,.0f}"))
         facts.append(("training time", _duration(steps[-1].get("seconds", 0.0))))
         speed = median(values.get("tokens_per_second", 0.0) for values in steps)
         facts.append(("tokens/s, median", f"{speed:,.0f}"))
@@ -117,7 +131,9 @@ def _facts(run: RunFolder) -> str:
 
 def _stage_table(run: RunFolder) -> str:
     """How each stage began and ended."""
-    losses = ("lk_loss", "ce_loss") if run.is_drafter else ("ar_loss", "diffusion_loss")
+    losses: tuple[str, ...] = ("ar_loss", "diffusion_loss")
+    if run.is_drafter:
+        losses = ("loss",) if run.has_anchors else ("lk_loss", "ce_loss")
     names = [_NAMES.get(name, name.replace("_", " ")) for name in losses]
     header = ["stage", "steps", *(f"{name}, first" for name in names)]
     header += [*(f"{name}, last" for name in names), "tokens/s, median", "gradient norm, largest"]

@@ -13,11 +13,17 @@ def run_charts(run: RunFolder) -> list[Chart]:
     """The charts of a run in the order of the report; some may be empty yet."""
     speed_note = "Of text; the noisy copy is not counted."
     return [
-        *(_drafter_charts(run) if run.is_drafter else _model_charts(run)),
+        *_charts_of(run),
         _learning_rate(run),
         Chart("Tokens per second", speed_note, [_train(run, "tokens_per_second")]),
         Chart("Gradient norm", "Before clipping.", [_train(run, "grad_norm")]),
     ]
+
+
+def _charts_of(run: RunFolder) -> list[Chart]:
+    if run.has_anchors:
+        return _anchor_charts(run)
+    return _drafter_charts(run) if run.is_drafter else _model_charts(run)
 
 
 def _model_charts(run: RunFolder) -> list[Chart]:
@@ -66,13 +72,54 @@ def _drafter_charts(run: RunFolder) -> list[Chart]:
             "held-out ones greedy.",
             acceptance,
         ),
-        _offsets(run, "with_adapter/agreement_by_offset", against="without_adapter"),
+        _offsets(
+            run,
+            "with_adapter/agreement_by_offset",
+            against="without_adapter/agreement_by_offset",
+        ),
         Chart("Overlap", "Chance that the best coupling agrees.", [_train(run, "overlap")]),
     ]
 
 
-def _offsets(run: RunFolder, name: str, *, against: str) -> Chart:
-    """Agreement at each offset of a block, for evaluations from the first to the last."""
+def _anchor_charts(run: RunFolder) -> list[Chart]:
+    charts = [Chart("Loss", "Weighted over the places of a group.", [_train(run, "loss")])]
+    for form in ("skip", "block"):
+        if not run.held_out(f"with_adapter/{form}/round_acceptance_length").steps:
+            continue
+        lines = [
+            _held_out(run, f"{who}/{form}/round_acceptance_length", label, colour, is_dashed)
+            for who, label, colour, is_dashed in (
+                ("with_adapter", "adapter", HELD_OUT, False),
+                ("untrained", "untrained", OTHER, True),
+                ("without_adapter", "no adapter", BEFORE, True),
+            )
+        ]
+        note = "Greedy rounds over held-out answers, all tokens that a round emits."
+        charts.append(Chart(f"Tokens a round, {form}", note, lines))
+        charts.append(
+            _offsets(
+                run,
+                f"with_adapter/{form}/conditional_by_offset",
+                against=f"untrained/{form}/conditional_by_offset",
+                title=f"Right if all before are, {form}",
+                note="Share of held-out masks that equal the text, of groups right until there.",
+                label="untrained",
+            )
+        )
+    overlap = Chart("Overlap", "Chance that the best coupling agrees.", [_train(run, "overlap")])
+    return [*charts, overlap]
+
+
+def _offsets(
+    run: RunFolder,
+    name: str,
+    *,
+    against: str,
+    title: str = "Draft accuracy by offset",
+    note: str = "Share of held-out drafts that equal the AR view's choice on the true text.",
+    label: str = "no adapter",
+) -> Chart:
+    """Shares at each offset of a block, for evaluations from the first to the last."""
     rows = [row for row in run.evaluations if by_offset(row, name)]
     count = min(len(rows), NUM_EVALUATIONS_SHOWN)
     chosen = [rows[i * (len(rows) - 1) // max(count - 1, 1)] for i in range(count - 1)] + rows[-1:]
@@ -81,19 +128,12 @@ def _offsets(run: RunFolder, name: str, *, against: str) -> Chart:
         values = by_offset(row, name)
         offsets = range(1, len(values) + 1)
         lines.append(Line(f"step {row.step:,}", offsets, values, colour=shade, is_marked=True))
+    values = by_offset(rows[-1], against) if rows else []
     if rows and against == "accuracy_by_offset":
-        label, values = f"equal to the text, step {rows[-1].step:,}", by_offset(rows[-1], against)
-    elif rows:
-        label, values = "no adapter", by_offset(rows[-1], f"{against}/agreement_by_offset")
-    else:
-        label, values = "", []
+        label = f"equal to the text, step {rows[-1].step:,}"
+    label = label if rows else ""
     lines.append(Line(label, range(1, len(values) + 1), values, colour=BEFORE, is_dashed=True))
-    return Chart(
-        "Draft accuracy by offset",
-        "Share of held-out drafts that equal the AR view's choice on the true text.",
-        lines,
-        x_label="offset in the block",
-    )
+    return Chart(title, note, lines, x_label="offset in the block")
 
 
 def _learning_rate(run: RunFolder) -> Chart:

@@ -79,6 +79,11 @@ class RunFolder:
         return self.config.get("drafter") is not None
 
     @property
+    def has_anchors(self) -> bool:
+        """Whether it is trained from anchors."""
+        return (self.config.get("drafter") or {}).get("anchors") is not None
+
+    @property
     def stages(self) -> list[Stage]:
         """The stages with the steps they take."""
         parts = self.config.get("stages", [])

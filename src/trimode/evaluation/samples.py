@@ -80,7 +80,7 @@ def make_samples(
 
 def _load(run: RunFolder, *, device: str | None) -> TriModeLM:
     if run.is_drafter:
-        drafter = run.folder / "linear_spec_lora"
+        drafter = run.folder / ("drafter" if run.has_anchors else "linear_spec_lora")
         return load(run.config["model"]["init"], device=device, drafter=drafter)
     if run.config.get("lora") is not None:
         return load(run.config["model"]["init"], device=device, lora=run.folder / "lora")

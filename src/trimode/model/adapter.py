@@ -94,7 +94,7 @@ class LoraPair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
-        return _times(_times(x, self.down), self.up) * self.scale
+        return _times(_times(x, self.down) * self.scale, self.up)  # r numbers to scale, not out
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trimode.model.adapter import TARGETS
+from trimode.training.anchor_config import AnchorPart
 from trimode.training.part_checks import changed_fields, check
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class DrafterPart:
         ce_weight: Of the cross-entropy.
         sampled_share: Share of the slots (blocks) whose draft is sampled at temperature 1; the rest
             draft greedily.
+        anchors: Train from anchors of the model's own text instead; null plays the rounds. Then
+            temperature, top_k and eta are those of its LK loss.
     """
 
     rank: int = 128
@@ -73,6 +76,7 @@ class DrafterPart:
     lk_weight: float = 1.0
     ce_weight: float = 1.0
     sampled_share: float = 0.9
+    anchors: AnchorPart | None = None
 
     def __post_init__(self) -> None:
         _check_shape(self)
@@ -90,6 +94,16 @@ class DrafterPart:
             0 <= self.sampled_share <= 1,
             f"sampled_share is {self.sampled_share}, but must lie between 0 and 1",
         )
+        if self.anchors is not None:
+            has_lk = self.anchors.loss in ("lk", "kl_then_lk")
+            used = {"rank", "alpha", "targets", "anchors"}
+            used |= {"temperature", "top_k", "eta"} if has_lk else set()
+            for name, value in changed_fields(self, beside=used).items():
+                check(
+                    False,
+                    f"{name} is {value}, but means nothing beside anchors with loss "
+                    f"{self.anchors.loss}: remove it",
+                )
 
 
 def check_drafter_run(config: TrainConfig) -> None:
@@ -108,7 +122,12 @@ def check_drafter_run(config: TrainConfig) -> None:
         (f"stages.{index}", stage, _USED["stages"]) for index, stage in enumerate(config.stages)
     ]
     parts += [(key, getattr(config, key), _USED[key]) for key in ("optimizer", "model", "export")]
+    assert config.drafter is not None
+    anchors = config.drafter.anchors
+    has_embedding = anchors is not None and anchors.mask_places > 0
     for key, part, used in parts:
+        if key == "optimizer" and has_embedding:
+            used = used | {"embedding_learning_rate"}
         for name, value in changed_fields(part, beside=used).items():
             check(
                 False, f"{key}.{name} is {value!r}, but means nothing to a drafter run: remove it"

@@ -29,6 +29,7 @@ class StepBatch:
         counts: What the loss sums of the step are divided by, of the objective's own type: of this
             rank's micro-batches at first, of all ranks' in the step.
         diffusion_weight: alpha at this step.
+        drafted_tokens: Masks that are fed from anchors, of all ranks in the step.
     """
 
     stage: StagePart
@@ -36,6 +37,7 @@ class StepBatch:
     micro_batches: Sequence[Any]
     counts: Any
     diffusion_weight: float = 0.0
+    drafted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from trimode.training.corrupt_records import CorruptRecordError
 from trimode.training.manifest import ChatRecord
 from trimode.training.prepare_config import PrepareConfig
 from trimode.training.shard_writer import SupervisedDocument
+from trimode.training.written_ids import FIELDS, written_ids
 
 _STAND_INS = 0x100000
 """First of the private-use characters that stand for special tokens written by a person."""
@@ -52,6 +53,7 @@ class ChatFormat:
         template_source: str,
         markers: dict[str, str],
         messages_field: str,
+        takes_ids: bool,
     ) -> None:
         """Use `load`."""
         self.tokenizer = tokenizer
@@ -61,7 +63,7 @@ class ChatFormat:
             template, _named_tokens(tokenizer), tuple({*names, CHATML_END})
         )
         self._template_source, self._markers = template_source, markers
-        self._messages_field = messages_field
+        self._messages_field, self._takes_ids = messages_field, takes_ids
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._stand_ins = {name: chr(_STAND_INS + i) for i, name in enumerate(names)}
         self._spelled = {ord(sign): name for name, sign in self._stand_ins.items()}
@@ -87,6 +89,7 @@ class ChatFormat:
             template_source=source,
             markers=markers,
             messages_field=config.messages_field,
+            takes_ids=config.take_ids,
         )
 
     def record(self, num_supervised: dict[str, int]) -> ChatRecord:
@@ -107,9 +110,12 @@ class ChatFormat:
             ConfigError: The template does not tell what the assistant writes.
         """
         messages = _messages(fields, self._messages_field)
-        self._render(messages)
+        rendering = self._render(messages)
+        written = None
+        if self._takes_ids and any(fields.get(name) is not None for name in FIELDS):
+            written = self._written(fields, messages, rendering)
         try:
-            return json.dumps(messages, ensure_ascii=False)
+            return json.dumps(messages if written is None else written, ensure_ascii=False)
         except TypeError as error:  # Parquet has more types
             raise CorruptRecordError(f"a message that JSON cannot hold ({error})") from error
 
@@ -122,19 +128,48 @@ class ChatFormat:
 
         Returns:
             The tokens; supervised are those of the assistant, the ends of its turns and, if it has
-            the last word, the EOS.
+            the last word, the EOS. Of a record with tokens, only those of its last answer are, and
+            the EOS only if the answer ends with it.
         """
-        rendering = self._render(json.loads(text))
+        record = json.loads(text)
+        if isinstance(record, dict):
+            prompt_ids, answer_ids = (record[name] for name in FIELDS)
+            return self._closed(
+                [*prompt_ids, *answer_ids],
+                [False] * len(prompt_ids) + [True] * len(answer_ids),
+                is_end_learned=False,
+            )
+        rendering = self._render(record)
         length, (_, last_end) = len(rendering.text), rendering.spans[-1]
         is_last_word = not rendering.text[last_end:].strip()
         if is_last_word:
             length = last_end
         encode = self._encode_whole if self._is_whole else self._encode_pieces
         ids, flags = encode(Rendering(rendering.text[:length], rendering.spans))
+        return self._closed(ids, flags, is_end_learned=is_last_word)
+
+    def _closed(
+        self, ids: list[int], flags: list[bool], *, is_end_learned: bool
+    ) -> SupervisedDocument:
+        """The document, with EOS at its end."""
         if not ids or ids[-1] != self.tokenizer.eos_token_id:
             ids.append(self.tokenizer.eos_token_id)
-            flags.append(is_last_word)
+            flags.append(is_end_learned)
         return SupervisedDocument(np.array(ids, dtype=np.int64), np.array(flags, dtype=bool))
+
+    def _written(
+        self, fields: dict[str, Any], messages: Messages, rendering: Rendering
+    ) -> dict[str, list[int]] | None:
+        """The tokens of a record that has them, if they are those of its messages."""
+        if messages[-1]["role"] != "assistant":
+            raise CorruptRecordError("tokens of an answer, but the last message is no answer")
+        prompt = rendering.text[: rendering.spans[-1][0]].translate(self._spelled)
+        return written_ids(
+            fields,
+            prompt_text=prompt,
+            answer_text=messages[-1]["content"],
+            tokenizer=self.tokenizer,
+        )
 
     def _render(self, messages: Messages) -> Rendering:
         """The text, in which special tokens that a message spells are stand-ins."""

@@ -54,6 +54,7 @@ class RunState:
         best_score: Of the held-out evaluation that chose what is exported (drafter only).
         best_step: Where that was.
         base_checksum: Of the frozen weights under what is trained, None if nothing is frozen.
+        drafted_tokens: Masks fed with a gradient (training from anchors only).
     """
 
     step: int = 0
@@ -62,6 +63,7 @@ class RunState:
     best_score: float | None = None
     best_step: int | None = None
     base_checksum: int | None = None
+    drafted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

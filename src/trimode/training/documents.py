@@ -116,7 +116,14 @@ class Skipped:
 
 
 def judged(
-    name: str, text: str, package: Package, *, min_bytes: int, max_bytes: int, share: float
+    name: str,
+    text: str,
+    package: Package,
+    *,
+    min_bytes: int,
+    max_bytes: int,
+    share: float,
+    is_held_out: bool | None = None,
 ) -> Item:
     """The document with this text, or that it is too short or too long.
 
@@ -127,6 +134,7 @@ def judged(
         min_bytes: Shorter ones are left out.
         max_bytes: Longer ones are left out.
         share: Share of the documents to hold out, where packages do not decide.
+        is_held_out: Whether to hold this one out, where its source says so.
 
     Raises:
         UnicodeEncodeError: Half of a surrogate pair in the text, which JSON can spell.
@@ -136,7 +144,9 @@ def judged(
     )
     if reason is not None:
         return Omitted(reason)
-    return Document(name, package, _is_held_out(name, package, share), text)
+    if is_held_out is None:
+        is_held_out = _is_held_out(name, package, share)
+    return Document(name, package, is_held_out, text)
 
 
 def name_bytes(name: str) -> bytes:

@@ -128,7 +128,7 @@ def play_round(
     is_sampled, keys = (x.flatten()[places] for x in (batch.is_sampled, batch.noise_keys))
     with torch.no_grad():
         attend = training_attention(causal_mask(rows), part_len=row_len, dtype=model.dtype)
-        text = _RememberingAttention(attend)
+        text = RememberingAttention(attend)
         model.encode(rows.clean_ids, rows.position_ids, attend=text)
     noisy_ids = torch.where(rows.is_block_start, rows.clean_ids, model.config.mask_token_id)
     attend = training_attention(draft_mask(rows), part_len=row_len, dtype=model.dtype)
@@ -195,7 +195,7 @@ def chunks(num_places: int, vocab_size: int) -> Iterator[slice]:
         yield slice(start, start + chunk_len)
 
 
-class _RememberingAttention:
+class RememberingAttention:
     """Attends as `attend` does and keeps every layer's keys and values, [B, S, G, D] each."""
 
     def __init__(self, attend: Attend) -> None:
@@ -210,7 +210,7 @@ class _RememberingAttention:
 class _TextAttention:
     """Attention of a stream over its own keys and values, then those of the text."""
 
-    def __init__(self, attend: Attend, text: _RememberingAttention) -> None:
+    def __init__(self, attend: Attend, text: RememberingAttention) -> None:
         self._attend = attend
         self._text = text
 

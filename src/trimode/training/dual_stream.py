@@ -104,7 +104,7 @@ def _flex_attention(
         batch_size=batch_size,
         num_queries=num_parts * row_len,
         num_keys=num_parts * row_len,
-        dtype=_product_dtype(dtype, rows.clean_ids.device),
+        dtype=product_dtype(dtype, rows.clean_ids.device),
         device=rows.clean_ids.device,
     )
 
@@ -126,7 +126,7 @@ def training_attention(
     """
     if attn_mask.device.type != "cpu":
         return DenseAttention(attn_mask)
-    dtype = _product_dtype(dtype, attn_mask.device)
+    dtype = product_dtype(dtype, attn_mask.device)
     return ChunkedAttention(
         attn_mask,
         chunk_len=_CPU_CHUNK_LEN,
@@ -136,7 +136,7 @@ def training_attention(
     )
 
 
-def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return dtype

@@ -117,7 +117,7 @@ def evaluate_heldout(
     drafts: list[DraftAccuracy] = []
     mask_token_id, device = model.config.mask_token_id, parallel.device
     model.eval()
-    for samples, ratios, rows, is_counted in _heldout_rows(
+    for samples, ratios, rows, is_counted in heldout_rows(
         data, config=config, block_length=block_length, parallel=parallel
     ):
         noise = corrupt(rows, samples, seed=_NOISE_SEED, mask_token_id=mask_token_id, ratios=ratios)
@@ -171,7 +171,7 @@ def measure_drafter(
     block_length, eos_token_id = model.config.block_size, data.eos_token_id
     tokens, num_blocks, num_accepted, device = 0, 0, 0, parallel.device
     drafts: list[DraftAccuracy] = []
-    for _, _, rows, is_counted in _heldout_rows(
+    for _, _, rows, is_counted in heldout_rows(
         data, config=config, block_length=block_length, parallel=parallel
     ):
         lens = torch.full((len(rows.clean_ids),), block_length)
@@ -220,7 +220,7 @@ def _on_all_ranks(
     )
 
 
-def _heldout_rows(
+def heldout_rows(
     data: TokenStream, *, config: TrainConfig, block_length: int, parallel: Parallel
 ) -> Iterator[tuple[list[int], list[float], PackedRows, bool]]:
     """Rows of the last stage's shape with their indices and mask ratios, a micro-batch at a time.

@@ -235,6 +235,7 @@ def _outer_matrices(model: nn.Module) -> set[int]:
     states."""
     modules = (module for module in model.modules() if isinstance(module, nn.Embedding))
     outer = {id(module.weight) for module in modules}
+    outer |= {id(p) for name, p in model.named_parameters() if name == "mask_embeddings"}
     head = getattr(model, "diffusion_head", None)
     if isinstance(head, nn.Linear):
         outer.add(id(head.weight))

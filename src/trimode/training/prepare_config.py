@@ -66,6 +66,10 @@ class PrepareConfig:
         datasets: What the library `datasets` reads.
         text_field: Field of a record that holds the text.
         messages_field: Field of a record that holds the conversation, for `kind: chat`.
+        take_ids: Whether a conversation with `prompt_ids` and `answer_ids` (JSONL, `datasets`) is
+            these tokens, as a model wrote them; false encodes its messages like any other.
+        split_field: Field of a record that says `train` or `held_out`; null draws by
+            `held_out_share`.
         packages: Names of installed Python packages, or `installed` for all of them. Only those
             with a permissive licence are used, and of them only `.py` files.
         stdlib: Whether to use Python's standard library.
@@ -104,6 +108,8 @@ class PrepareConfig:
     datasets: tuple[DatasetPart, ...] = ()
     text_field: str = "text"
     messages_field: str = "messages"
+    take_ids: bool = True
+    split_field: str | None = None
     packages: tuple[str, ...] = ()
     stdlib: bool = False
     extensions: tuple[str, ...] = (".py",)
@@ -138,6 +144,12 @@ class PrepareConfig:
                 raise ConfigError(f"{name} is {shares[name]}, expected above 0 and up to 1")
         if not 0.0 <= self.held_out_share < 1.0:
             raise ConfigError(f"held_out_share is {self.held_out_share}, expected 0 to below 1")
+        default = type(self).__dataclass_fields__["held_out_share"].default
+        if self.split_field is not None and self.held_out_share != default:
+            raise ConfigError(
+                f"held_out_share is {self.held_out_share} beside split_field, which decides: leave "
+                "one out"
+            )
         if self.shard_tokens < 1:
             raise ConfigError(f"shard_tokens is {self.shard_tokens}, expected at least 1")
         for extension in self.extensions:
@@ -171,6 +183,8 @@ class PrepareConfig:
                 "tokenizer is missing: `kind: chat` needs the folder of the checkpoint, or of the "
                 "data, that the model comes from"
             )
+        if not self.take_ids and self.kind != "chat":
+            raise ConfigError("take_ids only goes with `kind: chat`")
         if self.chat_template is not None and self.kind != "chat":
             raise ConfigError("chat_template only goes with `kind: chat`")
 

@@ -20,6 +20,7 @@ from typing import Any
 from trimode.errors import ConfigError
 from trimode.training.prepare_config import DatasetPart
 
+_OPTIONAL = ("system", "prompt_ids", "answer_ids")
 _PARQUET_BATCH = 256
 
 
@@ -73,7 +74,7 @@ def parquet_records(file: Path, *, columns: Sequence[str], start: int) -> Iterat
 
     Args:
         file: The file.
-        columns: Needed columns; `system` is read as well where the file has it.
+        columns: Needed columns; those of `_OPTIONAL` are read as well where the file has them.
         start: Rows to pass over. Whole row groups of them are not read.
 
     Raises:
@@ -93,7 +94,7 @@ def parquet_records(file: Path, *, columns: Sequence[str], start: int) -> Iterat
                 break
             first, passed = first + 1, passed + num_rows
         groups, wanted = range(first, table.num_row_groups), [*columns]
-        wanted += [name for name in ("system",) if name in names and name not in columns]
+        wanted += [name for name in _OPTIONAL if name in names and name not in columns]
         number = passed
         for batch in table.iter_batches(_PARQUET_BATCH, row_groups=groups, columns=wanted):
             for row in range(batch.num_rows):

@@ -1,5 +1,6 @@
-"""What a run trains, as the trainer sees it. There are three: `JointObjective` (all weights),
-`LoraObjective` (the same loss, a LoRA), `DrafterObjective` (a drafter)."""
+"""What a run trains, as the trainer sees it. There are four: `JointObjective` (all weights),
+`LoraObjective` (the same loss, a LoRA), `DrafterObjective` (a drafter), `AnchorObjective` (a whole
+diffusion view, from anchors)."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from typing import Any, Protocol
 from torch import nn
 
 from trimode.model import TriModeModel
+from trimode.training.anchor_evaluation import AnchorReport
 from trimode.training.batches import LossTerms, StepBatch
 from trimode.training.checkpoints import RunState
 from trimode.training.evaluate import DrafterReport, HeldOutReport
 
-Report = HeldOutReport | DrafterReport
+Report = HeldOutReport | DrafterReport | AnchorReport
 
 
 class Objective(Protocol):

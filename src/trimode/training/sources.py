@@ -17,6 +17,7 @@ from trimode.errors import ConfigError
 from trimode.training import document_filter
 from trimode.training.corrupt_records import CorruptRecordError
 from trimode.training.documents import CORRUPT, Item, Omitted, Package, judged
+from trimode.training.manifest import SPLITS
 from trimode.training.package_sources import package_targets, stdlib_targets
 from trimode.training.prepare_config import DatasetPart, PrepareConfig
 from trimode.training.records import (
@@ -182,7 +183,8 @@ class RecordFile:
         if self._kind == "jsonl":
             records = jsonl_records(self._file, start=start)
         else:
-            columns, unit = [_needed_field(self._config)], "row"
+            needed = (_needed_field(self._config), self._config.split_field)
+            columns, unit = [name for name in needed if name is not None], "row"
             records = parquet_records(self._file, columns=columns, start=start)
         for record in records:
             place = f"{self._file}, {unit} {record.number}"
@@ -236,7 +238,10 @@ def _record_item(
         return Omitted(CORRUPT, f"{place}: {record.problem}") if record.problem else Omitted("")
     try:
         text = text_of(record.fields)
-        return _judged(f"{package.name}:{record.number}", text, package, config)
+        is_held_out = _marked_held_out(record.fields, config.split_field)
+        return _judged(
+            f"{package.name}:{record.number}", text, package, config, is_held_out=is_held_out
+        )
     except CorruptRecordError as error:
         return Omitted(CORRUPT, f"{place}: {error}")
     except UnicodeEncodeError:
@@ -262,7 +267,23 @@ def _needed_field(config: PrepareConfig) -> str:
     return config.messages_field if config.kind == "chat" else config.text_field
 
 
-def _judged(name: str, text: str, package: Package, config: PrepareConfig) -> Item:
+def _marked_held_out(fields: dict[str, Any], name: str | None) -> bool | None:
+    """What a record itself says about its split; None where it need not say anything."""
+    if name is None:
+        return None
+    if fields.get(name) not in SPLITS:
+        raise CorruptRecordError(f"`{name}` is {fields.get(name)!r}; allowed: {', '.join(SPLITS)}")
+    return bool(fields[name] == "held_out")
+
+
+def _judged(
+    name: str,
+    text: str,
+    package: Package,
+    config: PrepareConfig,
+    *,
+    is_held_out: bool | None = None,
+) -> Item:
     return judged(
         name,
         text,
@@ -270,4 +291,5 @@ def _judged(name: str, text: str, package: Package, config: PrepareConfig) -> It
         min_bytes=config.filters.min_document_bytes,
         max_bytes=config.max_document_bytes,
         share=config.held_out_share,
+        is_held_out=is_held_out,
     )

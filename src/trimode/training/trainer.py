@@ -23,6 +23,7 @@ from trimode.checkpoint.model_cache import resolve
 from trimode.errors import ConfigError, TriModeError
 from trimode.model import NemotronLabsDiffusionConfig, TriModeConfig, TriModeModel
 from trimode.model.modeling import MODEL_CLASSES
+from trimode.training.anchor_objective import AnchorObjective
 from trimode.training.batches import StepBatch, batches, place
 from trimode.training.checkpoints import (
     CheckpointInfo,
@@ -292,6 +293,7 @@ class _Run:
             step=self.state.step + 1,
             tokens=self.state.tokens + stage.batch_tokens,
             seconds=self.state.seconds + now - self._last_step,
+            drafted_tokens=self.state.drafted_tokens + batch.drafted_tokens,
         )
         self._last_step = now
 
@@ -345,13 +347,14 @@ class _Run:
         rate = (self.state.tokens - self._tokens_logged) / (now - self._last_logged)
         reports, self._reports = self._reports, []
         stage, _ = place(self.config, self.state.step - 1)
-        names = reports[0].values
+        names, drafted = reports[0].values, self.state.drafted_tokens
         values = {name: sum(r.values[name] for r in reports) / len(reports) for name in names}
         record = {
             "kind": "step",
             "stage": stage.name,
             "step": self.state.step,
             "tokens": self.state.tokens,
+            **({"drafted_tokens": drafted} if drafted else {}),
             **values,
             "grad_norm": sum(r.grad_norm for r in reports) / len(reports),
             "rate_ratio": reports[-1].rate_ratio,
@@ -362,6 +365,7 @@ class _Run:
         self._last_logged, self._tokens_logged = now, self.state.tokens
         self._log(record)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
+        shown += f", {drafted:,} drafted tokens" if drafted else ""
         logger.info(
             "%(stage)s step %(step)d: %(shown)s, gradient %(grad_norm).2f, rate x%(rate_ratio).2f, "
             "%(tokens_per_second).0f tokens/s, %(eta_s).0f s left",
@@ -403,12 +407,16 @@ class _Run:
         logger.info("checkpoint %s", folder)
 
 
-def _objective_class(config: TrainConfig) -> type[JointObjective] | type[DrafterObjective]:
+def _objective_class(
+    config: TrainConfig,
+) -> type[JointObjective] | type[DrafterObjective] | type[AnchorObjective]:
     if config.lora is not None:
         from trimode.training.lora import LoraObjective  # needs PEFT, which is an extra
 
         return LoraObjective
-    return JointObjective if config.drafter is None else DrafterObjective
+    if config.drafter is None:
+        return JointObjective
+    return DrafterObjective if config.drafter.anchors is None else AnchorObjective
 
 
 def _make_model(config: TrainConfig, data: TokenShards) -> TriModeModel:
