@@ -49,6 +49,8 @@ SPECULATION: list[dict[str, Any]] = [
     {"mode": "linear", "block_length": 5, "threshold": 0.3},
     {"mode": "branching", "block_length": 4, "branches": 5},
     {"mode": "quadratic", "block_length": 4},
+    {"mode": "linear", "skip_masks": 4},
+    {"mode": "branching", "skip_masks": 3, "branches": 5, "block_length": 5, "lookup": True},
 ]
 
 

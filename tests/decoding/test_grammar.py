@@ -38,6 +38,8 @@ SPECULATION: list[dict[str, Any]] = [
     {"mode": "linear", "block_length": 4, "threshold": 0.3},
     {"mode": "branching", "block_length": 4, "branches": 5},
     {"mode": "quadratic", "block_length": 3},
+    {"mode": "linear", "skip_masks": 3, "lookup": True},
+    {"mode": "branching", "skip_masks": 2, "branches": 4, "block_length": 4},
 ]
 PROMPTS = ["ab", "x = ", "{"]
 SEEDS = [0, 1, 2**63]
