@@ -75,7 +75,7 @@ MAX_EXAMPLE_LINES = 40
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 _NAMED_PATH = re.compile(r"(?<![\w/.-])(?:src|configs|docs|tests)/[\w./*-]*\w")

@@ -101,10 +101,15 @@ def test_kinds_and_lengths_have_their_shares() -> None:
 
 
 @pytest.mark.parametrize("part", [PART, BOTH])
-def test_what_is_fed(part: AnchorPart) -> None:
-    """Prevents a position, target or end of the text that is off by one, and a length of a group
-    that gives the end away."""
-    rows, drawn = rows_of(), draw(part)
+@pytest.mark.parametrize("has_turns", [False, True])
+def test_what_is_fed(part: AnchorPart, has_turns: bool) -> None:
+    """Prevents a position, target or end of the text that is off by one, a target in the turn after
+    the next, and a length of a group that gives the end away."""
+    rows = rows_of()
+    if has_turns:
+        is_prompt = torch.arange(64) % 9 == 0
+        rows = replace(rows, is_supervised=rows.is_supervised & ~is_prompt)
+    drawn = draw_groups(rows, range(4), part=part, block_length=K, seed=5)
     groups = lay_out(rows, drawn, mask_token_id=MASK, eos_token_id=EOS)
     fed, targets = [], []
     for g in range(drawn.num_groups):

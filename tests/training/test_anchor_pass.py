@@ -9,8 +9,10 @@ from torch import Tensor
 
 from tests.training.fake_stream import EOS, MASK, FakeChats
 from trimode.model import AdapterSwitch, DenseAttention, DrafterAdapter, TriModeModel
+from trimode.training.adapter_config import DrafterPart
 from trimode.training.anchor_config import AnchorPart
 from trimode.training.anchor_groups import Groups, draw_groups, lay_out
+from trimode.training.anchor_loss import Heads, group_sums
 from trimode.training.anchor_pass import GroupAttention, ReadText, encode_groups, read_text
 from trimode.training.conversation_packing import ConversationSampler
 
@@ -114,3 +116,27 @@ def test_chunks_change_nothing(model: TriModeModel) -> None:
         outputs.append(model.encode(groups.token_ids, groups.position_ids, attend=attend))
     torch.testing.assert_close(outputs[0], outputs[1])
     torch.testing.assert_close(outputs[0], outputs[2])
+
+
+def test_rows_without_an_anchor(model: TriModeModel, adapter: DrafterAdapter) -> None:
+    """Prevents a crash on rows whose answers are one token long, whose gradients are zero."""
+    chats = FakeChats([30, 30], [29, 29], seed=3)
+    rows = ConversationSampler(chats, 64, (2,), seed=0).rows(range(1))
+    drawn = draw_groups(rows, range(1), part=PART, block_length=5, seed=0)
+    groups = lay_out(rows, drawn, mask_token_id=MASK, eos_token_id=EOS)
+    text = read_text(model, rows)
+    hidden = encode_groups(model, text, groups, adapter=adapter, adapts_clean=False)
+    sums = group_sums(
+        model,
+        text,
+        groups,
+        hidden,
+        heads=Heads(model),
+        part=DrafterPart(anchors=PART),
+        kind="kl",
+        corrector=None,
+    )
+    assert (drawn.num_groups, hidden.shape) == (0, (0, 64))
+    assert sums.loss.item() == 0
+    grads = torch.autograd.grad(sums.loss, list(adapter.parameters()))
+    assert not any(grad.any() for grad in grads)

@@ -21,9 +21,11 @@ from trimode.checkpoint.io import load_model
 from trimode.errors import ConfigError, TriModeError
 from trimode.model.adapter import TARGETS, AdapterForm
 from trimode.runtime import TriModeLM
+from trimode.training import anchor_objective
 from trimode.training.adapter_config import DrafterPart
 from trimode.training.anchor_config import AnchorPart
 from trimode.training.anchor_evaluation import AnchorReport, measure_anchors
+from trimode.training.anchor_groups import moved
 from trimode.training.anchor_loss import Heads
 from trimode.training.anchor_objective import AnchorObjective
 from trimode.training.config import (
@@ -237,6 +239,42 @@ def test_the_walk_counts_what_decoding_counts(
     assert (found.answers, found.greedy_share) == (5, 1.0)
     assert found.of(form).rounds == len(lengths)
     assert found.of(form).round_acceptance_length == pytest.approx(sum(lengths) / len(lengths))
+
+
+def test_replay_draws_again_where_the_round_ends(
+    base: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents a replay that trains the drawn anchors after all, or begins before its time."""
+    anchors = replace(ANCHORS, replay_share=1.0, replay_from=0.5)
+    config = anchored(base, tmp_path / "run", num_steps=4, anchors=anchors)
+    played: list[tuple[Any, Any, bool]] = []
+    group_sums = anchor_objective.group_sums
+
+    def spy(model: Any, text: Any, groups: Any, *args: Any, **options: Any) -> Any:
+        found = group_sums(model, text, groups, *args, **options)
+        if torch.is_grad_enabled() or groups.drawn.is_replayed.any():
+            played.append((groups.drawn, found.runs, torch.is_grad_enabled()))
+        return found
+
+    moves: list[bool] = []
+
+    def check(rows: Any, drawn: Any, runs: Any) -> Any:
+        before, found, has_graph = played[-1]
+        assert not has_graph
+        assert drawn.anchors.equal(before.anchors)
+        assert runs.equal(found)
+        after = moved(rows, drawn, runs)
+        moves.append(not after.anchors.equal(drawn.anchors))
+        return after
+
+    monkeypatch.setattr(anchor_objective, "group_sums", spy)
+    monkeypatch.setattr(anchor_objective, "moved", check)
+    train(config)
+    assert [has_graph for _, _, has_graph in played] == [True, True, False, True, False, True]
+    assert moves == [True, True]
+    for (drawn, runs, _), (after, _, _) in ((played[2], played[3]), (played[4], played[5])):
+        assert (after.anchors.sum() - drawn.anchors.sum()) > 0
+        assert (after.anchors.sum() - drawn.anchors.sum()) <= (runs + 2).sum()
 
 
 def test_answers_of_another_law_are_not_called_greedy(base: TrainConfig, tmp_path: Path) -> None:

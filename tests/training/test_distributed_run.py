@@ -20,6 +20,7 @@ from tests.training import distributed_worker
 from tests.training.fake_stream import write_data
 from tests.training.tiny_run import MODEL, STAGE
 from trimode.training.adapter_config import DrafterPart, LoraPart
+from trimode.training.anchor_config import AnchorPart
 from trimode.training.config import (
     EvaluationPart,
     ModelPart,
@@ -70,6 +71,13 @@ def drafter_config(config: TrainConfig, output_dir: Path) -> TrainConfig:
     )
 
 
+def anchors_config(config: TrainConfig, output_dir: Path) -> TrainConfig:
+    """The same from anchors, with a corrector and a replay."""
+    anchors = AnchorPart(per_row=6, num_masks=2, replay_share=0.5, replay_from=0, corrector_rank=2)
+    config = drafter_config(config, output_dir)
+    return replace(config, drafter=DrafterPart(rank=4, alpha=16.0, anchors=anchors))
+
+
 def lora_config(config: TrainConfig, output_dir: Path) -> TrainConfig:
     """Two joint steps of a LoRA for what `config` leaves behind."""
     stage = replace(JOINT, name="sft", tokens=2 * 128, micro_batch_sequences=1)
@@ -101,6 +109,7 @@ def config(folder: Path) -> TrainConfig:
     config = make_config(write_data(folder / "data"), folder / "one")
     train(config)
     train(drafter_config(config, folder / "drafter_one"))
+    train(anchors_config(config, folder / "anchors_one"))
     train(lora_config(config, folder / "lora_one"))
     return config
 
@@ -130,6 +139,7 @@ def codes(
     assert torchrun.returncode == 0, torchrun.stderr[-3000:]
     path = write_config(config, folder / "run.yaml")
     drafter = write_config(drafter_config(config, folder / "drafter_two"), folder / "drafter.yaml")
+    anchors = write_config(anchors_config(config, folder / "anchors_two"), folder / "anchors.yaml")
     lora = write_config(lora_config(config, folder / "lora_two"), folder / "lora.yaml")
     interrupted(folder / "one", folder / "one_to_two_by_two")
     interrupted(folder / "two", folder / "two_to_four")
@@ -143,6 +153,8 @@ def codes(
         ("one_to_two_by_two", [words(path, "one_to_two_by_two", tensor)] * 4),
         ("two_to_four", [words(path, "two_to_four")] * 4),
         ("drafter", [words(drafter, "drafter_two")] * 2),
+        ("anchors", [words(anchors, "anchors_two")] * 2),
+        ("anchors_tensor", [words(anchors, "anchors_tensor", tensor)] * 2),
         ("lora", [words(lora, "lora_two")] * 2),
         ("lora_tensor", [words(lora, "lora_tensor", tensor)] * 2),
         ("seeds", [words(path, "seeds", f"seed={rank}") for rank in (0, 0, 7)]),
@@ -248,6 +260,15 @@ def test_drafter_on_two_ranks(codes: dict[str, list[int]], folder: Path) -> None
     assert_same_tensors(two, one, "linear_spec_lora/adapter_model.safetensors")
 
 
+def test_anchors_on_two_ranks(codes: dict[str, list[int]], folder: Path) -> None:
+    """Prevents groups that are counted, or walks that are summed, per rank."""
+    assert codes["anchors"] == [0, 0], read(folder, "anchors", "err")
+    one, two = folder / "anchors_one", folder / "anchors_two"
+    assert_close(curve(two), curve(one))
+    for name in ("adapter_model", "trimode_view"):
+        assert_same_tensors(two, one, f"drafter/{name}.safetensors")
+
+
 def test_lora_on_two_ranks(codes: dict[str, list[int]], folder: Path) -> None:
     """Factors that differ between ranks, or whose gradients are not summed."""
     assert codes["lora"] == [0, 0], read(folder, "lora", "err")
@@ -259,6 +280,7 @@ def test_lora_on_two_ranks(codes: dict[str, list[int]], folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("anchors_tensor", "tensor_parallel is 2, but anchors train on whole layers only"),
         ("lora_tensor", "tensor_parallel is 2, but an adapter trains on whole layers only"),
         ("seeds", "rank 2 started with another config: seed is 7 on rank 2, but 0 on rank 0"),
         ("shares", "a batch has 4 sequences"),

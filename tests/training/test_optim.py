@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from trimode.model import TriModeConfig, TriModeModel
+from trimode.model import DrafterAdapter, TriModeConfig, TriModeModel
+from trimode.model.adapter import LoraPair
 from trimode.training.config import OptimizerPart, SchedulePart
 from trimode.training.optim import Muon, make_optimizer, orthogonalize, wsd_ratio
 
@@ -95,6 +96,27 @@ def test_embedding_and_head_are_not_orthogonalised() -> None:
     for name, parameter in model.named_parameters():
         is_hidden = "_proj" in name
         assert (id(parameter) in ids) == is_hidden, name
+
+
+def test_mask_embeddings_do_not_decay() -> None:
+    """Prevents weight decay from pulling the masks' embedding to zero, and their own rate from
+    being that of the factors."""
+    pair = LoraPair(torch.ones(2, 8), torch.ones(8, 2), 1.0)
+    adapter = DrafterAdapter({(0, "o_proj"): pair}, mask_embeddings=torch.ones(1, 8))
+    part = OptimizerPart(
+        name="adamw", learning_rate=0.1, embedding_learning_rate=0.5, weight_decay=0.5
+    )
+    optimizer = make_optimizer(adapter, part, has_fast_bf16=False)
+    for parameter in adapter.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(1.0)
+    assert adapter.mask_embeddings is not None
+    assert adapter.mask_embeddings.eq(1).all()
+    assert pair.down.lt(1).all()
+    adapter.mask_embeddings.grad = torch.ones(1, 8)
+    optimizer.step(1.0)
+    moved = 1 - adapter.mask_embeddings
+    assert moved.gt(0.3).all()
 
 
 def test_wsd() -> None:

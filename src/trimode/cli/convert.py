@@ -11,7 +11,7 @@ from typing import Any
 NAME = "convert"
 HELP = "turn an autoregressive checkpoint into a tri-mode one"
 
-_OF_NETWORKS = ("block_length", "mask_token", "max_shard_size", "proof_dtype")
+_OF_NETWORKS = ("block_length", "mask_token", "untie", "max_shard_size", "proof_dtype")
 """Options that mean nothing to an adapter."""
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
@@ -106,7 +106,7 @@ def _compress(args: argparse.Namespace) -> int:
     if args.rank is None:
         raise ConfigError(f"{args.source} is an adapter's folder: give --rank to compress it")
     for name, default in args.of_networks.items():
-        if getattr(args, name) != default:
+        if getattr(args, name, default) != default:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} means nothing to an adapter: leave it out")
     dtype = None if args.dtype is None else as_dtype(args.dtype)

@@ -187,34 +187,28 @@ def _draft(
 ) -> tuple[Tensor, Tensor]:
     """Whether each target is drafted right, and is among its mask's candidates: [M] bool each.
 
-    With a corrector a mask is chosen after the mask before it, from left to right, as in decoding;
-    the first one sees the true token at place 1.
+    The corrector sees the true token before each mask, which is what was drafted there as long as
+    all masks before are right; so runs of right masks are those of decoding.
     """
     hidden = encode_groups(model, text, groups, adapter=adapter, adapts_clean=part.adapts_clean)
     states, clean_ids = hidden[groups.targets], text.rows.clean_ids.flatten()
-    truth = clean_ids[groups.text_places]
-    corrector = None if adapter is None else adapter.corrector
-    num_candidates = NUM_CANDIDATES if corrector is None else corrector.num_candidates
-    width = max(num_candidates, NUM_CANDIDATES)
-    ids, logits = [truth.new_zeros(0, width)], [states.new_zeros(0, width, dtype=torch.float32)]
-    for chunk in group_chunks(groups.target_groups, groups.drawn.num_groups):
-        best = heads.exact(states[chunk]).topk(min(width, model.config.vocab_size), dim=1)
-        ids.append(best.indices)
-        logits.append(best.values)
-    candidates, scores = torch.cat(ids[1:] or ids), torch.cat(logits[1:] or logits)
-    is_candidate = (candidates[:, :NUM_CANDIDATES] == truth[:, None]).any(1)
-    if corrector is None:
-        return candidates[:, 0] == truth, is_candidate
-    candidates, scores = candidates[:, :num_candidates], scores[:, :num_candidates]
     embeddings = model.encoder.embed_tokens.weight
-    chosen = torch.zeros_like(truth)
-    for place in range(2, part.num_masks + 2):
-        here = (groups.places == place).nonzero()[:, 0]
-        before = clean_ids[groups.text_places[here] - 1] if place == 2 else chosen[here - 1]
-        added = corrector(embeddings[before], states[here], embeddings[candidates[here]])
-        best_one = (scores[here] + added.to(scores.dtype)).argmax(1, keepdim=True)
-        chosen[here] = candidates[here].gather(1, best_one)[:, 0]
-    return chosen == truth, is_candidate
+    corrector = None if adapter is None else adapter.corrector
+    width = max(NUM_CANDIDATES, 0 if corrector is None else corrector.num_candidates)
+    is_right = torch.zeros_like(groups.targets, dtype=torch.bool)
+    is_candidate = torch.zeros_like(is_right)
+    for chunk in group_chunks(groups.target_groups, groups.drawn.num_groups):
+        before = groups.text_places[chunk] - 1
+        truth = clean_ids[before + 1]
+        best = heads.exact(states[chunk]).topk(min(width, model.config.vocab_size), dim=1)
+        ids, scores = best.indices, best.values
+        is_candidate[chunk] = (ids[:, :NUM_CANDIDATES] == truth[:, None]).any(1)
+        if corrector is not None:
+            ids, scores = (x[:, : corrector.num_candidates] for x in (ids, scores))
+            added = corrector(embeddings[clean_ids[before]], states[chunk], embeddings[ids])
+            ids = ids.gather(1, (scores + added.to(scores.dtype)).argmax(1, keepdim=True))
+        is_right[chunk] = ids[:, 0] == truth
+    return is_right, is_candidate
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 
 from trimode.checkpoint.adapter import save_adapter
 from trimode.checkpoint.whole_folder import writing
-from trimode.errors import ConfigError, TriModeError
+from trimode.errors import ConfigError, TriModeError, UnsupportedError
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.adapter import new_adapter
 from trimode.model.corrector import new_corrector
@@ -75,10 +75,13 @@ class AnchorObjective:
     Args:
         config: With a `drafter` part that has `anchors`.
         data: The training split.
-        model: The whole base, the same on every rank. It is frozen here, and in bfloat16 where that
-            is the precision, since nothing updates it.
+        model: The whole base, the same on every rank, where it stays whole. It is frozen here, and
+            in bfloat16 where that is the precision, since nothing updates it.
         precision: Of the products.
-        parallel: The ranks.
+        parallel: The ranks, which share the rows.
+
+    Raises:
+        UnsupportedError: Tensor parallelism.
     """
 
     def __init__(
@@ -96,15 +99,19 @@ class AnchorObjective:
         self._config, self._part, self._data = config, part, data
         self._precision, self._parallel = precision, parallel
         self._anchors: AnchorPart = part.anchors
-        self.model = model.requires_grad_(False)
+        if config.parallel.tensor_parallel > 1:
+            raise UnsupportedError(
+                f"tensor_parallel is {config.parallel.tensor_parallel}, but anchors train on whole "
+                "layers only: set it to 1"
+            )
+        self.model = model.requires_grad_(False).to(parallel.device)
         wide = None
-        if precision.name == "bf16" and not parallel.is_distributed:
-            wide = model.diffusion_head.weight.detach().clone().to(parallel.device)
-            self.model = model.to(torch.bfloat16)
+        if precision.name == "bf16":
+            wide = model.diffusion_head.weight.detach().clone()
+            model.to(torch.bfloat16)
         self.base_checksum: int | None = weights_checksum(model)
-        self.trainable: DrafterAdapter = self._new_adapter()
-        parallel.shard(model, gather_dtype=precision.gather_dtype, has_adapter=True)
         self._heads = Heads(model, wide)
+        self.trainable: DrafterAdapter = self._new_adapter()
         self._held_out = open_heldout(config, model)
         self._measured: dict[str, AnchorQuality] = {}
         self._best_score: float | None = None
