@@ -281,6 +281,12 @@ def test_settings_stay_within_what_a_row_was_measured_for() -> None:
         found = settings(32, num_masks)
         assert max(setting.num_fed for setting in found) <= widest
         assert {setting.num_masks for setting in found} >= {1, num_masks}
+    for block_length in (2, 3, 32):  # more masks than a block has
+        params = GenerationParams(
+            mode="auto", max_new_tokens=1, block_length=block_length, seed=0, skip_masks=12
+        )
+        widest = params.setting("auto").num_fed
+        assert max(setting.num_fed for setting in settings(block_length, 12)) == widest
 
 
 def test_a_dropped_request_is_forgotten() -> None:
