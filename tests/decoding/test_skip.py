@@ -273,6 +273,21 @@ def test_the_corrector_walks_each_draft_from_what_stands_before_it(
     assert num_moved > 5  # or the corrector changed nothing
 
 
+@pytest.mark.parametrize("options", [{"draft_form": "block"}, {"skip_masks": 3}], ids=str)
+def test_the_corrector_is_off_where_the_adapter_is(
+    peaked: TriModeLM, options: dict[str, Any]
+) -> None:
+    """Prevents: the corrector of an adapter that does not serve drafts, applied to drafts."""
+    model = peaked.model
+    form = AdapterForm(("denoise",), False, ("block",), None)
+    adapter = other_view(model, form=form, has_corrector=True)
+    lm = TriModeLM(model, None, adapter=adapter)
+    options = {"mode": "linear", "block_length": 5, "max_new_tokens": 24, **options}
+    found, plain = generate(lm, **options), generate(peaked, **options)
+    for one, other in zip(found, plain, strict=True):
+        assert one.stats.acceptance_lengths == other.stats.acceptance_lengths
+
+
 def walked(
     lm: TriModeLM, prefix: list[int], group: list[int | None], *, place: int, before: int | None
 ) -> tuple[list[int], list[int]]:
