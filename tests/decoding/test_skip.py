@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.decoding.test_exactness import LAWS, PROMPTS, SEEDS, SMALL, generate, texts
+from tests.decoding.test_exactness import LAWS, PROMPTS, SMALL, generate, texts
 from tests.reference import greedy_diffusion, greedy_skip, group_logits, next_logits
 from trimode.decoding import Event, GenerationParams, Sequence
 from trimode.decoding.lookup import Lookup
@@ -544,6 +544,40 @@ def test_events_of_an_opening_round(adapted: TriModeLM) -> None:
             assert latest.token_ids[1:][: len(event.token_ids)] == event.token_ids
 
 
+def test_a_round_cut_short_is_counted(adapted: TriModeLM) -> None:
+    """Prevents: the token of an opening forward missing in the lengths of a round that an abort
+    ends."""
+    params = GenerationParams(
+        mode="linear", max_new_tokens=20, block_length=5, seed=0, ignore_eos=True
+    )
+    seq = adapted.sequence(PROMPTS[0], params)
+    engine = adapted.engine([seq])
+    while seq.stats.forwards["verify"] < 3:  # a round, and the opening of the next
+        engine.step()
+    engine.abort(seq)
+    assert seq.setting.num_masks
+    assert sum(seq.stats.acceptance_lengths) == len(seq.new_ids) - 1
+    assert len(seq.stats.acceptance_lengths) == 2
+
+
+def test_nothing_is_drafted_behind_the_end(base: TriModeLM) -> None:
+    """Prevents: a draft shown after the last token, at a place that is none."""
+    for options in ({"mode": "linear"}, {"mode": "quadratic"}):
+        for seed in range(20):
+            kinds: list[str] = []
+            generate(
+                *(base, PROMPTS[0]),
+                seed=seed,
+                temperature=1.3,
+                skip_masks=3,
+                ignore_eos=False,
+                max_new_tokens=20,
+                on_event=lambda _, event, kinds=kinds: kinds.append(event.kind),
+                **options,
+            )
+            assert kinds[-1] == "emit"
+
+
 def test_a_sequence_made_for_another_form_is_refused(adapted: TriModeLM) -> None:
     """Prevents: masks placed for one adapter and read by another."""
     params = GenerationParams(mode="linear", max_new_tokens=4, block_length=4, seed=0)
@@ -551,4 +585,3 @@ def test_a_sequence_made_for_another_form_is_refused(adapted: TriModeLM) -> None
     seq = Sequence([1], params, mask_token_id=11)
     with pytest.raises(AssertionError, match="made for an adapter"):
         engine.submit(seq)
-    assert SEEDS
