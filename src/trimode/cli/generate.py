@@ -201,7 +201,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, has_drafter: bool = 
     )
     if has_drafter:
         model.add_argument(
-            "--drafter", metavar="PATH", help="the same for drafting: on for draft tokens only"
+            "--drafter",
+            metavar="PATH",
+            help="the same for the diffusion view: on for drafts, or for what its files say",
         )
     model.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is)")
     model.add_argument(
