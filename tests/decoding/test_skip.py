@@ -19,7 +19,7 @@ from trimode.decoding.lookup import Lookup
 from trimode.decoding.step import Readout, Step
 from trimode.engine import Engine
 from trimode.engine.runner import Runner
-from trimode.errors import RequestError
+from trimode.errors import CapacityError, RequestError
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model import attention as attention_module
 from trimode.model.adapter import AdapterForm, LoraPair, linear_of
@@ -576,6 +576,17 @@ def test_nothing_is_drafted_behind_the_end(base: TriModeLM) -> None:
                 **options,
             )
             assert kinds[-1] == "emit"
+
+
+@pytest.mark.parametrize("limits", [{"max_step_tokens": 64}, {}], ids=str)
+def test_too_many_masks_are_named(base: TriModeLM, limits: dict[str, int]) -> None:
+    """Prevents: a user told to take shorter blocks, which would not help."""
+    params = GenerationParams(
+        mode="linear", max_new_tokens=4, block_length=4, seed=0, skip_masks=50
+    )
+    engine = Engine(base.model, num_rows=1, num_cells=40, **limits)
+    with pytest.raises(CapacityError, match="skip_masks=50 "):
+        engine.submit(base.sequence([1], params))
 
 
 def test_a_sequence_made_for_another_form_is_refused(adapted: TriModeLM) -> None:
