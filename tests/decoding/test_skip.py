@@ -473,11 +473,14 @@ def test_lookup_saves_forwards_on_a_text_that_repeats_itself(base: TriModeLM) ->
     """Prevents: `lookup` taken and not used."""
     bias = {4: 30.0}  # the same token over and over
     options: dict[str, Any] = {"seed": 0, "logit_bias": bias, "max_new_tokens": 40}
+    options["draft_cutoff"] = 0.4  # the law before the bias is flat, so no draft is as sure
     for shape in ({"draft_form": "block", "block_length": 4}, {"skip_masks": 3}):
-        [plain] = generate(base, PROMPTS[0], mode="linear", draft_cutoff=1.0, **shape, **options)
-        [looked] = generate(base, PROMPTS[0], mode="linear", lookup=True, **shape, **options)
+        [plain], [looked] = (
+            generate(base, PROMPTS[0], mode="linear", lookup=lookup, **shape, **options)
+            for lookup in (False, True)
+        )
         assert looked.token_ids == plain.token_ids
-        assert looked.stats.num_forwards < 0.7 * plain.stats.num_forwards
+        assert looked.stats.num_forwards < 0.5 * plain.stats.num_forwards
 
 
 @pytest.mark.parametrize(
