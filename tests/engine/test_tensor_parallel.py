@@ -81,7 +81,9 @@ def folder(
         save_checkpoint(model, folder / name, tokenizer=byte_tokenizer)
     double = torch.float64
     drafter = make_adapter(tied, ("o_proj",), seed=2, scale=0.2)
-    save_adapter(whole_view(drafter, tied.config.hidden_size), folder / "tied" / "drafter", dtype=double)
+    save_adapter(
+        whole_view(drafter, tied.config.hidden_size), folder / "tied" / "drafter", dtype=double
+    )
     for name, seed in (("wide", 3), ("lora", 4)):
         adapter = make_adapter(untied, TARGETS, seed=seed, scale=0.05)
         save_adapter(adapter, folder / "untied" / name, dtype=double)
