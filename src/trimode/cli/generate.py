@@ -305,7 +305,7 @@ def tokens_per_forward_line(stats: Stats) -> str:
 def acceptance_line(stats: Stats) -> str:
     """Mean over the rounds so far."""
     mean = sum(stats.acceptance_lengths) / len(stats.acceptance_lengths)
-    return f"acceptance length {mean:.2f} (accepted drafts plus the bonus token)"
+    return f"acceptance length {mean:.2f} (a round's accepted drafts plus the AR view's own tokens)"
 
 
 def read_prompt(word: str | None) -> str:

@@ -93,8 +93,8 @@ def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
 
 
 def _ready_draft(seq: Sequence) -> Draft | None:
-    """The draft made in the round before, or what the text itself suggests if that promises more;
-    None where a forward of its own promises more still."""
+    """Return the pending draft, or one from the text if that promises more; None if neither is
+    there, or a drafted block promises more still."""
     draft = seq.pending_draft
     if seq.lookup is None or seq.num_remaining < 2:
         return draft
@@ -245,7 +245,7 @@ def _draft_of_group(seq: Sequence, readout: Readout, number: int, *, first: int)
 
 
 def _told(seq: Sequence, draft: Draft) -> Draft:
-    """The draft, of which the watcher hears."""
+    """Tell the watcher of a draft and return it."""
     block = [seq.last, *draft.token_ids]
     seq.event("draft", position=seq.length, token_ids=block, is_masked=[False] * len(block))
     return draft

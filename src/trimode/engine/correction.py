@@ -34,7 +34,7 @@ class Before:
 
 
 def tokens_before(seq: Sequence, step: Step, *, first_row: int) -> list[Before | None]:
-    """For each of a step's wanted answers what stands before it, if it is a drafted place.
+    """Find what stands before each drafted place among a step's wanted answers.
 
     Args:
         seq: Whose step it is.
