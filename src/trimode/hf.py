@@ -58,8 +58,8 @@ class TriModeModel(modeling.TriModeModel):
     """The network with the published methods.
 
     Attributes:
-        drafter: The adapter that `load_drafter` attached, or None. Weights, not a switch: only
-            the draft tokens of `linear_spec_generate` see them. Not part of the state dict.
+        drafter: The adapter that `load_drafter` attached, or None. Weights, not a switch: they
+            act on what its form says, and never in the AR view. Not part of the state dict.
     """
 
     config_class = TriModeConfig
@@ -327,8 +327,9 @@ class NemotronLabsDiffusionModel(TriModeModel, modeling.NemotronLabsDiffusionMod
 def load_drafter(model: TriModeModel, folder: str | Path | None) -> None:
     """Attach the drafter adapter of a PEFT LoRA folder to `model`; None detaches.
 
-    Only the draft tokens of `linear_spec_generate` are fed through it. The network's weights and
-    state dict stay as they are, so `save_pretrained` does not write it.
+    It is on for the drafts of `linear_spec_generate`, or for what its files say it serves, which
+    may be the passes of `generate`. The network's weights and state dict stay as they are, so
+    `save_pretrained` does not write it.
 
     Raises:
         CheckpointError: it is not a plain LoRA, or does not fit the network.

@@ -140,7 +140,7 @@ class TestText:
         assert " tokens/s, ended by length\n" in err
         kinds = ", ".join(f"{n} {kind}" for kind, n in expected.stats.forwards.items() if n)
         assert f"-- {expected.stats.num_forwards} forwards ({kinds}); tokens per forward: " in err
-        assert "(accepted drafts plus the bonus token)" in err
+        assert "(a round's accepted drafts plus the AR view's own tokens)" in err
 
     def test_no_second_newline(self, folder: Path, lm: TriModeLM, capsys: Capture) -> None:
         """Prevents: an empty line at the end of a text that ends its last line itself."""

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.decoding.test_exactness import LAWS, PROMPTS, SEEDS, SMALL, generate, texts
+from tests.decoding.test_exactness import LAWS, PROMPTS, SMALL, generate, texts
 from tests.reference import greedy_diffusion, greedy_skip, group_logits, next_logits
 from trimode.decoding import Event, GenerationParams, Sequence
 from trimode.decoding.lookup import Lookup
 from trimode.decoding.step import Readout, Step
 from trimode.engine import Engine
 from trimode.engine.runner import Runner
-from trimode.errors import RequestError
+from trimode.errors import CapacityError, RequestError
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model import attention as attention_module
 from trimode.model.adapter import AdapterForm, LoraPair, linear_of
@@ -273,6 +273,21 @@ def test_the_corrector_walks_each_draft_from_what_stands_before_it(
     assert num_moved > 5  # or the corrector changed nothing
 
 
+@pytest.mark.parametrize("options", [{"draft_form": "block"}, {"skip_masks": 3}], ids=str)
+def test_the_corrector_is_off_where_the_adapter_is(
+    peaked: TriModeLM, options: dict[str, Any]
+) -> None:
+    """Prevents: the corrector of an adapter that does not serve drafts, applied to drafts."""
+    model = peaked.model
+    form = AdapterForm(("denoise",), False, ("block",), None)
+    adapter = other_view(model, form=form, has_corrector=True)
+    lm = TriModeLM(model, None, adapter=adapter)
+    options = {"mode": "linear", "block_length": 5, "max_new_tokens": 24, **options}
+    found, plain = generate(lm, **options), generate(peaked, **options)
+    for one, other in zip(found, plain, strict=True):
+        assert one.stats.acceptance_lengths == other.stats.acceptance_lengths
+
+
 def walked(
     lm: TriModeLM, prefix: list[int], group: list[int | None], *, place: int, before: int | None
 ) -> tuple[list[int], list[int]]:
@@ -458,11 +473,14 @@ def test_lookup_saves_forwards_on_a_text_that_repeats_itself(base: TriModeLM) ->
     """Prevents: `lookup` taken and not used."""
     bias = {4: 30.0}  # the same token over and over
     options: dict[str, Any] = {"seed": 0, "logit_bias": bias, "max_new_tokens": 40}
+    options["draft_cutoff"] = 0.4  # the law before the bias is flat, so no draft is as sure
     for shape in ({"draft_form": "block", "block_length": 4}, {"skip_masks": 3}):
-        [plain] = generate(base, PROMPTS[0], mode="linear", draft_cutoff=1.0, **shape, **options)
-        [looked] = generate(base, PROMPTS[0], mode="linear", lookup=True, **shape, **options)
+        [plain], [looked] = (
+            generate(base, PROMPTS[0], mode="linear", lookup=lookup, **shape, **options)
+            for lookup in (False, True)
+        )
         assert looked.token_ids == plain.token_ids
-        assert looked.stats.num_forwards < 0.7 * plain.stats.num_forwards
+        assert looked.stats.num_forwards < 0.5 * plain.stats.num_forwards
 
 
 @pytest.mark.parametrize(
@@ -529,6 +547,51 @@ def test_events_of_an_opening_round(adapted: TriModeLM) -> None:
             assert latest.token_ids[1:][: len(event.token_ids)] == event.token_ids
 
 
+def test_a_round_cut_short_is_counted(adapted: TriModeLM) -> None:
+    """Prevents: the token of an opening forward missing in the lengths of a round that an abort
+    ends."""
+    params = GenerationParams(
+        mode="linear", max_new_tokens=20, block_length=5, seed=0, ignore_eos=True
+    )
+    seq = adapted.sequence(PROMPTS[0], params)
+    engine = adapted.engine([seq])
+    while seq.stats.forwards["verify"] < 3:  # a round, and the opening of the next
+        engine.step()
+    engine.abort(seq)
+    assert seq.setting.num_masks
+    assert sum(seq.stats.acceptance_lengths) == len(seq.new_ids) - 1
+    assert len(seq.stats.acceptance_lengths) == 2
+
+
+def test_nothing_is_drafted_behind_the_end(base: TriModeLM) -> None:
+    """Prevents: a draft shown after the last token, at a place that is none."""
+    for options in ({"mode": "linear"}, {"mode": "quadratic"}):
+        for seed in range(20):
+            kinds: list[str] = []
+            generate(
+                *(base, PROMPTS[0]),
+                seed=seed,
+                temperature=1.3,
+                skip_masks=3,
+                ignore_eos=False,
+                max_new_tokens=20,
+                on_event=lambda _, event, kinds=kinds: kinds.append(event.kind),
+                **options,
+            )
+            assert kinds[-1] == "emit"
+
+
+@pytest.mark.parametrize("limits", [{"max_step_tokens": 64}, {}], ids=str)
+def test_too_many_masks_are_named(base: TriModeLM, limits: dict[str, int]) -> None:
+    """Prevents: a user told to take shorter blocks, which would not help."""
+    params = GenerationParams(
+        mode="linear", max_new_tokens=4, block_length=4, seed=0, skip_masks=50
+    )
+    engine = Engine(base.model, num_rows=1, num_cells=40, **limits)
+    with pytest.raises(CapacityError, match="skip_masks=50 "):
+        engine.submit(base.sequence([1], params))
+
+
 def test_a_sequence_made_for_another_form_is_refused(adapted: TriModeLM) -> None:
     """Prevents: masks placed for one adapter and read by another."""
     params = GenerationParams(mode="linear", max_new_tokens=4, block_length=4, seed=0)
@@ -536,4 +599,3 @@ def test_a_sequence_made_for_another_form_is_refused(adapted: TriModeLM) -> None
     seq = Sequence([1], params, mask_token_id=11)
     with pytest.raises(AssertionError, match="made for an adapter"):
         engine.submit(seq)
-    assert SEEDS

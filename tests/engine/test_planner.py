@@ -20,7 +20,8 @@ from trimode.decoding.setting import Round, Setting
 from trimode.engine import Engine, costs
 from trimode.engine.costs import ROWS, TOKENS, Costs, find_costs, measure
 from trimode.engine.planner import MOST_SAVED, PROBE_SHARE, Planner, settings
-from trimode.model.adapter import PUBLISHED_FORM, AdapterForm
+from trimode.model.adapter import PUBLISHED_FORM, AdapterForm, new_adapter
+from trimode.model.corrector import new_corrector
 from trimode.runtime import TriModeLM
 
 Cost = Callable[[int, float], float]
@@ -281,6 +282,12 @@ def test_settings_stay_within_what_a_row_was_measured_for() -> None:
         found = settings(32, num_masks)
         assert max(setting.num_fed for setting in found) <= widest
         assert {setting.num_masks for setting in found} >= {1, num_masks}
+    for block_length in (2, 3, 32):  # more masks than a block has
+        params = GenerationParams(
+            mode="auto", max_new_tokens=1, block_length=block_length, seed=0, skip_masks=12
+        )
+        widest = params.setting("auto").num_fed
+        assert max(setting.num_fed for setting in settings(block_length, 12)) == widest
 
 
 def test_a_dropped_request_is_forgotten() -> None:
@@ -358,6 +365,26 @@ def test_costs_are_measured_once(measured: Any, monkeypatch: pytest.MonkeyPatch)
     model.pack("packed")
     find_costs(model, folder=path.parent / "other")
     assert path.name not in [one.name for one in (path.parent / "other").iterdir()]
+
+
+def test_costs_are_those_of_the_adapter_that_drafts(tiny_model: Callable[..., Any]) -> None:
+    """Prevents: costs measured with an adapter that is on for drafts taken for one that is not."""
+    model, keys = tiny_model(torch.float32), []
+    for views in (("draft",), ("denoise",)):
+        for rank in (None, 2, 4):
+            adapter = new_adapter(
+                model.encoder.layers,
+                rank=2,
+                alpha=2.0,
+                targets=("o_proj",),
+                seed=0,
+                form=AdapterForm(views),
+                corrector=None
+                if rank is None
+                else new_corrector(64, rank=rank, num_candidates=4, seed=0),
+            )
+            keys.append(json.dumps(costs._key(model, adapter)))
+    assert len(set(keys)) == 4  # all that are off for drafts cost alike
 
 
 def _foreign(text: str) -> str:

@@ -25,8 +25,10 @@ from tests.engine.tensor_parallel_worker import (
 )
 from trimode.checkpoint.adapter import save_adapter, save_tensors
 from trimode.checkpoint.io import save_checkpoint
+from trimode.engine.ranks import _description
 from trimode.errors import ConfigError
-from trimode.model.adapter import TARGETS, DrafterAdapter, LoraPair, linear_of
+from trimode.model.adapter import TARGETS, AdapterForm, DrafterAdapter, LoraPair, linear_of
+from trimode.model.corrector import Corrector
 
 pytestmark = pytest.mark.ranks
 
@@ -48,6 +50,18 @@ def make_adapter(
     return DrafterAdapter(pairs)
 
 
+def whole_view(adapter: DrafterAdapter, hidden_size: int) -> DrafterAdapter:
+    """The same pairs, on in all passes, with mask embeddings and a corrector."""
+    generator = torch.Generator().manual_seed(7)
+    tensors = torch.randn(4, 3, hidden_size, generator=generator, dtype=torch.float64)
+    return DrafterAdapter(
+        {(index, target): pair for index, target, pair in adapter.items()},
+        form=AdapterForm(("draft", "denoise"), False, ("skip",), 3),
+        mask_embeddings=tensors[0],
+        corrector=Corrector(*tensors[1:], num_candidates=5),
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(
     tmp_path_factory: pytest.TempPathFactory,
@@ -67,7 +81,9 @@ def folder(
         save_checkpoint(model, folder / name, tokenizer=byte_tokenizer)
     double = torch.float64
     drafter = make_adapter(tied, ("o_proj",), seed=2, scale=0.2)
-    save_adapter(drafter, folder / "tied" / "drafter", dtype=double)
+    save_adapter(
+        whole_view(drafter, tied.config.hidden_size), folder / "tied" / "drafter", dtype=double
+    )
     for name, seed in (("wide", 3), ("lora", 4)):
         adapter = make_adapter(untied, TARGETS, seed=seed, scale=0.05)
         save_adapter(adapter, folder / "untied" / name, dtype=double)
@@ -148,6 +164,18 @@ def test_a_row_that_was_not_finite_is_scrubbed_on_all_ranks(folder: Path) -> Non
         ["abort", []],
         ["length", third.new_ids],
     ]
+
+
+def test_ranks_compare_mask_embeddings(tiny_model: Callable[..., Any]) -> None:
+    """Prevents: a rank that embeds masks otherwise than rank 0, since its files are older."""
+    model = tiny_model(torch.float64)
+    plain = make_adapter(model, ("o_proj",), seed=2, scale=0.2)
+    view = whole_view(plain, model.config.hidden_size)
+    pairs = {(index, target): pair for index, target, pair in view.items()}
+    bare = DrafterAdapter(pairs, form=view.form)
+    narrow = DrafterAdapter(pairs, form=view.form, mask_embeddings=torch.zeros(2, 64))
+    known = {_description(model, adapter) for adapter in (None, plain, view, bare, narrow)}
+    assert len(known) == 5
 
 
 def test_what_ranks_refuse(folder: Path) -> None:

@@ -201,7 +201,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, has_drafter: bool = 
     )
     if has_drafter:
         model.add_argument(
-            "--drafter", metavar="PATH", help="the same for drafting: on for draft tokens only"
+            "--drafter",
+            metavar="PATH",
+            help="the same for the diffusion view: on for drafts, or for what its files say",
         )
     model.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is)")
     model.add_argument(
@@ -303,7 +305,7 @@ def tokens_per_forward_line(stats: Stats) -> str:
 def acceptance_line(stats: Stats) -> str:
     """Mean over the rounds so far."""
     mean = sum(stats.acceptance_lengths) / len(stats.acceptance_lengths)
-    return f"acceptance length {mean:.2f} (accepted drafts plus the bonus token)"
+    return f"acceptance length {mean:.2f} (a round's accepted drafts plus the AR view's own tokens)"
 
 
 def read_prompt(word: str | None) -> str:

@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object with all candidates and scores"
     )
-    add_model_arguments(parser, has_drafter=False)
+    add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

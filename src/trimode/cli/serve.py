@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--name", metavar="NAME", help="what requests call it (default: its own)")
     model.add_argument("--lora", metavar="PATH", help="PEFT LoRA folder to merge into the weights")
-    model.add_argument("--drafter", metavar="PATH", help="the same, on for draft tokens only")
+    model.add_argument(
+        "--drafter", metavar="PATH", help="the same, on for drafts, or for what its files say"
+    )
     model.add_argument("--device", metavar="D", help="cpu, cuda, ...")
     model.add_argument("--dtype", metavar="D", help="float32, bfloat16, ...")
     model.add_argument("--weights", metavar="FORM", help="plain, packed or int8")

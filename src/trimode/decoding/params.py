@@ -104,7 +104,7 @@ class GenerationParams:
             what the adapter was trained for, `block` without one or where `linear` is given a
             threshold or steps, which are passes over a block.
         skip_masks: Speculation in the form `skip`: masks of a group, at least 1. None means what
-            the adapter was trained with, K - 2 at most.
+            the adapter was trained with, but at most K - 2, and at least 1.
         lookup: Speculation: whether the text's own repetitions may be drafts too; None means not.
         draft_cutoff: Speculation: a draft ends before its first token less probable than this;
             None verifies whole drafts.
@@ -312,8 +312,9 @@ class GenerationParams:
             branches = min(DEFAULT_BRANCHES, most) if self.branches is None else self.branches
             return Setting(mode, length, branches, self.guesses is not False, num_masks)
         if mode == "auto":
-            most = min(MAX_AUTO_BRANCHES, most)
-            return Setting("branching", length, most, True, num_masks)
+            num_drafted = length - 1 if num_masks is None else num_masks
+            num_groups = min(MAX_AUTO_BRANCHES, 2 * num_drafted + 1)
+            return Setting("branching", length, num_groups, True, num_masks)
         return Setting(mode, length, num_masks=num_masks if mode == "linear" else None)
 
     def _num_masks(self, form: AdapterForm) -> int | None:

@@ -63,21 +63,24 @@ def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
     temperature. The draft is always a whole group, as the drafter was trained on, and then cut to
     what may still be emitted; where nothing of it could be, nothing is drafted.
     """
-    skips = seq.setting.num_masks is not None
+    skips, lengths = seq.setting.num_masks is not None, seq.stats.acceptance_lengths
     draft = _ready_draft(seq)
     is_fresh, num_opened = draft is None, 0
     if draft is None and skips and seq.num_remaining > 2:
         opened = yield from _check(seq, Draft.nothing(seq.length), least_groups=1)
         draft, num_opened = seq.pending_draft, opened.num_emitted
+        lengths.append(num_opened)
     elif draft is None and not skips and seq.num_remaining > 1:
         draft = yield from _draft(seq)
-    num_emitted = num_opened
     if not seq.is_finished:
         draft = draft or Draft.nothing(seq.length)
         # Behind a guess from the text, masks that skip make the draft that otherwise would need a
         # forward of its own.
         checked = yield from _check(seq, draft, least_groups=int(skips and draft.is_looked_up))
-        num_emitted += checked.num_emitted
+        if num_opened:
+            lengths[-1] += checked.num_emitted
+        else:
+            lengths.append(checked.num_emitted)
         seq.latest_round = Round(
             setting=seq.setting,
             num_checked=checked.num_checked,
@@ -87,12 +90,11 @@ def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
             num_opened=num_opened,
             is_looked_up=draft.is_looked_up,
         )
-    seq.stats.acceptance_lengths.append(num_emitted)
 
 
 def _ready_draft(seq: Sequence) -> Draft | None:
-    """The draft made in the round before, or what the text itself suggests if that promises more;
-    None where a forward of its own promises more still."""
+    """Return the pending draft, or one from the text if that promises more; None if neither is
+    there, or a drafted block promises more still."""
     draft = seq.pending_draft
     if seq.lookup is None or seq.num_remaining < 2:
         return draft
@@ -129,7 +131,7 @@ def _check(seq: Sequence, draft: Draft, *, least_groups: int) -> Generator[Step,
     seq.event("verify", position=seq.length + 1, token_ids=fed[1:], num_accepted=num_accepted)
     num_emitted = seq.emit(chosen[: num_accepted + 1], readout.logprobs)
     seq.commit(num_emitted)
-    for number, outcome in enumerate(outcomes):
+    for number, outcome in enumerate([] if seq.is_finished else outcomes):
         if outcome.num_accepted == num_accepted and outcome.bonus in (None, chosen[num_accepted]):
             seq.keep_draft(_draft_of_group(seq, readout, number, first=len(fed)))
             break
@@ -243,7 +245,7 @@ def _draft_of_group(seq: Sequence, readout: Readout, number: int, *, first: int)
 
 
 def _told(seq: Sequence, draft: Draft) -> Draft:
-    """The draft, of which the watcher hears."""
+    """Tell the watcher of a draft and return it."""
     block = [seq.last, *draft.token_ids]
     seq.event("draft", position=seq.length, token_ids=block, is_masked=[False] * len(block))
     return draft

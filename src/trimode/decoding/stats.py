@@ -16,7 +16,8 @@ class Stats:
         forwards: Model calls by kind (`FORWARD_KINDS`).
         tokens_fed: Tokens this sequence fed, by the same kinds.
         new_tokens: Tokens emitted.
-        acceptance_lengths: Per round of speculation, accepted drafts plus the bonus token.
+        acceptance_lengths: Per round of speculation, accepted drafts plus the bonus token. A round
+            that opens with masks that skip the bonus has two such tokens, one from each forward.
         reused_tokens: Tokens whose K/V lay in a row already, so that they were not fed.
         num_preemptions: Times it gave its row to another and went on later.
         seconds: Wall time from submission to the end, other sequences' work included.

@@ -162,19 +162,17 @@ def group_step(
     *,
     form: AdapterForm,
     trunk: Step | None = None,
-    wants_confidence: bool = True,
     wants_runner_up: bool = False,
     wants_entropy: bool = False,
     targets: Sequence[int] = (),
 ) -> Step:
-    """A few trunk tokens, then groups in the diffusion view.
+    """A few trunk tokens, then groups in the diffusion view; confidences are always wanted.
 
     Args:
         kind: `denoise` is the view of that name; any other is drafting.
         groups: In feed order; the answers come in this order too.
         form: Of the adapter: whether it serves the view, and clean tokens.
         trunk: A causal step, fed and answered first; None for none.
-        wants_confidence: See `Step`.
         wants_runner_up: See `Step`.
         wants_entropy: See `Step`.
         targets: See `Step`, for all wanted answers.
@@ -207,7 +205,7 @@ def group_step(
         mask_places=places,
         is_drafter_on=is_on,
         wanted=wanted,
-        wants_confidence=wants_confidence,
+        wants_confidence=True,
         wants_runner_up=wants_runner_up,
         wants_entropy=wants_entropy,
         targets=targets,

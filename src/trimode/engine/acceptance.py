@@ -4,8 +4,8 @@ That a drafted position holds, if those before it do, has the log-odds b_j + s: 
 requests and takes s for 0, s is how much easier than others this one's text is to draft at present.
 Both take a small step towards what was seen after every round. One number is learned within a few
 rounds and tells of positions that were never drafted; what differs by position is the model's, and
-shared. Of what was seen seldom the best is hoped, or a few unlucky rounds would rule it out for
-good.
+shared. Estimates are optimistic about positions rarely seen, so that bad luck early on does not
+exclude them.
 """
 
 from __future__ import annotations

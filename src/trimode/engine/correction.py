@@ -34,7 +34,7 @@ class Before:
 
 
 def tokens_before(seq: Sequence, step: Step, *, first_row: int) -> list[Before | None]:
-    """For each of a step's wanted answers what stands before it, if it is a drafted place.
+    """Find what stands before each drafted place among a step's wanted answers.
 
     Args:
         seq: Whose step it is.
@@ -42,9 +42,9 @@ def tokens_before(seq: Sequence, step: Step, *, first_row: int) -> list[Before |
         first_row: Number of its first answer in the forward.
 
     Returns:
-        None for what is not drafted, and where nothing tells the token before.
+        None for what is not drafted with the adapter on, and where nothing tells the token before.
     """
-    if step.kind == "denoise":
+    if step.kind == "denoise" or not any(step.is_drafter_on):
         return [None] * len(step.wanted)
     rows = {i: first_row + number for number, i in enumerate(step.wanted)}
     fed = {

@@ -281,10 +281,13 @@ def _key(model: TriModeModel, adapter: DrafterAdapter | None) -> dict[str, Any]:
 
 
 def _shape(adapter: DrafterAdapter) -> Items[Any]:
-    """What an adapter's share of a cost depends on."""
+    """What an adapter adds to the cost of a forward depends on this; nothing where it is off."""
+    if "draft" not in adapter.form.views:
+        return []
     sizes = sorted({(target, len(pair.down)) for _, target, pair in adapter.items()})
-    is_shared = adapter.form.adapts_clean
-    return [sizes, is_shared, adapter.mask_embeddings is not None, adapter.corrector is not None]
+    corrector = adapter.corrector
+    walked = [] if corrector is None else [len(corrector.before), corrector.num_candidates]
+    return [sizes, adapter.form.adapts_clean, adapter.mask_embeddings is not None, walked]
 
 
 def _cpu_name() -> str:

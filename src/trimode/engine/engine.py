@@ -169,9 +169,10 @@ class Engine:
             raise RequestError("mode is 'auto'; allowed: another, since this engine has no planner")
         if timeout_s is not None and not timeout_s >= 0:
             raise RequestError(f"timeout_s is {timeout_s}; allowed: None, or seconds, at least 0")
-        widest = widest_step(seq)
+        widest, params = widest_step(seq), seq.params
+        masks = "" if params.skip_masks is None else f", skip_masks={params.skip_masks}"
         if self._max_step_tokens is not None and widest > self._max_step_tokens:
-            what = f"block_length={seq.params.block_length} in mode {seq.mode!r}"
+            what = f"block_length={params.block_length}{masks} in mode {seq.mode!r}"
             what = what if seq.gap is None else f"lengths of up to {max(seq.gap.lengths)}"
             raise CapacityError(
                 f"{what} would feed {widest} tokens in a forward; allowed: at most"
@@ -180,9 +181,9 @@ class Engine:
         needed = cells_needed(seq)
         if needed > self.num_cells:
             raise CapacityError(
-                f"prompt of {len(seq.prompt_ids)} + max_new_tokens={seq.params.max_new_tokens} + "
-                f"blocks of {seq.params.block_length} need {needed} cells in mode {seq.mode!r}; a "
-                f"row has {self.num_cells}"
+                f"prompt of {len(seq.prompt_ids)} + max_new_tokens={params.max_new_tokens} + "
+                f"blocks of {params.block_length}{masks} need {needed} cells in mode {seq.mode!r};"
+                f" a row has {self.num_cells}"
             )
         if self._max_waiting is not None and len(self._waiting) >= self._max_waiting + (
             self._rows.num_free

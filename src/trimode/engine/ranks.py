@@ -157,7 +157,8 @@ def _own_device(device: torch.device) -> torch.device:
 def _description(model: TriModeModel, adapter: DrafterAdapter | None) -> str:
     parts: list[object] = []
     if adapter is not None:
-        parts = [adapter.form, *((i, target) for i, target, _ in adapter.items())]
+        shapes = [(name, list(tensor.shape)) for name, tensor in adapter.named_parameters()]
+        parts = [adapter.form, *shapes]
     return json.dumps([model.config.to_dict(), str(model.dtype), parts], default=str)
 
 

@@ -172,7 +172,7 @@ class ModelCard:
         block_length: Its own, used where a request gives none.
         context_len: Prompt and new tokens at most.
         has_chat: Whether its tokenizer has a chat template.
-        has_drafter: Whether a drafter adapter is on for drafts.
+        has_drafter: Whether it has an adapter of the diffusion view.
         num_parameters: Of the network.
         generation_defaults: For what a request leaves open.
     """

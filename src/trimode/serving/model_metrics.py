@@ -61,7 +61,7 @@ class ModelMetrics:
         )
         self._accepted = Histogram(
             "trimode_acceptance_length",
-            "Accepted drafts plus the bonus token, by round",
+            "Accepted drafts plus the AR view's own tokens, by round",
             ["mode"],
             registry=registry,
             buckets=_RATIOS[1:],
