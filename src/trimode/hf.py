@@ -223,6 +223,9 @@ class TriModeModel(modeling.TriModeModel):
     ) -> tuple[Tensor, int]:
         """Continue prompts by linear self-speculation: for one seed, the tokens of `ar_generate`.
 
+        Drafts are blocks, as published, also by an adapter that was trained for masks that skip
+        the bonus.
+
         Args:
             prompt_ids, max_new_tokens, temperature: As in `ar_generate`.
             block_length: As in `generate`; `block_length - 1` tokens are drafted a round.

@@ -493,6 +493,11 @@ def test_lookup_saves_forwards_on_a_text_that_repeats_itself(base: TriModeLM) ->
         ({"mode": "linear", "lookup": 1}, "lookup is 1; allowed"),
         ({"mode": "linear", "draft_form": "block", "skip_masks": 2}, "skip_masks is 2; allowed"),
         ({"mode": "linear", "draft_form": "skip", "steps": 2}, "steps is 2; allowed"),
+        ({"mode": "branching", "branches": 8}, r"allowed: None, or 0 to 2 \* block_length - 1 = 7"),
+        (
+            {"mode": "branching", "skip_masks": 5, "branches": 12},
+            r"allowed: None, or 0 to 2 \* skip_masks \+ 1 = 11",
+        ),
     ],
     ids=str,
 )

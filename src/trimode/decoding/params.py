@@ -95,7 +95,7 @@ class GenerationParams:
         remask_schedule: `revision="remdm"`: one of `REMASK_SCHEDULES`; None means `conf`.
         remask_rate: `revision="remdm"`: eta of that schedule, 0 to 1; None means 0.5.
         branches: `branching`: groups that a verify forward carries for the next round, 0 to
-            2 K - 1; None means 4.
+            2 K - 1, or 2 m + 1 where m masks skip and m is larger; None means 4.
         guesses: `branching`: whether groups may begin with a guess of the bonus token; None means
             they may.
         draft_form: Speculation: `block` drafts K - 1 masks behind the last token, or behind a mask
@@ -262,11 +262,14 @@ class GenerationParams:
             check("branches", lambda v: v is None, only)
             check("guesses", lambda v: v is None, only)
         else:
-            most = 2 * self.block_length - 1
+            most, of = 2 * self.block_length - 1, "2 * block_length - 1"
+            num_masks = self.skip_masks if _is_int(self.skip_masks) else None
+            if num_masks is not None and num_masks >= self.block_length:
+                most, of = 2 * num_masks + 1, "2 * skip_masks + 1"
             check(
                 "branches",
                 lambda v: v is None or (_is_int(v) and 0 <= v <= most),
-                f"None, or 0 to 2 * block_length - 1 = {most}",
+                f"None, or 0 to {of} = {most}",
             )
             check("guesses", lambda v: v is None or isinstance(v, bool), "None, True or False")
         is_speculative = self.mode in SPECULATIVE
@@ -309,6 +312,7 @@ class GenerationParams:
             num_lengths = length if num_masks is None else 1 + num_masks
             return Setting(mode, length, num_lengths, num_masks=num_masks)
         if mode == "branching":
+            most = max(most, 1 + 2 * (num_masks or 0))
             branches = min(DEFAULT_BRANCHES, most) if self.branches is None else self.branches
             return Setting(mode, length, branches, self.guesses is not False, num_masks)
         if mode == "auto":

@@ -93,13 +93,15 @@ def choose_in_waves(
     """Choices for all answers of a forward, the drafted ones corrected.
 
     Args:
-        logits: [W, V]. Overwritten.
+        logits: [W, V]. May be overwritten.
         states: [W, H]. Hidden states they were made from.
         before: [W].
         corrector: Of the adapter.
         embeddings: [V, H]. Of the base's input.
         choose_rows: Chooses for some rows of the logits, given with their numbers.
     """
+    if logits.dtype not in (torch.float32, torch.float64):  # as the choice does; here for the sum
+        logits = logits.float()
     token_ids = [0] * len(before)
     parts: list[tuple[list[int], Choice]] = []
     for rows in waves(before):
