@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from trimode.cli.main import main
+from trimode.errors import ConfigError
+from trimode.selfgen import Output
 
 Capture = pytest.CaptureFixture[str]
 
@@ -112,7 +114,7 @@ def test_a_larger_number_goes_on_with_a_finished_run(
         (("--seed", "1"), "written with seed 0, not 1"),
         (("--temperature", "0"), "written with temperatures [0.0, 1.0], not [0.0]"),
         (("--batch", "0"), "batch is 0"),
-        (("--temperature", "hot"), "--temperature"),
+        (("--temperature", "0,,1"), "--temperature: '0,,1'; allowed: numbers with commas"),
         (("--prompts", "none.txt"), "prompts: none.txt cannot be read"),
     ],
 )
@@ -171,8 +173,6 @@ def test_overwriting_is_asked_for(
 
 def test_two_runs_do_not_share_a_file(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     """Prevents: lines of two processes in one file."""
-    from trimode.selfgen import Output
-
     with Output(tmp_path / "out.jsonl", {}):
         assert main(words(folder, tmp_path / "out.jsonl")) == 2
     assert "another run is writing" in capsys.readouterr().err
@@ -190,3 +190,33 @@ def test_given_prompts_and_json(folder: Path, tmp_path: Path, capsys: Capture) -
     assert summary["counts"]["dropped"]["duplicate"] == 1
     assert "-- kept " in captured.err
     assert "duplicate 1" in captured.err
+
+
+def test_half_a_character_in_a_prompt(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Prevents: one bad line of the caller's that ends the run, whenever it is started again."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "half \\ud83d"}\n{"prompt": "whole"}\n')
+    out = tmp_path / "out.jsonl"
+    arguments = [*words(folder, out), "--prompts", str(tmp_path / "prompts.jsonl")]
+    assert main(arguments) == 0
+    assert "prompt_refused 1" in capsys.readouterr().err
+    (dropped,) = map(json.loads, out.with_name("out.jsonl.dropped.jsonl").read_text().splitlines())
+    assert dropped["messages"] == [{"role": "user", "content": "half \ud83d"}]
+    before = files(out)
+    assert main(arguments) == 0
+    assert files(out) == before
+
+
+def test_a_damaged_output_lets_go_of_its_lock(
+    folder: Path, whole: dict[str, bytes], tmp_path: Path, capsys: Capture
+) -> None:
+    """Prevents: an output that this process can never open again, since it is still locked."""
+    out = tmp_path / "out.jsonl"
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    out.write_bytes(b"{}\n" + whole["out.jsonl"])
+    kept = []  # an error that is kept keeps the frame that opened the files
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="is damaged") as error:
+            Output(out, json.loads(whole["out.jsonl.counts.json"])["arguments"])
+        kept.append(error)
+    assert main([*words(folder, out), "--overwrite"]) == 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from trimode.checkpoint.generation_defaults import GenerationDefaults
 from trimode.conversation import asking
 from trimode.errors import ConfigError, RequestError
 from trimode.loading import load
@@ -72,6 +73,24 @@ def test_generate_and_chat_write_the_same(lm: TriModeLM, outcomes: list[Outcome]
             record["messages"][-1]["content"],
             record["finish"],
         )
+
+
+def test_answers_are_those_that_chat_gives_by_the_models_own_settings(lm: TriModeLM) -> None:
+    """Prevents: training text of another law, or of other ends, than what is served."""
+    defaults = GenerationDefaults(
+        top_k=3, repetition_penalty=1.5, stop_token_ids=(ord("a"),), max_new_tokens=5
+    )
+    own = TriModeLM(lm.model, lm.tokenizer, generation_defaults=defaults)
+    prompts = [[{"role": "user", "content": f"{i} apples"}] for i in range(6)]
+    options = replace(OPTIONS, num=None, near_duplicates=1.0, keeps_loops=True)
+    found = kept(write(own, options, prompts=prompts))
+    assert found
+    for record in found:
+        how = {"temperature": record["temperature"], "seed": record["seed"], "mode": "ar"}
+        answer = own.chat(record["messages"][:-1], max_new_tokens=64, **how)
+        assert answer.token_ids == record["answer_ids"]
+    plain = kept(write(lm, options, prompts=prompts))
+    assert [one["answer_ids"] for one in plain] != [one["answer_ids"] for one in found]
 
 
 def test_dropped_prompts_are_counted_by_reason(outcomes: list[Outcome]) -> None:

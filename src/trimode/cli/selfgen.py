@@ -158,7 +158,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _temperatures(words: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in words.split(","))
+    try:
+        return tuple(float(word) for word in words.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{words!r}; allowed: numbers with commas between them, such as 0,0,0.7"
+        ) from None
 
 
 def _arguments(args: argparse.Namespace, options: SelfgenOptions, lm: TriModeLM) -> dict[str, Any]:

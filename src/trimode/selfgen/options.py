@@ -22,7 +22,8 @@ class SelfgenOptions:
     Attributes:
         num: Conversations to keep; None with prompts of the caller's keeps all.
         prompt_temperature, prompt_top_p: Of the prompts that the model writes.
-        temperatures: Of the answers, dealt out by index.
+        temperatures: Of the answers, dealt out by index. What else samples them, and what ends
+            them, is as in `TriModeLM.chat`.
         max_prompt_tokens: A longer prompt is dropped, written or given.
         max_answer_tokens: An answer is cut there.
         seed: Fixes all conversations.

@@ -61,13 +61,13 @@ class Output:
             self._files["early"] = self.early_path.open("a+b")
             if is_overwritten or is_new:
                 self._cut({})
+            self.before, self.early = self._read()
         except OSError as error:
             self.close()
             raise ConfigError(f"output: {path} cannot be written ({error.strerror})") from error
         except ConfigError:
             self.close()
             raise
-        self.before, self.early = self._read()
 
     def __enter__(self) -> Output:
         return self
@@ -170,6 +170,8 @@ class Output:
 
     def _add(self, name: str, outcome: Outcome) -> None:
         line = json.dumps(outcome.record, ensure_ascii=False, separators=(",", ":"))
+        if any("\ud800" <= sign <= "\udfff" for sign in line):  # UTF-8 has no half a pair
+            line = json.dumps(outcome.record, separators=(",", ":"))
         self._files[name].write(line.encode() + b"\n")
         self._files[name].flush()
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trimode.conversation import answering, asking
+from trimode.conversation import asking
 from trimode.decoding import Sequence
 from trimode.decoding.step import TokenLogprobs
 from trimode.engine import Engine
@@ -110,7 +110,7 @@ class Writing:
                 f" the context of {context}"
             )
         self._engine = Engine(lm.model, num_rows=batch, num_cells=max(widest), adapter=lm.adapter)
-        assert lm.tokenizer is not None  # `answering` refuses its absence
+        assert lm.tokenizer is not None  # `_answer` refuses its absence
         added = lm.tokenizer.added_tokens_decoder.items()
         self._special = {token_id for token_id, token in added if token.special}
 
@@ -172,7 +172,7 @@ class Writing:
             "seed": options.seed_of(index, "answer"),
             "logprobs": options.top_logprobs or None,
         }
-        return self._lm.prepare(**answering(self._lm.tokenizer, messages, settings))
+        return self._lm.prepare(**self._lm.answering(messages, settings))
 
     def _opening(self) -> Messages:
         """What stands before the user's message."""
