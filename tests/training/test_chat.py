@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trimode.cli.config_file import read_config
@@ -461,6 +461,57 @@ def test_the_tokens_that_a_model_wrote_are_taken(folder: Path, byte_answer: dict
     encoded = chat_format(folder, take_ids=False)
     other = encoded.encode(encoded.text_of(byte_answer))
     assert len(other.ids) != len(ids)
+
+
+BY_LINE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n##\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, BY_LINE])
+def test_an_answer_ends_as_its_template_ends_turns(
+    folder: Path, byte_answer: dict[str, Any], template: str | None
+) -> None:
+    """Prevents refusing every whole answer of a model whose turns end with another token than its
+    EOS, or with a string."""
+    form = chat_format(folder, template)
+    tokenizer = form.tokenizer
+    end = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    record = dict(byte_answer)
+    if template is not None:
+        end = tokenizer("\n##\n us", add_special_tokens=False)["input_ids"]
+        prompt = form.template.render(record["messages"])
+        text = prompt.text[: prompt.spans[-1][0]]
+        record["prompt_ids"] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for content, is_good in (("hello", True), ("hell", False)):
+        answer = byte_answer["answer_ids"] + end
+        record |= {"messages": talk("hi", content)["messages"], "answer_ids": answer}
+        if template is not None:  # as `trimode` cuts a text before its stop string
+            record["messages"][-1]["content"] += "\n"
+        if is_good:
+            found = form.encode(form.text_of(record))
+            assert found.ids[found.is_supervised].tolist() == answer
+        else:
+            with pytest.raises(CorruptRecordError, match="`answer_ids` spells another text"):
+                form.text_of(record)
+
+
+def test_a_prompt_that_the_tokenizer_normalises(folder: Path, byte_answer: dict[str, Any]) -> None:
+    """Prevents refusing a prompt because decoding gives its normal form, or passing another."""
+    form = chat_format(folder)
+    backend = form.tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.NFC()
+    record = byte_answer | {"messages": talk("e\u0301", "hello")["messages"]}
+    prompt = form.template.render(record["messages"])
+    backend.encode_special_tokens = False
+    text = prompt.text[: prompt.spans[-1][0]]
+    record["prompt_ids"] = backend.encode(text, add_special_tokens=False).ids
+    backend.encode_special_tokens = True
+    assert record["prompt_ids"] == json.loads(form.text_of(record))["prompt_ids"]
+    assert backend.encode_special_tokens
+    with pytest.raises(CorruptRecordError, match="`prompt_ids` spells another text"):
+        form.text_of(record | {"prompt_ids": record["prompt_ids"][1:]})
 
 
 @pytest.mark.parametrize(

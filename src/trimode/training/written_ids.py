@@ -24,6 +24,7 @@ def written_ids(
     *,
     prompt_text: str,
     answer_text: str,
+    stop: str | None,
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, list[int]] | None:
     """The tokens of a record by field, or None if it has none.
@@ -32,6 +33,7 @@ def written_ids(
         fields: The record.
         prompt_text: The conversation up to its last answer, as the template renders it.
         answer_text: The last answer.
+        stop: The string that ends a turn; None where a special token does.
         tokenizer: What the tokens must spell these texts in.
 
     Raises:
@@ -51,16 +53,45 @@ def written_ids(
             raise CorruptRecordError(f"`{name}` holds no token ids of the tokenizer")
         found[name] = list(ids)
     prompt_ids, answer_ids = (found[name] for name in FIELDS)
-    if answer_ids[-1] == tokenizer.eos_token_id:
+    is_prompt = _is_same(_spelled(tokenizer, prompt_ids), prompt_text)
+    if not is_prompt and not _is_encoded(tokenizer, prompt_text, prompt_ids):
+        raise _other_text(FIELDS[0])
+    if _is_marker(tokenizer, answer_ids[-1]):
         answer_ids = answer_ids[:-1]
-    spelled = [_spelled(tokenizer, ids) for ids in (prompt_ids, answer_ids)]
-    for name, text, wanted in zip(FIELDS, spelled, (prompt_text, answer_text), strict=True):
-        if text.rstrip(_CUT) != wanted.rstrip(_CUT):
-            raise CorruptRecordError(
-                f"`{name}` spells another text than the messages: another tokenizer or template "
-                "wrote it (take_ids=false encodes the messages)"
-            )
+    answer = _spelled(tokenizer, answer_ids)
+    if stop is not None:
+        answer = answer.partition(stop)[0]
+    if not _is_same(answer, answer_text):
+        raise _other_text(FIELDS[1])
     return found
+
+
+def _is_same(text: str, wanted: str) -> bool:
+    return text.rstrip(_CUT) == wanted.rstrip(_CUT)
+
+
+def _is_marker(tokenizer: PreTrainedTokenizerFast, token_id: int) -> bool:
+    """Whether a token is a special one, which ends an answer without being its text."""
+    token = tokenizer.added_tokens_decoder.get(token_id)
+    return token is not None and bool(token.special)
+
+
+def _is_encoded(tokenizer: PreTrainedTokenizerFast, text: str, ids: list[int]) -> bool:
+    """Whether the tokenizer cuts a text so; it may normalise what it cuts."""
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = False
+    try:
+        return bool(backend.encode(text, add_special_tokens=False).ids == ids)
+    finally:
+        backend.encode_special_tokens = before
+
+
+def _other_text(name: str) -> CorruptRecordError:
+    return CorruptRecordError(
+        f"`{name}` spells another text than the messages: another tokenizer or template wrote it "
+        "(take_ids=false encodes the messages)"
+    )
 
 
 def _spelled(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
