@@ -62,7 +62,12 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_gguf(
-    folder: Path, *, kind: str = "F32", extra: dict[str, Any] | None = None, **overrides: Any
+    folder: Path,
+    *,
+    kind: str = "F32",
+    extra: dict[str, Any] | None = None,
+    renamed: dict[str, str] | None = None,
+    **overrides: Any,
 ) -> tuple[Path, Path]:
     """A checkpoint of transformers, and a GGUF file of the same network and tokenizer.
 
@@ -70,6 +75,7 @@ def make_gguf(
         folder: Gets `source` and `source.gguf`.
         kind: Quantisation of matrices, by gguf's name.
         extra: More metadata; `None` as a value leaves a key out.
+        renamed: Other names for some tensors of the file.
         overrides: Of the configuration.
     """
     tokenizer = bpe_tokenizer()
@@ -123,7 +129,8 @@ def make_gguf(
             array = halves.swapaxes(1, 2).reshape(array.shape)
         stored = gguf.GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
         data = gguf.quantize(np.ascontiguousarray(array), stored)
-        writer.add_tensor(_gguf_name(name), data, raw_dtype=stored)
+        of_file = _gguf_name(name)
+        writer.add_tensor((renamed or {}).get(of_file, of_file), data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -105,6 +105,9 @@ def test_a_folder_with_a_file(tmp_path: Path) -> None:
         ({"tokenizer.ggml.pre": None}, UnsupportedError, "pre is None"),
         ({"tokenizer.ggml.model": "t5"}, UnsupportedError, "model is 't5'; supported: gpt2"),
         ({"llama.attention.sliding_window": 64}, UnsupportedError, "sliding_window is 64"),
+        ({"split.count": 2}, UnsupportedError, "split.count is 2; supported: one file"),
+        ({"llama.block_count": 3}, CheckpointError, r"missing tensors \(blk.2.attn_"),
+        ({"llama.block_count": 1}, CheckpointError, r"extra tensors \(blk.1.attn_"),
     ],
 )
 def test_what_the_reader_would_lose(
@@ -113,6 +116,13 @@ def test_what_the_reader_would_lose(
     """Prevents: a network that computes or reads otherwise, since a setting was dropped."""
     _, file = make_gguf(tmp_path, extra=extra)
     refused(file, f"source.gguf: .*{message}", error=error)
+
+
+def test_tensors_that_the_reader_would_make_up_or_leave_out(tmp_path: Path) -> None:
+    """Prevents: random numbers in the place of a lost tensor, or a bias that is not added, both
+    proved right against a network with the same fault."""
+    _, file = make_gguf(tmp_path, renamed={"blk.1.ffn_up.weight": "blk.1.attn_q.bias"})
+    refused(file, r"missing tensors \(blk.1.ffn_up.weight\); 1 extra tensors \(blk.1.attn_q.bias\)")
 
 
 def test_other_architectures(tmp_path: Path) -> None:

@@ -27,6 +27,17 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 PACKAGES = ("gguf", "accelerate")
 
+_OF_LAYER = (
+    *("attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight"),
+    *("ffn_norm.weight", "ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"),
+)
+_ALSO_OF_LAYER = {
+    "llama": (),
+    "qwen2": ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
+    "qwen3": ("attn_q_norm.weight", "attn_k_norm.weight"),
+}
+_OUTER, _HEAD = {"token_embd.weight", "output_norm.weight"}, "output.weight"
+
 SAMPLING_FIELDS = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
@@ -122,6 +133,7 @@ def _check(file: Path, fields: dict[str, Any], tensors: set[str]) -> None:
         )
     if any(name.endswith("_exps.weight") for name in tensors):
         raise UnsupportedError(f"{file}: the network is a mixture of experts; supported: dense")
+    _check_tensors(file, fields, tensors)
     window = fields.get(f"{architecture}.attention.sliding_window")
     if window and window < fields.get(f"{architecture}.context_length", window):
         raise UnsupportedError(f"{file}: sliding_window is {window}; supported: none")
@@ -134,6 +146,26 @@ def _check(file: Path, fields: dict[str, Any], tensors: set[str]) -> None:
         raise UnsupportedError(
             f"{file}: tokenizer.ggml.pre is {pre!r}; supported: {', '.join(PRE_TOKENIZERS)}"
         )
+
+
+def _check_tensors(file: Path, fields: dict[str, Any], tensors: set[str]) -> None:
+    """Refuse what transformers' reader would fill with random numbers, or leave out."""
+    architecture = fields["general.architecture"]
+    num_parts, num_layers = fields.get("split.count", 1), fields.get(f"{architecture}.block_count")
+    if num_parts > 1:
+        raise UnsupportedError(
+            f"{file}: split.count is {num_parts}; supported: one file (merge the parts with"
+            " llama-gguf-split --merge)"
+        )
+    if not isinstance(num_layers, int):
+        raise CheckpointError(f"{file}: {architecture}.block_count is {num_layers!r}")
+    of_layer = (*_OF_LAYER, *_ALSO_OF_LAYER[architecture])
+    expected = _OUTER | {f"blk.{i}.{name}" for i in range(num_layers) for name in of_layer}
+    io.compare_shapes(
+        file,
+        found=dict.fromkeys(tensors - {_HEAD}, ()),
+        expected=dict.fromkeys(expected, ()),
+    )
 
 
 def _read(file: Path) -> tuple[Any, Any]:
