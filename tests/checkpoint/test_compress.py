@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,44 @@ def test_an_update_of_zero() -> None:
     down, up, kept, whole = truncated(torch.randn(4, 9), torch.zeros(7, 4), rank=2)
     assert (kept, whole) == (0, 0)
     assert (up @ down).abs().max() == 0
+
+
+def test_a_rank_beyond_that_of_a_matrix(model: TriModeModel, tmp_path: Path) -> None:
+    """Prevents a folder that says a rank which its tensors do not have, and does not load."""
+    linear = model.encoder.layers[0].self_attn.k_proj
+    pair = LoraPair(torch.randn(100, linear.in_features), torch.randn(linear.out_features, 100), 1)
+    adapter = DrafterAdapter({(0, "k_proj"): pair})
+    save_adapter(adapter, tmp_path / "old", dtype=torch.float32, base="some/base")
+    compress_adapter(tmp_path / "old", tmp_path / "new", rank=80)
+    (old,), (new,) = updates(tmp_path / "old", model), updates(tmp_path / "new", model)
+    torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_rslora": True}, "use_rslora is True; allowed: False"),
+        ({"alpha_pattern": {"o_proj": 3}}, "alpha_pattern is {'o_proj': 3}"),
+        ({"r": 8}, "not of r=8"),
+    ],
+)
+def test_other_kinds_of_adapters(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Prevents an update whose scale changes with its rank, unseen."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message):
+        compress_adapter(folder, tmp_path / "new", rank=2)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_file(folder: Path, tmp_path: Path) -> None:
+    """Prevents an error of a library in place of the file's name."""
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is not a whole"):
+        compress_adapter(folder, tmp_path / "new", rank=2)
 
 
 def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +26,8 @@ _CONFIG, _WEIGHTS, _VIEW = (
     "trimode_view.safetensors",
 )
 
+_PLAIN: dict[str, Any] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+"""What else could say how an update is scaled or how wide its pair is."""
 
 _HALF = re.compile(r"\.lora_([AB])(?:\.default)?\.weight$")
 
@@ -60,6 +62,9 @@ def compress_adapter(
     old_rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(old_rank) is not int or not isinstance(alpha, int | float):
         raise CheckpointError(f"{source}: r is {old_rank!r} and lora_alpha {alpha!r}, not numbers")
+    for name, plain in _PLAIN.items():
+        if config.get(name) not in (None, plain):
+            raise CheckpointError(f"{source}: {name} is {config[name]!r}; allowed: {plain!r}")
     if not 1 <= rank <= old_rank:
         raise CheckpointError(f"rank is {rank}; allowed: 1 to {old_rank}, the rank of {source}")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -79,6 +84,9 @@ def compress_adapter(
         if set(halves) != {"A", "B"}:
             raise CheckpointError(f"{source}: {stem} is no pair of lora_A and lora_B")
         down, up = (tensors[halves[half]] for half in "AB")
+        if not (down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1] == old_rank):
+            shapes = f"A {list(down.shape)} and B {list(up.shape)}"
+            raise CheckpointError(f"{source}: {stem} has {shapes}, which are not of r={old_rank}")
         cut_down, cut_up, kept, whole = truncated(down, up, rank=rank)
         kept_of[stem] = kept, whole
         for half, matrix, old in (("A", cut_down, down), ("B", cut_up, up)):
@@ -110,7 +118,7 @@ def truncated(down: Tensor, up: Tensor, *, rank: int) -> tuple[Tensor, Tensor, f
     """The best approximation of `B A` of a rank, split evenly between its factors.
 
     The factors are reduced first, `B = Q R` and `A^T = Q' R'`, so that the decomposition is of an
-    r x r matrix. In float64.
+    r x r matrix. In float64. Beyond the rank that a matrix can have, the factors are zero.
 
     Args:
         down: [r, in]. A.
@@ -126,16 +134,21 @@ def truncated(down: Tensor, up: Tensor, *, rank: int) -> tuple[Tensor, Tensor, f
     root = values[:rank].sqrt()
     cut_up = out_basis @ (left[:, :rank] * root)
     cut_down = (right[:rank] * root[:, None]) @ in_basis.mT
-    squares = values.square()
+    squares, missing = values.square(), max(rank - len(root), 0)
+    cut_down = torch.nn.functional.pad(cut_down, (0, 0, 0, missing))
+    cut_up = torch.nn.functional.pad(cut_up, (0, missing))
     return cut_down, cut_up, float(squares[:rank].sum()), float(squares.sum())
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not file.is_file():
         raise CheckpointError(f"{file.parent} has no {file.name}")
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
-    return load_file(file), dict(metadata)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        return load_file(file), dict(metadata)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
 
 
 def _publish(
