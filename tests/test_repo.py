@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from trimode.cli.config_file import read_config
+from trimode.cli.main import _parse
 from trimode.training.config import TrainConfig
 from trimode.training.prepare import PrepareConfig
 
@@ -35,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("engine", "decoding", "checkpoint", "model", "errors"),
     },
     "loading": {"runtime", "arguments", "engine", "checkpoint", "model", "errors"},
-    "training": {"checkpoint", "model", "errors", "_version"},
+    "training": {"conversation", "checkpoint", "model", "errors", "_version"},
     "evaluation": {
         "training",
         "loading",
@@ -195,6 +198,20 @@ def test_importing_is_light(module: str) -> None:
 def test_examples_are_short(path: Path) -> None:
     """An example longer than a screen shows that the API is missing something."""
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_EXAMPLE_LINES
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=_name)
+def test_written_commands_are_understood(page: Path) -> None:
+    """Prevents a page or a config that shows an option which its command does not have."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    if page.suffix == ".yaml":
+        blocks = [re.sub(r"^#\s*(?:Command:)?\s*", "", text, flags=re.MULTILINE)]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    for line in filter(lambda line: line.strip().startswith("trimode "), lines):
+        _, *words = shlex.split(line.partition(" | ")[0], comments=True)
+        with suppress(SystemExit):  # of --help
+            _parse(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)

@@ -139,9 +139,16 @@ def test_what_cannot_be_is_said_at_once(lm: TriModeLM, folder: Path, capsys: Cap
     assert main(["serve", str(folder), "--generation-config", "no/where"]) == BAD_INPUT
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.endswith("--generation-config is 'no/where'; allowed: auto, none, or a path")
-    (folder / "generation_config.json").write_text('{"top_p": 7}')
-    with (
-        pytest.raises(CheckpointError, match="top_p is 7; allowed"),
-        serving(lm, generation_config=str(folder)),
+    for content, message in (
+        ('{"top_p": 7}', "top_p is 7; allowed: a number of 1e-09 to 1.0"),
+        ('{"top_k": 1.5}', "top_k is 1.5; allowed: an integer of 1 to 2147483648"),
+        (None, "has no generation_config.json"),
     ):
-        pass
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        if content is not None:
+            (folder / "generation_config.json").write_text(content)
+        with (
+            pytest.raises(CheckpointError, match=message),
+            serving(lm, generation_config=str(folder)),
+        ):
+            pass

@@ -87,18 +87,21 @@ class GenerationDefaults:
         }
 
 
-def read_generation_defaults(place: Path, config: TriModeConfig) -> GenerationDefaults:
+def read_generation_defaults(
+    place: Path, config: TriModeConfig, *, is_needed: bool = False
+) -> GenerationDefaults:
     """The defaults of a model.
 
     Args:
         place: The file, or a folder that may have it.
         config: Of the model.
+        is_needed: Whether a folder without it is refused.
 
     Raises:
-        CheckpointError: The file is damaged, or holds a value that cannot be.
+        CheckpointError: The file is damaged or missing, or holds a value that cannot be.
     """
     path = place / FILE_NAME if place.is_dir() else place
-    if place.is_dir() and not path.exists():
+    if place.is_dir() and not is_needed and not path.exists():
         return GenerationDefaults()
     content = {name: value for name, value in read_json(path).items() if value is not None}
 
@@ -110,7 +113,7 @@ def read_generation_defaults(place: Path, config: TriModeConfig) -> GenerationDe
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
             what = "an integer" if isinstance(low, int) else "a number"
             raise CheckpointError(
-                f"{path}: {name} is {value!r}; allowed: {what} of {low:g} to {high:g}"
+                f"{path}: {name} is {value!r}; allowed: {what} of {low} to {high}"
             )
         return value
 

@@ -89,7 +89,7 @@ class LocalBackend:
             each machine.
 
     Raises:
-        CheckpointError: the file of defaults is damaged.
+        CheckpointError: the file of defaults is damaged or missing.
         ConfigError: the model has no tokenizer, or a number is out of its range.
         CapacityError: the K/V rows do not fit into memory.
     """
@@ -454,4 +454,4 @@ def _defaults(lm: TriModeLM, generation_config: str) -> GenerationDefaults:
         return lm.generation_defaults
     if generation_config == "none":
         return GenerationDefaults()
-    return read_generation_defaults(Path(generation_config), lm.model.config)
+    return read_generation_defaults(Path(generation_config), lm.model.config, is_needed=True)
