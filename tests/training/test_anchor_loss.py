@@ -128,7 +128,7 @@ def twin(
             verifier = banned(model, text.hidden.flatten(0, 1)[at - 1])
             plain = banned(model, state)
             logits = plain
-            if corrector is not None:
+            if corrector is not None and not is_denoised:
                 best = plain.topk(5).indices
                 added = corrector(table[ids[at - 1]], state, table[best])
                 logits = plain.index_add(0, best, added)
@@ -140,7 +140,7 @@ def twin(
             if is_denoised:
                 weight = 1 / len(mine)
             total = total + weight * one_loss(logits, verifier, kind)
-            if corrector is not None:
+            if corrector is not None and not is_denoised:
                 total = total + weight * 0.3 * one_loss(plain, verifier, kind)
             reached *= float(logits.detach().softmax(0)[ids[at]])
             if not is_denoised:
@@ -165,7 +165,8 @@ def test_losses_are_their_definitions(
     is_corrected: bool,
 ) -> None:
     """Prevents a target, weight or law taken from a neighbouring place, a gradient that differs
-    from its loss, and a corrector that sees the wrong token or is not trained."""
+    from its loss, and a corrector that sees the wrong token, is not trained, or is trained on
+    diffusion blocks, which decoding does not correct."""
     anchors = replace(CORRECTED if is_corrected else ANCHORS, weights=weights)
     found, corrector = sums_of(model, read, anchors, kind)
     total, overlap, runs = twin(model, read, anchors, kind, corrector)

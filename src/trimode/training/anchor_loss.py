@@ -1,7 +1,8 @@
 """Losses at the masks of groups, against the AR view's law at each place of the true text.
 
-The corrector, where there is one, is given the true token before each place. Its loss is over the
-whole vocabulary: the candidates' logits are corrected, the others stay.
+The corrector, where there is one, is given the true token before each place of a draft. Its loss is
+over the whole vocabulary: the candidates' logits are corrected, the others stay. A diffusion block
+is not corrected, since decoding does not correct one.
 """
 
 from __future__ import annotations
@@ -126,12 +127,13 @@ def group_sums(
         chosen = verifier.argmax(1)[again]
         verifier = verifier if len(places) == len(before) else verifier[again]
         plain = heads.drafts(some)
-        logits = plain
+        logits, is_drafted = plain, groups.drawn.kinds[of_target[chunk]] != DENOISE
         if corrector is not None:
             logits = corrected(
                 plain,
                 some,
                 embeddings[clean_ids[before]],
+                rows=is_drafted,
                 embeddings=embeddings,
                 corrector=corrector,
             )
@@ -146,7 +148,7 @@ def group_sums(
         total = (loss * weights).sum()
         if corrector is not None and anchors.uncorrected_weight:
             loss, _ = divergence(plain, verifier, kind=kind, part=part)
-            total = total + anchors.uncorrected_weight * (loss * weights).sum()
+            total = total + anchors.uncorrected_weight * (loss * weights * is_drafted).sum()
         return total
 
     parameters = [] if corrector is None else list(corrector.parameters())
@@ -244,19 +246,26 @@ class _Divergence(torch.autograd.Function):
 
 
 def corrected(
-    logits: Tensor, states: Tensor, before: Tensor, *, embeddings: Tensor, corrector: Corrector
+    logits: Tensor,
+    states: Tensor,
+    before: Tensor,
+    *,
+    rows: Tensor,
+    embeddings: Tensor,
+    corrector: Corrector,
 ) -> Tensor:
-    """[M, V]: the logits with those of each place's likeliest tokens corrected.
+    """[M, V]: the logits with those of each drafted place's likeliest tokens corrected.
 
     Args:
         logits: [M, V].
         states: [M, H]. What they come from.
         before: [M, H]. Input embedding of the token before.
+        rows: [M] bool. Which places are drafted; decoding corrects no diffusion block.
         embeddings: [V, H]. Of all tokens.
         corrector: Says what is added.
     """
     ids = logits.detach().topk(corrector.num_candidates, dim=1).indices
-    added = corrector(before, states, embeddings[ids])
+    added = corrector(before, states, embeddings[ids]) * rows[:, None]
     return logits.scatter_add(1, ids, added.to(logits.dtype))
 
 
