@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -235,9 +236,15 @@ def test_the_corrector_walks_each_draft_from_what_stands_before_it(
     peaked: TriModeLM, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     """Prevents: a place corrected with another group's token, with its own, or not at all; the
-    exact bonus not used where masks skip it."""
-    adapter = other_view(peaked.model, strength=0.2, has_corrector=True)
-    lm = TriModeLM(peaked.model, None, adapter=adapter)
+    exact bonus not used where masks skip it; a banned token among the candidates, which training
+    does not have there."""
+    model = deepcopy(peaked.model)
+    head = model.diffusion_head.weight
+    head[model.config.mask_token_id] = 2 * head[6]  # likelier than the likeliest
+    adapter = other_view(model, strength=0.2, has_corrector=True)
+    assert adapter.corrector is not None
+    adapter.corrector.num_candidates = 2  # so few that a banned one is missed
+    lm = TriModeLM(model, None, adapter=adapter)
     seen: list[tuple[list[int], Step, Readout]] = []
     real = Runner.run
 
@@ -310,12 +317,10 @@ def walked(
         assert before is not None
         plain.append(int(logits[i].argmax()))
         scores = logits[i].clone()
-        # The candidates are ranked before the ban, so the mask token may be one of them.
-        raw = model.diffusion_head(states[i])
-        for candidate in raw.topk(5).indices.tolist():
+        scores[model.config.mask_token_id] = -torch.inf
+        for candidate in scores.topk(corrector.num_candidates).indices.tolist():
             context = corrector.before @ table[before] * (1 + corrector.state @ states[i])
             scores[candidate] += context @ (corrector.candidate @ table[candidate])
-        scores[model.config.mask_token_id] = -torch.inf
         before = int(scores.argmax())
         chosen.append(before)
     return chosen, plain

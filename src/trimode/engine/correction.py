@@ -88,6 +88,7 @@ def choose_in_waves(
     before: Items[Before | None],
     corrector: Corrector,
     embeddings: Tensor,
+    banned: Tensor,
     choose_rows: Callable[[Tensor, Items[int]], Choice],
 ) -> Choice:
     """Choices for all answers of a forward, the drafted ones corrected.
@@ -98,6 +99,7 @@ def choose_in_waves(
         before: [W].
         corrector: Of the adapter.
         embeddings: [V, H]. Of the base's input.
+        banned: [any] int64. Tokens that are never chosen, so no candidates; as in training.
         choose_rows: Chooses for some rows of the logits, given with their numbers.
     """
     if logits.dtype not in (torch.float32, torch.float64):  # as the choice does; here for the sum
@@ -112,7 +114,8 @@ def choose_in_waves(
             ids = torch.tensor(known, device=logits.device)
             some = logits[at]
             num_candidates = min(corrector.num_candidates, some.shape[-1])
-            candidates = some.topk(num_candidates, dim=-1).indices
+            choosable = some.index_fill(-1, banned, -torch.inf)
+            candidates = choosable.topk(num_candidates, dim=-1).indices
             added = corrector(embeddings[ids], states[at], embeddings[candidates])
             logits[at] = some.scatter_add(-1, candidates, added.to(some.dtype))
         index = torch.tensor(rows, device=logits.device)

@@ -144,6 +144,7 @@ class Runner:
             before=before,
             corrector=corrector,
             embeddings=self._model.encoder.embed_tokens.weight,
+            banned=self._banned,
             choose_rows=choose_rows,
         )
 
