@@ -24,8 +24,8 @@ from trimode.runtime import TriModeLM
 from trimode.training import anchor_objective
 from trimode.training.adapter_config import DrafterPart
 from trimode.training.anchor_config import AnchorPart
-from trimode.training.anchor_evaluation import AnchorReport, measure_anchors
-from trimode.training.anchor_groups import moved
+from trimode.training.anchor_evaluation import AnchorReport, _Tally, measure_anchors
+from trimode.training.anchor_groups import all_anchors, lay_out, moved
 from trimode.training.anchor_loss import Heads
 from trimode.training.anchor_objective import AnchorObjective
 from trimode.training.config import (
@@ -35,6 +35,7 @@ from trimode.training.config import (
     SchedulePart,
     TrainConfig,
 )
+from trimode.training.conversation_packing import ConversationSampler
 from trimode.training.parallel import setup
 from trimode.training.precision import choose_precision
 from trimode.training.trainer import train
@@ -296,6 +297,30 @@ def test_answers_of_another_law_are_not_called_greedy(base: TrainConfig, tmp_pat
     assert found.greedy_share == pytest.approx(1 / 3, abs=1e-4)
     assert found.skip is not None
     assert found.skip.rounds <= 7
+
+
+@pytest.mark.parametrize(("form", "rounds"), [("skip", 3), ("block", 3)])
+def test_a_fused_forward_drafts_behind_the_token_before_the_last(form: str, rounds: int) -> None:
+    """Prevents a fused walk over groups that begin one token too late: the last token was their
+    bonus, and not yet known, when they were fed."""
+    runs = torch.tensor([2, 0, 0, 0, 0, 1, 0, 0])  # by anchor; the answer is tokens 1 to 6
+    tally = _Tally.new(3)
+    tally._add_answer(runs, 1, 7, is_greedy=True, form=form)
+    found = tally.quality()
+    assert found.fused_tokens == 5 / 3  # 0 -> 3 (run 2 behind anchor 0) -> 4 -> 5
+    assert found.rounds == rounds
+
+
+def test_a_mask_beyond_the_text_is_not_called_wrong() -> None:
+    """Prevents shares that sink with the length of the answers: a perfect draft is always right."""
+    sampler = ConversationSampler(OneText([[3, 4]] * 2, [[5, 6, 7], [8, 9, 3, 4, 5]]), 16, (2,), 0)
+    rows = sampler.rows([0])
+    drawn = all_anchors(rows, part=ANCHORS, form="skip")
+    groups = lay_out(rows, drawn, mask_token_id=1, eos_token_id=2)
+    assert len(groups.targets) < 3 * drawn.num_groups
+    tally, yes = _Tally.new(3), torch.ones(len(groups.targets), dtype=torch.bool)
+    tally.add(rows, groups, torch.full_like(rows.clean_ids, -1), yes, yes, form="skip")
+    assert tally.quality().conditional_by_offset == [1, 1, 1]
 
 
 def test_a_base_that_moved_in_memory_fails_the_run(

@@ -216,7 +216,8 @@ class _Tally:
     """Counts over anchors and answers, which add up over rows and ranks. Added to in place.
 
     Args:
-        by_place: [4, m] int64. Masks that are right; right with all before them; candidates; there.
+        by_place: [5, m] int64. Masks that are right; right with all before them; there behind right
+            ones only; candidates; there.
         numbers: [3] int64. Anchors; answers; greedy answers.
         walked: [2, 3] int64. Tokens, rounds and fused forwards: of greedy answers, of all.
     """
@@ -227,7 +228,7 @@ class _Tally:
 
     @classmethod
     def new(cls, num_masks: int) -> _Tally:
-        shapes = ((4, num_masks), (3,), (2, 3))
+        shapes = ((5, num_masks), (3,), (2, 3))
         by_place, numbers, walked = (torch.zeros(shape, dtype=torch.int64) for shape in shapes)
         return cls(by_place, numbers, walked)
 
@@ -258,7 +259,9 @@ class _Tally:
             grids.append(grid)
         right, recalled, present = grids
         reached = right.cumprod(1)
-        self.by_place.add_(torch.stack((right, reached, recalled, present)).sum(1))
+        asked = present.clone()
+        asked[:, 1:] *= reached[:, :-1]
+        self.by_place.add_(torch.stack((right, reached, asked, recalled, present)).sum(1))
         self.numbers[0] += drawn.num_groups
         run_at = torch.zeros_like(rows.clean_ids)
         run_at[drawn.rows.cpu(), drawn.anchors.cpu()] = reached.sum(1)
@@ -271,12 +274,12 @@ class _Tally:
     def _add_answer(
         self, run_at: Tensor, start: int, end: int, *, is_greedy: bool, form: str
     ) -> None:
-        """Walk one answer. In `block` the last token is place 1, so the anchor is before it."""
-        num_exact = int(form == "skip")
-        first = start if num_exact else start - 1
-        runs = [0] * (first < 0) + run_at[max(first, 0) : end].tolist()
-        tokens, rounds = walk(runs, num_tokens=end - start, num_exact=num_exact)
-        _, fused = walk(runs, num_tokens=end - start, num_exact=0)
+        """Walk one answer. The last token is place 1, so the anchor is before it. Where a `skip`
+        round opens with a forward of its own, the last token is the anchor."""
+        num_exact, num_tokens = int(form == "skip"), end - start
+        behind = [0] * (start == 0) + run_at[max(start - 1, 0) : end].tolist()
+        tokens, rounds = walk(behind[num_exact:], num_tokens=num_tokens, num_exact=num_exact)
+        _, fused = walk(behind, num_tokens=num_tokens, num_exact=0)
         found = torch.tensor([tokens, rounds, fused])
         self.numbers[1:] += torch.tensor([1, int(is_greedy)])
         self.walked.add_(torch.stack((found * is_greedy, found)))
@@ -289,7 +292,7 @@ class _Tally:
 
     def quality(self) -> FormQuality:
         """The shares."""
-        right, reached, recalled, present = self.by_place.tolist()
+        right, reached, asked, recalled, present = self.by_place.tolist()
         num_anchors, _, num_greedy = self.numbers.tolist()
         tokens, rounds, fused = self.walked[0 if num_greedy else 1].tolist()
         return FormQuality(
@@ -298,13 +301,13 @@ class _Tally:
             fused_tokens=tokens / max(fused, 1),
             leading_run=sum(reached) / max(num_anchors, 1),
             agreement_by_offset=_shares(right, present),
-            conditional_by_offset=_shares(reached, [num_anchors, *reached]),
+            conditional_by_offset=_shares(reached, asked),
             recall_by_offset=_shares(recalled, present),
         )
 
 
 def _shares(parts: list[int], wholes: list[int]) -> list[float]:
-    return [round(part / max(whole, 1), 4) for part, whole in zip(parts, wholes, strict=False)]
+    return [round(part / max(whole, 1), 4) for part, whole in zip(parts, wholes, strict=True)]
 
 
 def _is_greedy(rows: PackedRows, likeliest: Tensor, row: int, start: int, end: int) -> bool:
