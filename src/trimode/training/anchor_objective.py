@@ -12,9 +12,7 @@ from pathlib import Path
 
 import torch
 
-from trimode.checkpoint.adapter import save_adapter
-from trimode.checkpoint.whole_folder import writing
-from trimode.errors import ConfigError, TriModeError, UnsupportedError
+from trimode.errors import ConfigError, UnsupportedError
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.adapter import new_adapter
 from trimode.model.corrector import new_corrector
@@ -28,8 +26,7 @@ from trimode.training.checkpoints import RunState
 from trimode.training.config import TrainConfig
 from trimode.training.config_checks import open_heldout
 from trimode.training.conversation_packing import make_sampler
-from trimode.training.drafter import weights_checksum
-from trimode.training.export import DTYPES
+from trimode.training.drafter import check_base, export_adapter, weights_checksum
 from trimode.training.packing import PackedRows
 from trimode.training.parallel import Parallel
 from trimode.training.precision import Precision
@@ -188,7 +185,9 @@ class AnchorObjective:
         )
         score = report.with_adapter.of(form).round_acceptance_length
         if state.best_score is None or score > state.best_score:
-            self._export()
+            export_adapter(
+                self.trainable, self._folder, config=self._config, parallel=self._parallel
+            )
             state = replace(state, best_score=score, best_step=state.step)
         self._best_score = state.best_score
         return report, state
@@ -199,13 +198,12 @@ class AnchorObjective:
         Raises:
             TriModeError: The base is not what it was at the start.
         """
-        if weights_checksum(self.model) != self.base_checksum:
-            raise self._parallel.common(
-                TriModeError(
-                    f"the weights of the base {self._config.model.init!r} changed in memory while "
-                    f"its adapter was trained; do not use {str(self._folder)!r}"
-                )
-            )
+        check_base(
+            *(self.model, self.base_checksum),
+            config=self._config,
+            folder=self._folder,
+            parallel=self._parallel,
+        )
         best = self._best_score
         before = self._measured["fresh"].of(self._anchors.forms[0]).round_acceptance_length
         if best is not None and best <= before:
@@ -280,16 +278,6 @@ class AnchorObjective:
             heads=self._heads,
             adapter=adapter,
         )
-
-    def _export(self) -> None:
-        with self._parallel.together(), writing(self._folder, what="adapter"):
-            if self._parallel.is_main:
-                save_adapter(
-                    self.trainable,
-                    self._folder,
-                    dtype=DTYPES[self._config.export.dtype],
-                    base=self._config.model.init,
-                )
 
 
 def loss_at(part: AnchorPart, progress: float) -> Kind:

@@ -20,7 +20,7 @@ def chunked_sum(
 ) -> Tensor:
     """Sum of `of_chunk(states[chunk], chunk)` over the chunks.
 
-    The graph may be gone back through once.
+    Backward may be called once.
 
     Args:
         of_chunk: Gives a scalar, in ordinary torch.
@@ -75,7 +75,7 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("chunked_sum: the graph was already gone back through")
+            raise RuntimeError("chunked_sum: backward was already called")
         grads, ctx.grads = ctx.grads, None
         scaled = [None if grad is None else grad.mul_(upstream) for grad in grads]
         return (None, None, None, *scaled)

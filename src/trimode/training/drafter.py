@@ -143,7 +143,9 @@ class DrafterObjective:
         self._without_adapter = report.without_adapter
         score = report.with_adapter.round_acceptance_length
         if state.best_score is None or score > state.best_score:
-            self._export()
+            export_adapter(
+                self.trainable, self._folder, config=self._config, parallel=self._parallel
+            )
             state = replace(state, best_score=score, best_step=state.step)
         self._best_score = state.best_score
         return report, state
@@ -154,13 +156,12 @@ class DrafterObjective:
         Raises:
             TriModeError: The base is not what it was at the start.
         """
-        if weights_checksum(self.model) != self.base_checksum:
-            raise self._parallel.common(
-                TriModeError(
-                    f"the weights of the base {self._config.model.init!r} changed in memory while "
-                    f"its drafter was trained; do not use {str(self._folder)!r}"
-                )
-            )
+        check_base(
+            *(self.model, self.base_checksum),
+            config=self._config,
+            folder=self._folder,
+            parallel=self._parallel,
+        )
         best, bare = self._best_score, self._without_adapter
         if best is not None and bare is not None and best <= bare.round_acceptance_length:
             logger.warning(
@@ -180,15 +181,45 @@ class DrafterObjective:
             adapter=adapter,
         )
 
-    def _export(self) -> None:
-        with self._parallel.together(), writing(self._folder, what="adapter"):
-            if self._parallel.is_main:
-                save_adapter(
-                    self.trainable,
-                    self._folder,
-                    dtype=DTYPES[self._config.export.dtype],
-                    base=self._config.model.init,
-                )
+
+def check_base(
+    model: TriModeModel,
+    checksum: int | None,
+    *,
+    config: TrainConfig,
+    folder: Path,
+    parallel: Parallel,
+) -> None:
+    """Refuse an adapter whose base is not what it was at the start.
+
+    Args:
+        model: The base.
+        checksum: Of its weights at the start.
+        config: Of the run.
+        folder: Of the adapter.
+        parallel: The ranks, which all see the error.
+
+    Raises:
+        TriModeError: The weights of the base changed.
+    """
+    if weights_checksum(model) == checksum:
+        return
+    raise parallel.common(
+        TriModeError(
+            f"the weights of the base {config.model.init!r} changed in memory while its adapter "
+            f"was trained; do not use {str(folder)!r}"
+        )
+    )
+
+
+def export_adapter(
+    adapter: DrafterAdapter, folder: Path, *, config: TrainConfig, parallel: Parallel
+) -> None:
+    """Write an adapter from the main rank; the one that was there stays until it is whole."""
+    with parallel.together(), writing(folder, what="adapter"):
+        if parallel.is_main:
+            dtype = DTYPES[config.export.dtype]
+            save_adapter(adapter, folder, dtype=dtype, base=config.model.init)
 
 
 @dataclass(frozen=True, slots=True)
