@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from trimode import __version__
 from trimode.checkpoint.io import save_checkpoint
@@ -67,6 +68,9 @@ def test_text_of_shards_without_tokenizer(
     save_checkpoint(model, folder, max_shard_size="100KB")
     (folder / "linear_spec_lora").mkdir()
     (folder / "linear_spec_lora" / "adapter_config.json").write_text("{}")
+    save_file({}, folder / "linear_spec_lora" / "adapter_model.safetensors")
+    (folder / "other").mkdir()
+    (folder / "other" / "adapter_config.json").write_text("{}")
     num_files = len(list(folder.glob("*.safetensors")))
     num_parameters = sum(p.numel() for p in model.parameters())
     assert num_files > 1
@@ -77,7 +81,8 @@ def test_text_of_shards_without_tokenizer(
     assert lines["tokenizer"] == "none"
     assert lines["mode linear"] == "block length 8, temperature 0.0"
     assert lines["mode auto"] == "block length up to 8, branches up to 8, temperature 0.0"
-    assert lines["adapters"] == "linear_spec_lora"
+    drafter = "linear_spec_lora (serves draft, drafts as block)"
+    assert lines["adapters"] == f"{drafter}; other (no word of its use)"
 
 
 def test_loads_no_weights(

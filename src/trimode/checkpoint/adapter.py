@@ -149,19 +149,32 @@ def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, *, use: str) ->
     save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
 
 
+def read_use(folder: Path) -> str | None:
+    """What an adapter is for, `lora` or `drafter`; None where nothing tells."""
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+            found: str | None = (tensors.metadata() or {}).get(_USE)
+    except (SafetensorError, OSError):
+        return None  # whoever reads the tensors says what is wrong
+    return "drafter" if found is None and folder.name == _PUBLISHED_DRAFTER else found
+
+
+def read_form(folder: Path) -> AdapterForm:
+    """How a drafter is to be used.
+
+    Raises:
+        CheckpointError: its `trimode_view.json` is not as this version writes it.
+    """
+    return _read_view(folder)[0]
+
+
 def check_use(folder: Path, use: str) -> None:
     """Refuse a drafter as `lora`, which would colour the AR view, and a LoRA as `drafter`.
 
     Raises:
         CheckpointError: it is for the other use, as far as can be told.
     """
-    try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
-            found = (tensors.metadata() or {}).get(_USE)
-    except (SafetensorError, OSError):
-        return  # whoever reads the tensors says what is wrong
-    if found is None and folder.name == _PUBLISHED_DRAFTER:
-        found = "drafter"
+    found = read_use(folder)
     if found not in (None, use):
         raise CheckpointError(f"{folder} is a {found}, and was given as {use}; give it as {found}")
 

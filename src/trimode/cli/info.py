@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def describe(folder: Path) -> dict[str, Any]:
         },
         "generation_defaults": read_generation_defaults(folder, config).as_record(),
         "modes": _modes(config),
-        "adapters": sorted(file.parent.name for file in folder.glob("*/adapter_config.json")),
+        "adapters": _adapters(folder),
         "has_model_card": (folder / _MODEL_CARD).is_file(),
         "environment": _environment(),
     }
@@ -86,13 +87,33 @@ def as_text(record: dict[str, Any]) -> str:
         "special ids": ", ".join(f"{k} {v}" for k, v in record["special_token_ids"].items()),
         "chat, serve": _as_defaults(record["generation_defaults"]),
         **{f"mode {name}": _as_words(name, knobs) for name, knobs in record["modes"].items()},
-        "adapters": ", ".join(record["adapters"]) or "none",
+        "adapters": "; ".join(map(_as_use, record["adapters"])) or "none",
         "model card": "yes" if record["has_model_card"] else "none",
         "here": f"trimode {here['trimode']}, torch {here['torch']}, transformers"
         f" {here['transformers']}, Python {here['python']}, {here['device']},"
         f" {here['threads']} threads",
     }
     return "\n".join(f"{name:<16}{value}" for name, value in rows.items())
+
+
+def _adapters(folder: Path) -> list[dict[str, Any]]:
+    """Those inside a checkpoint: name, what it is for, and of a drafter how it is used."""
+    from trimode.checkpoint.adapter import read_form, read_use
+
+    found = []
+    for file in sorted(folder.glob("*/adapter_config.json")):
+        use = read_use(file.parent)
+        form = asdict(read_form(file.parent)) if use == "drafter" else {}
+        found.append({"name": file.parent.name, "use": use, **form})
+    return found
+
+
+def _as_use(adapter: dict[str, Any]) -> str:
+    words = [adapter["use"] or "no word of its use"]
+    if adapter["use"] == "drafter":
+        words = [f"serves {' and '.join(adapter['views'])}"]
+        words.append(f"drafts as {', then '.join(adapter['draft_forms'])}")
+    return f"{adapter['name']} ({', '.join(words)})"
 
 
 def _weights(folder: Path) -> dict[str, Any]:
