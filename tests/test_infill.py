@@ -270,7 +270,8 @@ def test_lines_that_cannot_be_gaps_together(tmp_path: Path, capsys: Capture) -> 
         (["missing.py:3"], "missing.py cannot be read"),
         (["a<FILL>", "--write"], "--write changes a file, and no file was named"),
         (["a<FILL>", "--lengths", "x"], "--lengths is 'x'; allowed: integers like 4,8,12"),
-        (["a<FILL>", "--drafter", "x"], "unrecognized arguments: --drafter"),
+        (["a<FILL>", "--drafter", "x"], "adapter x: no such folder"),
+        (["a<FILL>", "--draft-form", "skip"], "unrecognized arguments: --draft-form"),
     ],
 )
 def test_bad_words(capsys: Capture, words: list[str], message: str) -> None:
