@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import inspect
 import json
 import os
 import sys
@@ -43,7 +42,7 @@ from trimode.checkpoint.model_cache import resolve
 from trimode.conversation import answering
 from trimode.decoding import Event, Sequence, Stats
 from trimode.decoding.noise import gumbel, noise_key
-from trimode.errors import RequestError, TriModeError
+from trimode.errors import TriModeError
 from trimode.runtime import MAX_BATCH
 
 Options = dict[str, Any]
@@ -56,32 +55,38 @@ PROMPT_SETS = {
 }
 
 
+FUSED = ((1, 3, True), (2, 3, True), (2, 4, False), (3, 2, True), (3, 2, False), (4, 1, False))
+"""Masks that skip the bonus, groups and whether these may guess it: at most 12 tokens a forward."""
+
+
 def settings() -> dict[str, Options]:
     """Name -> arguments of `generate`. The reference comes first."""
     found: dict[str, Options] = {REFERENCE: {"mode": "ar"}}
+    block: Options = {"draft_form": "block"}
     for length in (2, 3, 4, 6, 8):
-        found[f"linear-k{length}"] = {"mode": "linear", "block_length": length}
-    found["linear-k8-cut0.3"] = {"mode": "linear", "block_length": 8, "draft_cutoff": 0.3}
-    found["linear-k8-2passes"] = {"mode": "linear", "block_length": 8, "steps": 2}
+        found[f"linear-k{length}"] = {"mode": "linear", "block_length": length} | block
+    found["linear-k8-cut0.3"] = found["linear-k8"] | {"draft_cutoff": 0.3}
+    found["linear-k8-2passes"] = found["linear-k8"] | {"steps": 2}
     for length, counts in ((2, (2, 3)), (3, (2, 5)), (4, (2, 4, 7)), (6, (4, 8)), (8, (4, 8))):
         for number in counts:
             found[f"branching-k{length}-m{number}"] = {
-                **{"mode": "branching", "block_length": length, "branches": number}
+                **{"mode": "branching", "block_length": length, "branches": number, **block}
             }
     for length in (4, 6):
-        found[f"quadratic-k{length}"] = {"mode": "quadratic", "block_length": length}
+        found[f"quadratic-k{length}"] = {"mode": "quadratic", "block_length": length} | block
     for length in (4, 6, 8):
-        linear = {"mode": "linear", "block_length": length}
+        linear = {"mode": "linear", "block_length": length, "draft_form": "block"}
         found[f"linear-k{length}-lookup"] = linear | {"lookup": True}
-        found[f"linear-k{length}-skip"] = linear | {"draft_form": "skip"}
-    for length, number in ((4, 4), (6, 4), (8, 4)):
-        branching = {"mode": "branching", "block_length": length, "branches": number}
-        name = f"branching-k{length}-m{number}"
-        found[f"{name}-lookup"] = branching | {"lookup": True}
-        found[f"{name}-skip"] = branching | {"draft_form": "skip"}
-        found[f"{name}-skip-lookup"] = branching | {"draft_form": "skip", "lookup": True}
-        for masks in (2, 3):
-            found[f"{name}-skip{masks}"] = branching | {"draft_form": "skip", "skip_masks": masks}
+    for masks in (2, 3, 5):
+        found[f"linear-skip{masks}"] = {"mode": "linear", "skip_masks": masks}
+    found["linear-skip5-lookup"] = {"mode": "linear", "skip_masks": 5, "lookup": True}
+    for masks, number, has_guesses in FUSED:
+        name = f"fused-skip{masks}-m{number}" + ("" if has_guesses else "-no-guess")
+        found[name] = {
+            **{"mode": "branching", "block_length": 8, "skip_masks": masks},
+            **{"branches": number, "guesses": has_guesses},
+        }
+        found[f"{name}-lookup"] = found[name] | {"lookup": True}
     return found
 
 
@@ -213,33 +218,17 @@ def compare(
             del run["token_ids"]
 
 
-def usable(lm: trimode.TriModeLM, names: list[str] | None) -> dict[str, Options]:
-    """The settings that were asked for; without names, all that this `generate` takes.
+def chosen_settings(names: list[str] | None) -> dict[str, Options]:
+    """The settings that were asked for, the reference among them; without names, all.
 
     Raises:
-        SystemExit: a name is not in the table, or `generate` refuses its options.
+        SystemExit: a name is not in the table.
     """
     every = settings()
     unknown = [name for name in names or () if name not in every]
     if unknown:
         raise SystemExit(f"settings has {unknown[0]!r}; allowed: {', '.join(every)}")
-    known = inspect.signature(lm.generate).parameters
-    found: dict[str, Options] = {}
-    for name in every if names is None else dict.fromkeys([REFERENCE, *names]):
-        options = every[name]
-        refusal = next((f"no option {key}" for key in options if key not in known), None)
-        if refusal is None:
-            try:
-                lm.prepare([1], max_new_tokens=1, **options)
-            except RequestError as error:
-                refusal = str(error)
-        if refusal is None:
-            found[name] = options
-        elif names is None:
-            print(f"left out {name}: {refusal}", file=sys.stderr)
-        else:
-            raise SystemExit(f"settings has {name!r}, and this generate refuses it: {refusal}")
-    return found
+    return {name: every[name] for name in (every if names is None else [REFERENCE, *names])}
 
 
 def run_all(
@@ -393,7 +382,7 @@ def main() -> None:
     if not is_chat:
         print("no chat template: each prompt is continued as plain text", file=sys.stderr)
     names = None if arguments.settings is None else arguments.settings.split(",")
-    chosen = usable(lm, names)
+    chosen = chosen_settings(names)
     env = environment(arguments)
     env |= {"batch_size": arguments.batch, "load_average": os.getloadavg()}
     env |= {"dtype": str(lm.model.dtype).removeprefix("torch.")}
