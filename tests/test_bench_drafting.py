@@ -234,7 +234,7 @@ def test_a_different_text_is_noted(bench: ModuleType, lm: TriModeLM) -> None:
 
 
 def test_settings(bench: ModuleType, lm: TriModeLM) -> None:
-    """Prevents: a setting that `generate` refuses, after minutes; a fused shape that is too wide."""
+    """Prevents: a setting that `generate` refuses after minutes; a fused shape that is too wide."""
     found = bench.chosen_settings(None)
     assert next(iter(found)) == "ar"
     for name, options in found.items():
