@@ -188,6 +188,33 @@ def greedy_linear(
     return Written(new_ids, nfe=nfe)
 
 
+def likeliest(
+    proposals: Sequence[tuple[int, float, int, float]],
+    *,
+    left: int,
+    branches: int,
+    has_guesses: bool,
+) -> list[tuple[float, int, int | None]]:
+    """Chance, accepted length and guess of the outcomes of a round that get a group, best first.
+
+    Args:
+        proposals: First and second choice of each drafted place, each with its probability.
+        left: Tokens that may still be emitted when the round begins.
+        branches: Groups at most.
+        has_guesses: Whether an outcome may name its bonus token.
+    """
+    groups: list[tuple[float, int, int | None]] = []
+    reached = 1.0
+    for place, (_, sure, second, second_sure) in enumerate(proposals):
+        groups.append((reached * (1 - sure), place, None))
+        if has_guesses:
+            groups.append((reached * second_sure, place, second))
+        reached *= sure
+    groups.append((reached, len(proposals), None))
+    going_on = [group for group in groups if group[1] + 1 < left]
+    return sorted(going_on, key=lambda group: -group[0])[:branches]
+
+
 def greedy_branching(
     model: TriModeModel,
     prompt: Sequence[int],
@@ -221,16 +248,7 @@ def greedy_branching(
         accepted = 0
         while accepted < len(proposals) and block[accepted + 1] == chosen[accepted]:
             accepted += 1
-        groups: list[tuple[float, int, int | None]] = []
-        reached = 1.0
-        for place, (_, sure, second, second_sure) in enumerate(proposals):
-            groups.append((reached * (1 - sure), place, None))
-            if has_guesses:
-                groups.append((reached * second_sure, place, second))
-            reached *= sure
-        groups.append((reached, len(proposals), None))
-        groups = [group for group in groups if group[1] + 1 < left]
-        groups = sorted(groups, key=lambda group: -group[0])[:branches]
+        groups = likeliest(proposals, left=left, branches=branches, has_guesses=has_guesses)
         for token_id in chosen[: accepted + 1]:
             new_ids.append(token_id)
             if token_id in stops:
@@ -349,16 +367,7 @@ def greedy_skip(
             accepted = 0
             while accepted < len(fed) and fed[accepted] == chosen[accepted]:
                 accepted += 1
-            groups: list[tuple[float, int, int | None]] = []
-            reached = 1.0
-            for place, (_, sure, second, second_sure) in enumerate(proposals):
-                groups.append((reached * (1 - sure), place, None))
-                if has_guesses:
-                    groups.append((reached * second_sure, place, second))
-                reached *= sure
-            groups.append((reached, len(proposals), None))
-            groups = [group for group in groups if group[1] + 1 < left]
-            groups = sorted(groups, key=lambda group: -group[0])[:branches]
+            groups = likeliest(proposals, left=left, branches=branches, has_guesses=has_guesses)
             for token_id in chosen[: accepted + 1]:
                 new_ids.append(token_id)
                 if token_id in stops:
