@@ -26,7 +26,7 @@ from trimode.training.checkpoints import RunState
 from trimode.training.config import TrainConfig
 from trimode.training.config_checks import open_heldout
 from trimode.training.conversation_packing import make_sampler
-from trimode.training.drafter import check_base, export_adapter, weights_checksum
+from trimode.training.drafter import check_base, kept_if_best, weights_checksum
 from trimode.training.packing import PackedRows
 from trimode.training.parallel import Parallel
 from trimode.training.precision import Precision
@@ -184,11 +184,13 @@ class AnchorObjective:
             with_adapter=self._measure(self.trainable),
         )
         score = report.with_adapter.of(form).round_acceptance_length
-        if state.best_score is None or score > state.best_score:
-            export_adapter(
-                self.trainable, self._folder, config=self._config, parallel=self._parallel
-            )
-            state = replace(state, best_score=score, best_step=state.step)
+        state = kept_if_best(
+            *(self.trainable, state),
+            score=score,
+            folder=self._folder,
+            config=self._config,
+            parallel=self._parallel,
+        )
         self._best_score = state.best_score
         return report, state
 

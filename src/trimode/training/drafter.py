@@ -142,11 +142,13 @@ class DrafterObjective:
         )
         self._without_adapter = report.without_adapter
         score = report.with_adapter.round_acceptance_length
-        if state.best_score is None or score > state.best_score:
-            export_adapter(
-                self.trainable, self._folder, config=self._config, parallel=self._parallel
-            )
-            state = replace(state, best_score=score, best_step=state.step)
+        state = kept_if_best(
+            *(self.trainable, state),
+            score=score,
+            folder=self._folder,
+            config=self._config,
+            parallel=self._parallel,
+        )
         self._best_score = state.best_score
         return report, state
 
@@ -212,14 +214,29 @@ def check_base(
     )
 
 
-def export_adapter(
-    adapter: DrafterAdapter, folder: Path, *, config: TrainConfig, parallel: Parallel
-) -> None:
-    """Write an adapter from the main rank; the one that was there stays until it is whole."""
+def kept_if_best(
+    adapter: DrafterAdapter,
+    state: RunState,
+    *,
+    score: float,
+    folder: Path,
+    config: TrainConfig,
+    parallel: Parallel,
+) -> RunState:
+    """Write an adapter from the main rank if no evaluation before scored as high.
+
+    The adapter that was in `folder` stays until the new one is whole.
+
+    Returns:
+        The state, with the best score and its step.
+    """
+    if state.best_score is not None and score <= state.best_score:
+        return state
     with parallel.together(), writing(folder, what="adapter"):
         if parallel.is_main:
             dtype = DTYPES[config.export.dtype]
             save_adapter(adapter, folder, dtype=dtype, base=config.model.init)
+    return replace(state, best_score=score, best_step=state.step)
 
 
 @dataclass(frozen=True, slots=True)
