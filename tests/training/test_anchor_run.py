@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import trimode
 from tests.training.fake_stream import FakeStream, write_data
-from tests.training.test_drafter import SHAPE, STAGE, _StopAfter
+from tests.training.test_drafter import STAGE, _StopAfter
+from tests.training.tiny_run import MODEL
 from trimode.checkpoint.adapter import load_adapter
 from trimode.checkpoint.io import load_model
 from trimode.errors import ConfigError, TriModeError
@@ -66,7 +67,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         data=str(write_data(folder / "data", period=7)),
         output_dir=str(folder / "run"),
         stages=(STAGE,),
-        model=SHAPE,
+        model=MODEL,
         schedule=SchedulePart(warmup_share=0.1, decay_share=0.5),
         evaluation=EvaluationPart(tokens=512, every_steps=0),
         precision="fp32",

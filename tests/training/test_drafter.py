@@ -17,6 +17,7 @@ from torch import Tensor
 
 import trimode
 from tests.training.fake_stream import write_data
+from tests.training.tiny_run import MODEL
 from trimode.checkpoint.adapter import load_adapter
 from trimode.checkpoint.io import load_model, load_tokenizer, save_checkpoint
 from trimode.errors import CheckpointError, ConfigError, TriModeError
@@ -45,16 +46,6 @@ STAGE = StagePart(
     micro_batch_sequences=4,
     block_lengths=(4,),
 )
-SHAPE = ModelPart(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=128,
-    block_size=4,
-)
 IDS = torch.arange(3, 33).reshape(2, 15)
 
 
@@ -67,7 +58,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         data=str(write_data(folder / "data", period=7)),
         output_dir=str(folder / "run"),
         stages=(STAGE,),
-        model=SHAPE,
+        model=MODEL,
         schedule=SchedulePart(warmup_share=0.1, decay_share=0.5),
         evaluation=EvaluationPart(tokens=512, every_steps=0),
         precision="fp32",
