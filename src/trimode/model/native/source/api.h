@@ -1,0 +1,31 @@
+// What one instruction set offers, and the C interface that Python calls (api.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "model.h"
+#include "threads.h"
+
+namespace trimode {
+
+struct ChoiceBatch;  // choice_batch.h
+
+// kernels.cpp, compiled once for each instruction set.
+struct Kernels {
+    const char* name;
+    int panel;       // outputs of a panel
+    bool has_pairs;  // whether bfloat16 inputs are multiplied in pairs, rounded
+    void (*pack)(const Source& source, Weight& weight);
+    void (*unpack)(const Weight& weight, float* out);
+    void (*forward)(Model& model, const Forward& forward);
+    void (*choose)(Threads& threads, const ChoiceBatch& batch);
+};
+
+extern const Kernels kernels_generic;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
+#endif
+
+}  // namespace trimode

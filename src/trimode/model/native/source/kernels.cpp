@@ -1,0 +1,19 @@
+// All code that is compiled once for each instruction set; TRIMODE_ISA names it.
+#include "api.h"
+#include "choice.h"
+#include "forward.h"
+#include "pack.h"
+
+#define JOINED(a, b) a##b
+#define NAMED(isa) JOINED(kernels_, isa)
+#define TEXT(x) #x
+#define QUOTED(x) TEXT(x)
+
+namespace trimode {
+
+const Kernels NAMED(TRIMODE_ISA) = {
+    QUOTED(TRIMODE_ISA),    TRIMODE_ISA::PANEL,   TRIMODE_ISA::HAS_PAIRS, TRIMODE_ISA::pack,
+    TRIMODE_ISA::unpack,    TRIMODE_ISA::forward, TRIMODE_ISA::choose,
+};
+
+}  // namespace trimode

@@ -1,0 +1,167 @@
+// Products with packed weights: `y = x W^T`, for a tile of rows and one panel of outputs.
+//
+// A panel holds PANEL outputs, all their inputs one after the other, so that it is read from the
+// memory once, in order, for all rows of a tile. Every output of every row has one accumulator that
+// adds up the inputs in their order: what a row gets does not depend on the tile it is in.
+//
+//   float32   [panel][K][PANEL]
+//   bfloat16  [panel][K / 2][PANEL][2]     products of pairs where the CPU has them, else widened
+//   int8      [panel][K / 4][PANEL][4]     with scales by group of inputs, see int8.h
+#pragma once
+
+#include "simd.h"
+
+namespace TRIMODE_ISA {
+
+constexpr int PANEL = 2 * W;
+
+#if TRIMODE_AVX512
+constexpr int MOST_ROWS = 12;  // 24 of 32 registers
+#elif TRIMODE_AVX2
+constexpr int MOST_ROWS = 6;  // 12 of 16
+#else
+constexpr int MOST_ROWS = 4;
+#endif
+
+constexpr int AHEAD = 4096;  // bytes that are fetched before they are needed
+
+INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// x: rows of K floats, `stride` floats apart. y: [R][PANEL].
+template <int R>
+void tile_float32(const float* x, long stride, int K, const float* panel, float* y) {
+    F sum0[R], sum1[R];
+    for (int r = 0; r < R; r++) sum0[r] = sum1[r] = zero();
+    for (int k = 0; k < K; k++, panel += PANEL) {
+        prefetch((const char*)panel + AHEAD);
+        if (PANEL * 4 > 64) prefetch((const char*)panel + AHEAD + 64);
+        F w0 = load(panel), w1 = load(panel + W);
+        for (int r = 0; r < R; r++) {
+            F b = set1(x[r * stride + k]);
+            sum0[r] = fma(b, w0, sum0[r]);
+            sum1[r] = fma(b, w1, sum1[r]);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        store(y + r * PANEL, sum0[r]);
+        store(y + r * PANEL + W, sum1[r]);
+    }
+}
+
+#if TRIMODE_AVX512 && defined(__AVX512BF16__)
+
+constexpr bool HAS_PAIRS = true;
+using Bf16Input = bf16;  // inputs are rounded, products and sums are in float32
+
+template <int R>
+void tile_bfloat16(const bf16* x, long stride, int K, const bf16* panel, float* y) {
+    __m512 sum0[R], sum1[R];
+    for (int r = 0; r < R; r++) sum0[r] = sum1[r] = _mm512_setzero_ps();
+    for (int k = 0; k < K; k += 2, panel += 2 * PANEL) {
+        prefetch((const char*)panel + AHEAD);
+        prefetch((const char*)panel + AHEAD + 64);
+        __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel);
+        __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + PANEL);
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            std::memcpy(&pair, x + r * stride + k, 4);
+            __m512bh b = (__m512bh)_mm512_set1_epi32(pair);
+            sum0[r] = _mm512_dpbf16_ps(sum0[r], b, w0);
+            sum1[r] = _mm512_dpbf16_ps(sum1[r], b, w1);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        _mm512_storeu_ps(y + r * PANEL, sum0[r]);
+        _mm512_storeu_ps(y + r * PANEL + W, sum1[r]);
+    }
+}
+
+#else
+
+constexpr bool HAS_PAIRS = false;
+using Bf16Input = float;
+
+// A vector of W pairs: the first of each pair, the second of each.
+#if TRIMODE_AVX512
+INLINE void split_pairs(const bf16* p, F& first, F& second) {
+    __m512i x = _mm512_loadu_si512(p);
+    first.v = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    second.v = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000))));
+}
+#elif TRIMODE_AVX2
+INLINE void split_pairs(const bf16* p, F& first, F& second) {
+    __m256i x = _mm256_loadu_si256((const __m256i*)p);
+    first.v = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    second.v = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int(0xffff0000))));
+}
+#else
+INLINE void split_pairs(const bf16* p, F& first, F& second) {
+    for (int i = 0; i < W; i++) {
+        first.v[i] = widen(p[2 * i]);
+        second.v[i] = widen(p[2 * i + 1]);
+    }
+}
+#endif
+
+// The inputs stay in float32; a last odd one is followed by a zero.
+template <int R>
+void tile_bfloat16(const float* x, long stride, int K, const bf16* panel, float* y) {
+    F sum0[R], sum1[R];
+    for (int r = 0; r < R; r++) sum0[r] = sum1[r] = zero();
+    for (int k = 0; k < K; k += 2, panel += 2 * PANEL) {
+        prefetch((const char*)panel + AHEAD);
+        F even0, odd0, even1, odd1;
+        split_pairs(panel, even0, odd0);
+        split_pairs(panel + PANEL, even1, odd1);
+        for (int r = 0; r < R; r++) {
+            F b = set1(x[r * stride + k]), c = set1(x[r * stride + k + 1]);
+            sum0[r] = fma(c, odd0, fma(b, even0, sum0[r]));
+            sum1[r] = fma(c, odd1, fma(b, even1, sum1[r]));
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        store(y + r * PANEL, sum0[r]);
+        store(y + r * PANEL + W, sum1[r]);
+    }
+}
+
+#endif
+
+// `kernel<R>` for a number of rows known when it runs: TILE(tile_float32, R, arguments).
+#if TRIMODE_AVX512
+#define TILE(kernel, rows, ...)                            \
+    switch (rows) {                                        \
+        case 1: kernel<1>(__VA_ARGS__); break;             \
+        case 2: kernel<2>(__VA_ARGS__); break;             \
+        case 3: kernel<3>(__VA_ARGS__); break;             \
+        case 4: kernel<4>(__VA_ARGS__); break;             \
+        case 5: kernel<5>(__VA_ARGS__); break;             \
+        case 6: kernel<6>(__VA_ARGS__); break;             \
+        case 7: kernel<7>(__VA_ARGS__); break;             \
+        case 8: kernel<8>(__VA_ARGS__); break;             \
+        case 9: kernel<9>(__VA_ARGS__); break;             \
+        case 10: kernel<10>(__VA_ARGS__); break;           \
+        case 11: kernel<11>(__VA_ARGS__); break;           \
+        default: kernel<12>(__VA_ARGS__); break;           \
+    }
+#elif TRIMODE_AVX2
+#define TILE(kernel, rows, ...)                            \
+    switch (rows) {                                        \
+        case 1: kernel<1>(__VA_ARGS__); break;             \
+        case 2: kernel<2>(__VA_ARGS__); break;             \
+        case 3: kernel<3>(__VA_ARGS__); break;             \
+        case 4: kernel<4>(__VA_ARGS__); break;             \
+        case 5: kernel<5>(__VA_ARGS__); break;             \
+        default: kernel<6>(__VA_ARGS__); break;            \
+    }
+#else
+#define TILE(kernel, rows, ...)                            \
+    switch (rows) {                                        \
+        case 1: kernel<1>(__VA_ARGS__); break;             \
+        case 2: kernel<2>(__VA_ARGS__); break;             \
+        case 3: kernel<3>(__VA_ARGS__); break;             \
+        default: kernel<4>(__VA_ARGS__); break;            \
+    }
+#endif
+
+}  // namespace TRIMODE_ISA
