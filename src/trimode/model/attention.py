@@ -8,7 +8,7 @@ returns the attended values. `DenseAttention` is for whole sequences (training, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,6 +75,21 @@ class RowFeed:
     anchors: Sequence[int]
 
     @property
+    def num_trunk(self) -> int:
+        """Trunk tokens before the first group."""
+        groups = self.groups
+        return next((t for t, group in enumerate(groups) if group != TRUNK), len(groups))
+
+    def group_runs(self) -> Iterator[tuple[int, int]]:
+        """First and one behind the last token of each group, in feed order."""
+        first = self.num_trunk
+        for group, run in itertools.groupby(self.groups[first:]):
+            stop = first + sum(1 for _ in run)
+            assert group != TRUNK
+            yield first, stop
+            first = stop
+
+    @property
     def is_causal(self) -> bool:
         return all(group == TRUNK for group in self.groups)
 
@@ -130,21 +145,29 @@ class RowAttention:
     def __init__(self, cache: KVCache, feeds: Sequence[RowFeed]) -> None:
         self.cache = cache
         self.feeds = feeds
-        self._buckets: list[_Bucket] = []
-        first = 0
-        for num_tokens, group in itertools.groupby(feeds, key=lambda feed: len(feed.groups)):
-            if self._buckets and num_tokens <= self._buckets[-1].shape[1]:
-                raise AssertionError("feeds are not sorted by their number of tokens")
-            for neighbours in _runs(list(group)):
-                self._buckets.append(_bucket(cache, neighbours, first=first))
-                first = self._buckets[-1].stop
+        self._made: list[_Bucket] | None = None
+
+    @property
+    def _buckets(self) -> list[_Bucket]:
+        """Made when first asked for: the native step needs none."""
+        if self._made is None:
+            self._made, first = [], 0
+            by_tokens = itertools.groupby(self.feeds, key=lambda feed: len(feed.groups))
+            for num_tokens, group in by_tokens:
+                if self._made and num_tokens <= self._made[-1].shape[1]:
+                    raise AssertionError("feeds are not sorted by their number of tokens")
+                for neighbours in _runs(list(group)):
+                    self._made.append(_bucket(self.cache, neighbours, first=first))
+                    first = self._made[-1].stop
+        return self._made
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query: [P, N, D]; key, value: [P, G, D] -> [P, N, D]."""
-        if len(self._buckets) == 1:
-            return self._attend(self._buckets[0], layer_index, query, key, value)
+        buckets = self._buckets
+        if len(buckets) == 1:
+            return self._attend(buckets[0], layer_index, query, key, value)
         outputs = []
-        for bucket in self._buckets:
+        for bucket in buckets:
             mine = slice(bucket.first, bucket.stop)
             outputs.append(self._attend(bucket, layer_index, query[mine], key[mine], value[mine]))
         return torch.cat(outputs)

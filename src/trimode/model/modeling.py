@@ -75,6 +75,19 @@ class Rotary:
             self._constants[device] = (inverse.to(device), float(factor))
         return self._constants[device]
 
+    def table(self, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[P] int64 -> cosines and sines [P, D/2] float32, and the query scale [P] or None.
+
+        Each is rounded from float64, so that it does not depend on how many are made together.
+        """
+        inverse, factor = self._frequencies(position_ids.device)
+        angles = (position_ids[:, None].float() * inverse).double()
+        cos, sin = (angles.cos() * factor).float(), (angles.sin() * factor).float()
+        if not self._beta:
+            return cos, sin, None
+        turns = torch.floor(position_ids.double() / self._original_len)
+        return cos, sin, (1 + self._beta * torch.log(1 + turns)).float()
+
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> RotaryAngles:
         """position_ids: [...] int64 -> angles for tensors [..., heads, D] of `dtype`."""
         inverse, factor = self._frequencies(position_ids.device)

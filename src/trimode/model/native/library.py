@@ -6,12 +6,15 @@ import ctypes
 import hashlib
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
 SOURCE = Path(__file__).parent / "source"
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wno-uninitialized")
 SETS = {
     "generic": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -50,6 +53,23 @@ def _build(target: Path) -> None:
         Path(f"{scratch}/lib.so").rename(target)
 
 
+@dataclass
+class Library:
+    c: ctypes.CDLL
+    kernels: ctypes.c_void_p
+    threads: ctypes.c_void_p
+    name: str
+
+
+@cache
+def load(name: str | None = None, num_threads: int | None = None) -> Library:
+    c = library()
+    kernels = c.trimode_kernels(None if name is None else name.encode())
+    threads = c.trimode_threads_new(num_threads or torch.get_num_threads())
+    kernels = ctypes.c_void_p(kernels)
+    return Library(c, kernels, ctypes.c_void_p(threads), c.trimode_kernels_name(kernels).decode())
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The library, built if it is not there."""
@@ -57,7 +77,13 @@ def library() -> ctypes.CDLL:
     if not path.exists():
         _build(path)
     found = ctypes.CDLL(str(path))
-    for name in ("trimode_kernels", "trimode_threads_new"):
+    for name in (
+        "trimode_kernels",
+        "trimode_threads_new",
+        "trimode_model_new",
+        "trimode_adapter_new",
+    ):
         getattr(found, name).restype = ctypes.c_void_p
+    found.trimode_model_bytes.restype = ctypes.c_int64
     found.trimode_kernels_name.restype = ctypes.c_char_p
     return found

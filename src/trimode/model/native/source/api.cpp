@@ -1,6 +1,8 @@
 // The C interface. Every function is called from Python by ctypes with pointers to its own arrays.
 #include "api.h"
 
+#include <sys/mman.h>
+
 #include <cstring>
 
 #include "choice_batch.h"
@@ -40,6 +42,28 @@ const Kernels* find(const char* name) {
     return nullptr;
 }
 
+// Zeroed pages, huge ones where there are any: a weight is read from end to end.
+char* map(int64_t bytes) {
+    void* found = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (found == MAP_FAILED) return nullptr;
+#ifdef MADV_HUGEPAGE
+    madvise(found, bytes, MADV_HUGEPAGE);
+#endif
+    return (char*)found;
+}
+
+void fill(const Kernels& kernels, Threads& threads, const Source& source, Weight& weight) {
+    threads.each(weight.num_panels, [&](int panel) { kernels.pack(source, weight, panel); });
+    if (source.bias != nullptr) {
+        weight.bias.assign(long(weight.num_panels) * kernels.panel, 0.0f);
+        std::memcpy(weight.bias.data(), source.bias, weight.out * 4);
+    }
+}
+
+Weight& weight_of(Model& model, int layer, int target) {
+    return layer < 0 ? model.head : model.layers[layer].weights[target];
+}
+
 }  // namespace
 
 extern "C" {
@@ -53,6 +77,146 @@ Threads* trimode_threads_new(int num_threads) { return new Threads(num_threads);
 void trimode_threads_free(Threads* threads) { delete threads; }
 void trimode_threads_resize(Threads* threads, int num_threads) { threads->resize(num_threads); }
 int trimode_threads_size(Threads* threads) { return threads->size(); }
+
+// A network without weights yet. Null where the memory does not suffice.
+Model* trimode_model_new(const Kernels* kernels, Threads* threads, const Shape* shape) {
+    auto* model = new Model;
+    model->kernels = kernels;
+    model->threads = threads;
+    model->shape = *shape;
+    model->layers.resize(shape->num_layers);
+    const int H = shape->hidden_size, I = shape->intermediate_size, D = shape->head_dim;
+    const int outs[] = {shape->num_heads * D, shape->num_kv_heads * D, shape->num_kv_heads * D,
+                        H, I, I, H};
+    const int ins[] = {H, H, H, shape->num_heads * D, H, H, I};
+    int64_t bytes = 0;
+    for (Layer& layer : model->layers)
+        for (int t = 0; t < NUM_TARGETS; t++)
+            bytes += kernels->plan(layer.weights[t], shape->form, outs[t], ins[t]);
+    bytes += kernels->plan(model->head, shape->form, shape->vocab_size, H);
+    model->arena = map(bytes);
+    model->arena_bytes = bytes;
+    if (model->arena == nullptr) {
+        delete model;
+        return nullptr;
+    }
+    char* at = model->arena;
+    auto give = [&](Weight& weight) {
+        weight.data = at;
+        at += weight.num_panels * weight.panel_bytes;
+    };
+    for (Layer& layer : model->layers)
+        for (Weight& weight : layer.weights) give(weight);
+    give(model->head);
+    return model;
+}
+
+void trimode_model_free(Model* model) {
+    munmap(model->arena, model->arena_bytes);
+    delete model;
+}
+
+int64_t trimode_model_bytes(const Model* model) { return model->arena_bytes; }
+
+// layer -1 is the head.
+void trimode_model_set(Model* model, int layer, int target, const Source* source) {
+    fill(*model->kernels, *model->threads, *source, weight_of(*model, layer, target));
+}
+
+// [out, in] float32.
+void trimode_model_get(Model* model, int layer, int target, float* out) {
+    const Weight& weight = weight_of(*model, layer, target);
+    model->threads->each((weight.out + 63) / 64, [&](int part) {
+        for (int i = part * 64; i < weight.out && i < part * 64 + 64; i++)
+            model->kernels->unpack_row(weight, i, out + long(i) * weight.in);
+    });
+}
+
+// which: 0 attention, 1 MLP, 2 queries, 3 keys; layer -1 is the last norm.
+void trimode_model_set_norm(Model* model, int layer, int which, const float* weight, int size) {
+    std::vector<float> norm(weight, weight + size);
+    if (layer < 0) {
+        model->norm = norm;
+        return;
+    }
+    Layer& one = model->layers[layer];
+    (which == 0 ? one.attn_norm : which == 1 ? one.mlp_norm : which == 2 ? one.q_norm : one.k_norm) =
+        norm;
+}
+
+void trimode_model_set_embedding(Model* model, const void* embedding, int form) {
+    model->embedding = embedding;
+    model->embedding_form = form;
+}
+
+void trimode_model_set_positions(Model* model, const float* cos, const float* sin,
+                                 const float* query_scale, int64_t num_positions) {
+    model->cos = cos;
+    model->sin = sin;
+    model->query_scale = query_scale;
+    model->num_positions = num_positions;
+}
+
+// ranks: [layers * targets], 0 where there is no pair; a multiple of 32 else.
+Adapter* trimode_adapter_new(const Model* model, const int32_t* ranks) {
+    auto* adapter = new Adapter;
+    adapter->pairs.resize(model->layers.size() * NUM_TARGETS);
+    const int form = model->shape.form == FLOAT32 ? FLOAT32 : BFLOAT16;
+    int64_t bytes = 0;
+    for (size_t i = 0; i < adapter->pairs.size(); i++) {
+        if (ranks[i] == 0) continue;
+        Pair& pair = adapter->pairs[i];
+        const Weight& base = model->layers[i / NUM_TARGETS].weights[i % NUM_TARGETS];
+        bytes += model->kernels->plan(pair.down, form, ranks[i], base.in);
+        bytes += model->kernels->plan(pair.up, form, base.out, ranks[i]);
+    }
+    adapter->arena_bytes = bytes;
+    if (bytes > 0 && (adapter->arena = map(bytes)) == nullptr) {
+        delete adapter;
+        return nullptr;
+    }
+    char* at = adapter->arena;
+    for (Pair& pair : adapter->pairs)
+        for (Weight* weight : {&pair.down, &pair.up})
+            if (weight->num_panels > 0) {
+                weight->data = at;
+                at += weight->num_panels * weight->panel_bytes;
+            }
+    return adapter;
+}
+
+void trimode_adapter_free(Adapter* adapter) {
+    if (adapter->arena != nullptr) munmap(adapter->arena, adapter->arena_bytes);
+    delete adapter;
+}
+
+void trimode_adapter_set(Model* model, Adapter* adapter, int layer, int target, const Source* down,
+                         const Source* up, float scale) {
+    Pair& pair = adapter->pairs[layer * NUM_TARGETS + target];
+    fill(*model->kernels, *model->threads, *down, pair.down);
+    fill(*model->kernels, *model->threads, *up, pair.up);
+    pair.scale = scale;
+}
+
+void trimode_adapter_set_masks(Adapter* adapter, const float* embeddings, int places, int size) {
+    adapter->mask_embeddings.assign(embeddings, embeddings + long(places) * size);
+    adapter->num_places = places;
+}
+
+// Rows of the head: [num, in] float32.
+void trimode_model_rows(Model* model, const int32_t* ids, int num, float* out) {
+    for (int i = 0; i < num; i++)
+        model->kernels->unpack_row(model->head, ids[i], out + long(i) * model->head.in);
+}
+
+// states: [num, H]; logits: [num, V].
+void trimode_head(Model* model, const float* states, int num, float* logits) {
+    model->kernels->head(*model, states, num, logits);
+}
+
+void trimode_forward(Model* model, const Forward* forward) {
+    model->kernels->forward(*model, *forward);
+}
 
 void trimode_choose(const Kernels* kernels, Threads* threads, const ChoiceBatch* batch) {
     kernels->choose(*threads, *batch);

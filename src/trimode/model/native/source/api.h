@@ -15,9 +15,11 @@ struct Kernels {
     const char* name;
     int panel;       // outputs of a panel
     bool has_pairs;  // whether bfloat16 inputs are multiplied in pairs, rounded
-    void (*pack)(const Source& source, Weight& weight);
-    void (*unpack)(const Weight& weight, float* out);
+    int64_t (*plan)(Weight& weight, int32_t form, int32_t out, int32_t in);
+    void (*pack)(const Source& source, Weight& weight, int panel);
+    void (*unpack_row)(const Weight& weight, int row, float* out);
     void (*forward)(Model& model, const Forward& forward);
+    void (*head)(Model& model, const float* states, int num, float* logits);
     void (*choose)(Threads& threads, const ChoiceBatch& batch);
 };
 

@@ -1,6 +1,528 @@
+// One forward: from ids to hidden states and logits, K/V written to the cells.
+//
+// The steps of a layer are the paper's, one after the other; each deals its work out over the
+// threads. Nothing is allocated in a layer.
 #pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "attention.h"
 #include "model.h"
+#include "pack.h"
 #include "products.h"
+
 namespace TRIMODE_ISA {
-inline void forward(trimode::Model&, const trimode::Forward&) {}
+
+using namespace trimode;
+
+constexpr int ROWS_AT_ONCE = 8;  // of what is done row by row: a thread's share at a time
+
+// What a product reads: rows of floats, or of bfloat16 where the CPU multiplies these in pairs.
+struct Input {
+    char* data;
+    long stride;  // in elements
+};
+
+inline bool is_rounded(int form) { return form == BFLOAT16 && HAS_PAIRS; }
+inline long element_bytes(int form) { return is_rounded(form) ? 2 : 4; }
+
+INLINE void put(const Input& input, int form, int row, int at, F x, int n) {
+    if (is_rounded(form))
+        store_bf16((bf16*)input.data + row * input.stride + at, x, n);
+    else
+        store((float*)input.data + row * input.stride + at, x, n);
 }
+
+inline void tile(const Weight& weight, int panel, const Input& x, int first, int rows, float* y) {
+    const char* data = weight.data + panel * weight.panel_bytes;
+    if (weight.form == FLOAT32) {
+        const float* from = (const float*)x.data + first * x.stride;
+        TILE(tile_float32, rows, from, x.stride, weight.in, (const float*)data, y);
+    } else {
+        const Bf16Input* from = (const Bf16Input*)x.data + first * x.stride;
+        TILE(tile_bfloat16, rows, from, x.stride, weight.in, (const bf16*)data, y);
+    }
+}
+
+// y[at] = x[at] / rms(x) * weight[at]
+template <class Put>
+INLINE void rms_norm(const float* x, const float* weight, int size, float eps, Put put) {
+    F squares = zero();
+    for (int i = 0; i < size; i += W) {
+        F v = load(x + i, size - i);
+        squares = fma(v, v, squares);
+    }
+    const float mean = sum(squares) / float(size);
+    F scale = set1(1.0f) / sqrt(set1(mean + eps));
+    for (int i = 0; i < size; i += W) {
+        const int n = size - i < W ? size - i : W;
+        put(i, load(x + i, n) * scale * load(weight + i, n), n);
+    }
+}
+
+// Memory of a forward, cut from one piece.
+class Workspace {
+  public:
+    explicit Workspace(std::vector<char>& memory) : memory_(memory) {}
+    template <class T>
+    T* take(int64_t count) {
+        const int64_t at = used_;
+        used_ += (count * int64_t(sizeof(T)) + 127) / 64 * 64;
+        return (T*)(base_ == nullptr ? nullptr : base_ + at);
+    }
+    // What was taken is counted; take it all again for the real thing.
+    void commit() {
+        if (int64_t(memory_.size()) < used_ + 64) memory_.resize(used_ + used_ / 4 + 64);
+        base_ = (char*)((uintptr_t(memory_.data()) + 63) / 64 * 64);
+        used_ = 0;
+    }
+
+  private:
+    std::vector<char>& memory_;
+    char* base_ = nullptr;
+    int64_t used_ = 0;
+};
+
+class Pass {
+  public:
+    Pass(Model& model, const Forward& forward)
+        : model_(model), shape_(model.shape), f_(forward), threads_(*model.threads),
+          form_(model.shape.form), num_rows_(forward.num_tokens) {}
+
+    void run() {
+        Workspace workspace(model_.workspace);
+        take(workspace);
+        workspace.commit();
+        take(workspace);
+        prepare();
+        embed();
+        for (int i = 0; i < shape_.num_layers; i++) layer(i);
+        finish();
+    }
+
+    void head_of(const float* states, float* logits) {
+        Workspace workspace(model_.workspace);
+        take(workspace);
+        workspace.commit();
+        take(workspace);
+        const int H = shape_.hidden_size;
+        rows(f_.num_wanted, [&](int i) {
+            for (int at = 0; at < H; at += W)
+                put(head_in_, form_, i, at, load(states + long(i) * H + at, H - at),
+                    std::min(W, H - at));
+        });
+        head(head_in_, f_.num_wanted, logits);
+    }
+
+  private:
+    Model& model_;
+    const Shape& shape_;
+    const Forward& f_;
+    Threads& threads_;
+    const int form_;
+    const int num_rows_;
+
+    float *x_, *q_, *k_, *v_;
+    Input in_, attended_, inner_, gathered_, lora_[3], head_in_;
+    int* on_rows_;    // [num_on] rows that the adapter is on for
+    int num_on_ = 0, most_rank_ = 0;
+    int* items_;      // first item of each token, and their number at the end
+    int num_spans_ = 0;  // of all tokens
+    float* partial_values_;
+    Partial* partials_;
+
+    int q_size() const { return shape_.num_heads * shape_.head_dim; }
+    int kv_size() const { return shape_.num_kv_heads * shape_.head_dim; }
+    int seen(int t) const { return f_.prefixes[t] + f_.stops[t] - f_.starts[t]; }
+
+    Input input(Workspace& w, int rows, int size) {
+        const long stride = (size + 15) / 16 * 16;
+        return {w.take<char>(rows * stride * element_bytes(form_)), stride};
+    }
+
+    void take(Workspace& w) {
+        const int P = num_rows_, H = shape_.hidden_size, I = shape_.intermediate_size;
+        x_ = w.take<float>(long(P) * H);
+        q_ = w.take<float>(long(P) * q_size());
+        k_ = w.take<float>(long(P) * kv_size());
+        v_ = w.take<float>(long(P) * kv_size());
+        in_ = input(w, P, H);
+        attended_ = input(w, P, q_size());
+        inner_ = input(w, P, I);
+        head_in_ = input(w, f_.num_wanted, H);
+        items_ = w.take<int>(P + 1);
+        on_rows_ = w.take<int>(P);
+        num_spans_ = num_on_ = 0;
+        for (int t = 0; t < P; t++) {
+            num_spans_ += (seen(t) + SPAN - 1) / SPAN;
+            num_on_ += f_.adapter != nullptr && f_.is_on[t];
+        }
+        const long num_partials = long(num_spans_) * shape_.num_heads;
+        partials_ = w.take<Partial>(num_partials);
+        partial_values_ = w.take<float>(num_partials * (shape_.head_dim + W));
+        if (num_on_ > 0) {
+            most_rank_ = 0;
+            for (const Pair& pair : f_.adapter->pairs)
+                most_rank_ = pair.down.out > most_rank_ ? pair.down.out : most_rank_;
+            const int widest = std::max(std::max(H, I), q_size());
+            gathered_ = input(w, num_on_, widest);
+            for (Input& one : lora_) one = input(w, P, most_rank_);
+        }
+    }
+
+    void prepare() {
+        int on = 0, span = 0;
+        for (int t = 0; t < num_rows_; t++) {
+            if (num_on_ > 0 && f_.is_on[t]) on_rows_[on++] = t;
+            items_[t] = span;
+            span += (seen(t) + SPAN - 1) / SPAN;
+        }
+        items_[num_rows_] = span;
+        for (long i = 0; i < long(span) * shape_.num_heads; i++)
+            partials_[i].values = partial_values_ + i * (shape_.head_dim + W);
+    }
+
+    // For each of many rows, in this thread if they are few.
+    template <class Each>
+    void rows(int count, Each each) {
+        if (count <= ROWS_AT_ONCE) {
+            for (int t = 0; t < count; t++) each(t);
+            return;
+        }
+        threads_.each((count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, [&](int part) {
+            const int stop = std::min(count, (part + 1) * ROWS_AT_ONCE);
+            for (int t = part * ROWS_AT_ONCE; t < stop; t++) each(t);
+        });
+    }
+
+    void embed() {
+        const int H = shape_.hidden_size;
+        const Adapter* adapter = f_.adapter;
+        rows(num_rows_, [&](int t) {
+            float* x = x_ + long(t) * H;
+            const int place = f_.places == nullptr || adapter == nullptr ? 0 : f_.places[t];
+            if (place > 0 && adapter->num_places > 0) {
+                const int row = std::min(place, adapter->num_places) - 1;
+                std::memcpy(x, adapter->mask_embeddings.data() + long(row) * H, H * 4);
+            } else if (model_.embedding == nullptr) {
+                unpack_row(model_.head, f_.ids[t], x);
+            } else if (model_.embedding_form == FLOAT32) {
+                std::memcpy(x, (const float*)model_.embedding + long(f_.ids[t]) * H, H * 4);
+            } else {
+                const bf16* row = (const bf16*)model_.embedding + long(f_.ids[t]) * H;
+                for (int i = 0; i < H; i++) x[i] = widen(row[i]);
+            }
+        });
+    }
+
+    // Panels of several weights that read the same input, dealt out over the threads. `store` is
+    // called with weight, first output, its number of outputs, first row, rows and their sums.
+    template <class Store>
+    void product(const Weight* const* weights, int num, const Pair* const* pairs, const Input& x,
+                 int num_rows, Store store) {
+        int total = 0;
+        for (int i = 0; i < num; i++) total += weights[i]->num_panels;
+        deal(total, [&](int panel) {
+            int i = 0;
+            while (panel >= weights[i]->num_panels) panel -= weights[i++]->num_panels;
+            float y[MOST_ROWS * PANEL];
+            each_tile(num_rows, [&](int first, int rows) {
+                sums(*weights[i], pairs == nullptr ? nullptr : pairs[i], i, panel, x, first, rows, y);
+                store(i, panel, first, rows, y);
+            });
+        });
+    }
+
+    // A few panels at a time: a chunk for each would cost more than it brings.
+    template <class Each>
+    void deal(int num_panels, Each each) {
+        const int num_chunks = std::min(num_panels, threads_.size() == 1 ? 1 : 8 * threads_.size());
+        threads_.each(num_chunks, [&](int chunk) {
+            const int stop = int(long(num_panels) * (chunk + 1) / num_chunks);
+            for (int p = int(long(num_panels) * chunk / num_chunks); p < stop; p++) each(p);
+        });
+    }
+
+    template <class Each>
+    INLINE void each_tile(int num_rows, Each each) {
+        const int num_tiles = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
+        for (int i = 0; i < num_tiles; i++) {
+            const int first = int(long(num_rows) * i / num_tiles);
+            each(first, int(long(num_rows) * (i + 1) / num_tiles) - first);
+        }
+    }
+
+    // A tile's sums with bias, and with the adapter's share where it is on.
+    INLINE void sums(const Weight& weight, const Pair* pair, int lora, int panel, const Input& x,
+                     int first, int rows, float* y) {
+        tile(weight, panel, x, first, rows, y);
+        if (!weight.bias.empty()) {
+            const float* bias = weight.bias.data() + panel * PANEL;
+            for (int r = 0; r < rows; r++)
+                for (int j = 0; j < PANEL; j += W)
+                    store(y + r * PANEL + j, load(y + r * PANEL + j) + load(bias + j));
+        }
+        if (pair == nullptr || pair->up.data == nullptr || num_on_ == 0) return;
+        float added[MOST_ROWS * PANEL];
+        for (int r = 0; r < rows; r++) {
+            if (!f_.is_on[first + r]) continue;
+            int stop = r + 1;
+            while (stop < rows && f_.is_on[first + stop]) stop++;
+            tile(pair->up, panel, lora_[lora], first + r, stop - r, added);
+            for (int i = 0; i < (stop - r) * PANEL; i += W)
+                store(y + r * PANEL + i, load(y + r * PANEL + i) + load(added + i));
+            r = stop;
+        }
+    }
+
+    // The adapter's first half, for rows that it is on for: lora_[i] = scale * A x.
+    void reduce(const Pair* const* pairs, int num, const Input& x, int size) {
+        if (num_on_ == 0) return;
+        int total = 0;
+        for (int i = 0; i < num; i++) total += pairs[i]->down.num_panels;
+        if (total == 0) return;
+        const long bytes = element_bytes(form_);
+        for (int i = 0; i < num_on_; i++)
+            std::memcpy(gathered_.data + i * gathered_.stride * bytes,
+                        x.data + on_rows_[i] * x.stride * bytes, size * bytes);
+        threads_.each(total, [&](int panel) {
+            int i = 0;
+            while (panel >= pairs[i]->down.num_panels) panel -= pairs[i++]->down.num_panels;
+            float y[MOST_ROWS * PANEL];
+            each_tile(num_on_, [&](int first, int rows) {
+                tile(pairs[i]->down, panel, gathered_, first, rows, y);
+                for (int r = 0; r < rows; r++)
+                    for (int j = 0; j < PANEL; j += W)
+                        put(lora_[i], form_, on_rows_[first + r], panel * PANEL + j,
+                            load(y + r * PANEL + j) * set1(pairs[i]->scale), W);
+            });
+        });
+    }
+
+    const Pair* pair(int index, Target target) const {
+        return num_on_ == 0 ? nullptr : &f_.adapter->pairs[index * NUM_TARGETS + target];
+    }
+
+    void layer(int index) {
+        const Layer& layer = model_.layers[index];
+        const Weight* w = layer.weights;
+        const int H = shape_.hidden_size, P = num_rows_;
+        norm(layer.attn_norm.data());
+
+        const Pair* qkv_pairs[] = {pair(index, Q), pair(index, K), pair(index, V)};
+        const Weight* qkv[] = {&w[Q], &w[K], &w[V]};
+        float* outputs[] = {q_, k_, v_};
+        reduce(qkv_pairs, 3, in_, H);
+        product(qkv, 3, qkv_pairs, in_, P, [&](int i, int panel, int first, int rows, float* y) {
+            const int size = qkv[i]->out, at = panel * PANEL;
+            for (int r = 0; r < rows; r++)
+                copy_out(outputs[i] + long(first + r) * size + at, y + r * PANEL, size - at);
+        });
+        rows(P, [&](int t) { place_heads(layer, index, t); });
+        attend_all(index);
+
+        const Pair* o_pair[] = {pair(index, O)};
+        const Weight* o[] = {&w[O]};
+        reduce(o_pair, 1, attended_, q_size());
+        product(o, 1, o_pair, attended_, P, [&](int, int panel, int first, int rows, float* y) {
+            add_to_x(panel, first, rows, y);
+        });
+        norm(layer.mlp_norm.data());
+
+        const Pair* gate_up_pairs[] = {pair(index, GATE), pair(index, UP)};
+        reduce(gate_up_pairs, 2, in_, H);
+        deal(w[GATE].num_panels, [&](int panel) {
+            float gate[MOST_ROWS * PANEL], up[MOST_ROWS * PANEL];
+            each_tile(P, [&](int first, int rows) {
+                sums(w[GATE], gate_up_pairs[0], 0, panel, in_, first, rows, gate);
+                sums(w[UP], gate_up_pairs[1], 1, panel, in_, first, rows, up);
+                for (int r = 0; r < rows; r++)
+                    for (int j = 0; j < PANEL; j += W) {
+                        const int at = panel * PANEL + j;
+                        if (at >= shape_.intermediate_size) break;
+                        F g = load(gate + r * PANEL + j), u = load(up + r * PANEL + j);
+                        F silu = g / (set1(1.0f) + exp(zero() - g));
+                        put(inner_, form_, first + r, at, silu * u,
+                            std::min(W, shape_.intermediate_size - at));
+                    }
+            });
+        });
+
+        const Pair* down_pair[] = {pair(index, DOWN)};
+        const Weight* down[] = {&w[DOWN]};
+        reduce(down_pair, 1, inner_, shape_.intermediate_size);
+        product(down, 1, down_pair, inner_, P, [&](int, int panel, int first, int rows, float* y) {
+            add_to_x(panel, first, rows, y);
+        });
+    }
+
+    void norm(const float* weight) {
+        const int H = shape_.hidden_size;
+        rows(num_rows_, [&](int t) {
+            rms_norm(x_ + long(t) * H, weight, H, shape_.eps,
+                     [&](int at, F y, int n) { put(in_, form_, t, at, y, n); });
+        });
+    }
+
+    INLINE void copy_out(float* out, const float* y, int left) {
+        for (int j = 0; j < PANEL && j < left; j += W)
+            store(out + j, load(y + j), std::min(W, left - j));
+    }
+
+    INLINE void add_to_x(int panel, int first, int rows, const float* y) {
+        const int H = shape_.hidden_size;
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < PANEL; j += W) {
+                const int at = panel * PANEL + j, n = std::min(W, H - at);
+                if (n <= 0) break;
+                float* x = x_ + long(first + r) * H + at;
+                store(x, load(x, n) + load(y + r * PANEL + j), n);
+            }
+    }
+
+    // QK-norm and rotation of a token's heads, in place; keys and values into their cells.
+    void place_heads(const Layer& layer, int index, int t) {
+        const int D = shape_.head_dim, N = shape_.num_heads, G = shape_.num_kv_heads;
+        const long position = f_.positions[t];
+        const float* cos = model_.cos + position * (D / 2);
+        const float* sin = model_.sin + position * (D / 2);
+        const float scale = model_.query_scale == nullptr ? 1.0f : model_.query_scale[position];
+        const float root = 1.0f / std::sqrt(float(D));
+        for (int h = 0; h < N + G; h++) {
+            float* head = h < N ? q_ + long(t) * N * D + h * D
+                                : k_ + long(t) * G * D + (h - N) * D;
+            const std::vector<float>& weight = h < N ? layer.q_norm : layer.k_norm;
+            if (!weight.empty())
+                rms_norm(head, weight.data(), D, shape_.eps,
+                         [&](int at, F y, int n) { store(head + at, y, n); });
+            for (int i = 0; i < D / 2; i += W) {
+                const int n = std::min(W, D / 2 - i);
+                F a = load(head + i, n), b = load(head + D / 2 + i, n);
+                F c = load(cos + i, n), s = load(sin + i, n);
+                F first = a * c - b * s, second = b * c + a * s;
+                if (h < N) {
+                    first = first * set1(scale) * set1(root);
+                    second = second * set1(scale) * set1(root);
+                }
+                store(head + i, first, n);
+                store(head + D / 2 + i, second, n);
+            }
+        }
+        for (int g = 0; g < G; g++) {
+            const long at = cell(index, f_.rows[t], g, f_.cells[t]);
+            const float* key = k_ + long(t) * G * D + g * D;
+            const float* value = v_ + long(t) * G * D + g * D;
+            for (int i = 0; i < D; i += W) {
+                const int n = std::min(W, D - i);
+                if (f_.cache_form == FLOAT32) {
+                    store((float*)f_.keys + at + i, load(key + i, n), n);
+                    store((float*)f_.values + at + i, load(value + i, n), n);
+                } else {
+                    store_bf16((bf16*)f_.keys + at + i, load(key + i, n), n);
+                    store_bf16((bf16*)f_.values + at + i, load(value + i, n), n);
+                }
+            }
+        }
+    }
+
+    long cell(int layer, int row, int g, int cell) const {
+        return (((long(layer) * f_.num_rows + row) * shape_.num_kv_heads + g) * f_.num_cells +
+                cell) * shape_.head_dim;
+    }
+
+    void attend_all(int index) {
+        const int G = shape_.num_kv_heads, P = num_rows_;
+        // One item: a token, a head of keys, a span. Tokens that see more come later; whoever is
+        // free takes the next.
+        const int at_once = std::max(1, num_spans_ * G / (threads_.size() * 32));
+        const int num_items = num_spans_ * G;
+        threads_.each((num_items + at_once - 1) / at_once, [&](int chunk) {
+            int item = chunk * at_once, stop = std::min(num_items, item + at_once);
+            int t = int(std::upper_bound(items_, items_ + P + 1, item / G) - items_) - 1;
+            for (; item < stop; item++) {
+                const int span = item / G;
+                while (span >= items_[t + 1]) t++;
+                attend_span(index, t, item % G, span);
+            }
+        });
+        bool is_long = false;
+        for (int t = 0; t < P; t++) is_long |= items_[t + 1] - items_[t] > 1;
+        if (!is_long) return;
+        rows(P, [&](int t) {
+            const int num = items_[t + 1] - items_[t];
+            if (num == 1) return;
+            for (int h = 0; h < shape_.num_heads; h++) finish_head(t, h, num);
+        });
+    }
+
+    Partial* partials(int span, int head) {  // spans of one head lie side by side
+        return partials_ + long(span) * shape_.num_heads + head;
+    }
+
+    void attend_span(int index, int t, int g, int span) {
+        const int D = shape_.head_dim, per_group = shape_.num_heads / shape_.num_kv_heads;
+        const Sight sight{f_.prefixes[t], f_.starts[t], seen(t)};
+        const int first = (span - items_[t]) * SPAN, last = std::min(sight.count, first + SPAN);
+        const long base = cell(index, f_.rows[t], g, 0);
+        for (int h = g * per_group; h < (g + 1) * per_group; h++) {
+            const float* query = q_ + long(t) * q_size() + h * D;
+            Partial& partial = *partials(span, h);
+            if (f_.cache_form == FLOAT32)
+                attend(query, (const float*)f_.keys + base, (const float*)f_.values + base, D,
+                       sight, first, last, partial);
+            else
+                attend(query, (const bf16*)f_.keys + base, (const bf16*)f_.values + base, D,
+                       sight, first, last, partial);
+            if (items_[t + 1] - items_[t] == 1) finish_head(t, h, 1);
+        }
+    }
+
+    void finish_head(int t, int head, int num) {
+        const int D = shape_.head_dim;
+        float out[MOST_HEAD_DIM];
+        Partial parts[256];
+        Partial* all = num <= 256 ? parts : new Partial[num];
+        for (int i = 0; i < num; i++) all[i] = *partials(items_[t] + i, head);
+        join(all, num, D, out);
+        if (all != parts) delete[] all;
+        for (int i = 0; i < D; i += W) {
+            const int n = std::min(W, D - i);
+            put(attended_, form_, t, head * D + i, load(out + i, n), n);
+        }
+    }
+
+    void finish() {
+        const int H = shape_.hidden_size, num = f_.num_wanted;
+        rows(num, [&](int i) {
+            float* out = f_.hidden + long(i) * H;
+            rms_norm(x_ + long(f_.wanted[i]) * H, model_.norm.data(), H, shape_.eps,
+                     [&](int at, F y, int n) {
+                         store(out + at, y, n);
+                         put(head_in_, form_, i, at, y, n);
+                     });
+        });
+        if (f_.logits != nullptr) head(head_in_, num, f_.logits);
+    }
+
+    void head(const Input& x, int num_rows, float* logits) {
+        const Weight* weights[] = {&model_.head};
+        const int V = model_.head.out;
+        product(weights, 1, nullptr, x, num_rows, [&](int, int panel, int first, int rows, float* y) {
+            for (int r = 0; r < rows; r++)
+                copy_out(logits + long(first + r) * V + panel * PANEL, y + r * PANEL,
+                         V - panel * PANEL);
+        });
+    }
+};
+
+// The head alone.
+inline void head(Model& model, const float* states, int num, float* logits) {
+    Forward none{};
+    none.num_wanted = num;
+    Pass(model, none).head_of(states, logits);
+}
+
+inline void forward(Model& model, const Forward& forward) { Pass(model, forward).run(); }
+
+}  // namespace TRIMODE_ISA

@@ -12,8 +12,15 @@
 namespace trimode {
 
 const Kernels NAMED(TRIMODE_ISA) = {
-    QUOTED(TRIMODE_ISA),    TRIMODE_ISA::PANEL,   TRIMODE_ISA::HAS_PAIRS, TRIMODE_ISA::pack,
-    TRIMODE_ISA::unpack,    TRIMODE_ISA::forward, TRIMODE_ISA::choose,
+    QUOTED(TRIMODE_ISA),
+    TRIMODE_ISA::PANEL,
+    TRIMODE_ISA::HAS_PAIRS,
+    TRIMODE_ISA::plan,
+    TRIMODE_ISA::pack,
+    TRIMODE_ISA::unpack_row,
+    TRIMODE_ISA::forward,
+    TRIMODE_ISA::head,
+    TRIMODE_ISA::choose,
 };
 
 }  // namespace trimode

@@ -45,6 +45,8 @@ struct Adapter {
     std::vector<Pair> pairs;               // [layers * NUM_TARGETS], rank 0 where there is none
     std::vector<float> mask_embeddings;    // [places, H]
     int32_t num_places = 0;
+    char* arena = nullptr;
+    int64_t arena_bytes = 0;
 };
 
 struct Shape {
@@ -71,6 +73,8 @@ struct Model {
     const float* query_scale = nullptr;  // [positions] or null
     int64_t num_positions = 0;
     std::vector<char> workspace;
+    char* arena = nullptr;  // all packed weights, one after the other in the order of reading
+    int64_t arena_bytes = 0;
 };
 
 // One forward: P fed tokens, W of them wanted. All arrays are Python's own.

@@ -1,0 +1,353 @@
+"""The network packed for the native step: its weights, and one forward of it.
+
+Nothing here is torch's but the tensors that come in and go out; source/forward.h is the forward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from ctypes import Structure, byref, c_float, c_int32, c_void_p
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, finalize
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimode.errors import CapacityError
+from trimode.model.adapter import TARGETS, DrafterAdapter
+from trimode.model.attention import RowFeed
+from trimode.model.cache import KVCache
+from trimode.model.configuration import TriModeConfig
+from trimode.model.native.library import Library
+
+if TYPE_CHECKING:
+    from trimode.model.modeling import Rotary
+
+FORMS = {torch.float32: 0, torch.bfloat16: 1}
+"""Numbers of the forms in source/model.h."""
+
+HEAD = -1
+"""Stands for the head where a layer's index is asked for, and for the last norm."""
+
+NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+"""Norms of a layer, in the order of their numbers."""
+
+_RANK_UNIT = 32
+_POSITIONS_AT_ONCE = 1024
+
+
+class _Shape(Structure):
+    _fields_ = (
+        *[(name, c_int32) for name in ("vocab_size", "hidden_size", "intermediate_size")],
+        *[(name, c_int32) for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim")],
+        ("form", c_int32),
+        ("is_tied", c_int32),
+        ("eps", c_float),
+    )
+
+
+class _Source(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("form", c_int32),
+        ("out", c_int32),
+        ("inner", c_int32),
+        ("bias", c_void_p),
+    )
+
+
+class _Forward(Structure):
+    _fields_ = (
+        ("num_tokens", c_int32),
+        ("num_wanted", c_int32),
+        *[(name, c_void_p) for name in ("ids", "positions", "rows", "cells", "prefixes")],
+        *[(name, c_void_p) for name in ("starts", "stops", "places", "is_on", "wanted")],
+        *[(name, c_void_p) for name in ("adapter", "keys", "values")],
+        *[(name, c_int32) for name in ("cache_form", "num_rows", "num_cells")],
+        ("hidden", c_void_p),
+        ("logits", c_void_p),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What one forward is fed, as flat arrays: P tokens in packed order.
+
+    Attributes:
+        rows: [P] int32. K/V row of each.
+        cells: [P] int32. Cell that its K/V is written to.
+        prefixes: [P] int32. Cells that it sees from 0 on: the committed ones and trunk tokens.
+        starts, stops: [P] int32. Cells of its own group, which it sees as well; equal if none.
+    """
+
+    rows: np.ndarray
+    cells: np.ndarray
+    prefixes: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+
+    @classmethod
+    def of(cls, feeds: Sequence[RowFeed]) -> Fed:
+        """Lay out what sequences feed. See `masks.fed_mask` for who sees what.
+
+        Raises:
+            AssertionError: trunk tokens are not first and by position, or a group's are no
+                neighbours.
+        """
+        rows: list[int] = []
+        cells: list[int] = []
+        prefixes: list[int] = []
+        starts: list[int] = []
+        stops: list[int] = []
+        for feed in feeds:
+            length, num_tokens = feed.length, len(feed.groups)
+            num_trunk = feed.num_trunk
+            rows += [feed.row] * num_tokens
+            cells += range(length, length + num_tokens)
+            prefixes += range(length + 1, length + num_trunk + 1)
+            starts += [0] * num_trunk
+            stops += [0] * num_trunk
+            if num_trunk < num_tokens:
+                first_position = feed.positions[0]
+                for first, stop in feed.group_runs():
+                    sees = min(max(feed.anchors[first] - first_position + 1, 0), num_trunk)
+                    size = stop - first
+                    prefixes += [length + sees] * size
+                    starts += [length + first] * size
+                    stops += [length + stop] * size
+        return cls(*np.array([rows, cells, prefixes, starts, stops], dtype=np.int32))
+
+
+class NativeNetwork:
+    """A network whose weights are packed, in memory of its own.
+
+    Not meant for two threads at once; a lock makes the second one wait.
+
+    Args:
+        library: Compiled.
+        config: Of the network.
+        dtype: Form of the weights: float32 or bfloat16.
+        rotary: Makes angles of positions.
+
+    Raises:
+        CapacityError: the weights do not fit into memory.
+    """
+
+    def __init__(
+        self, library: Library, config: TriModeConfig, *, dtype: torch.dtype, rotary: Rotary
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self._c = library.c
+        self._library = library
+        self._rotary = rotary
+        self._lock = threading.Lock()
+        shape = _Shape(
+            *(config.vocab_size, config.hidden_size, config.intermediate_size),
+            *(config.num_hidden_layers, config.num_attention_heads),
+            *(config.num_key_value_heads, config.head_dim, FORMS[dtype]),
+            *(int(config.tie_word_embeddings), config.rms_norm_eps),
+        )
+        model = self._c.trimode_model_new(library.kernels, library.threads, byref(shape))
+        if not model:
+            raise CapacityError("the packed weights do not fit into memory")
+        self._model = c_void_p(model)
+        finalize(self, self._c.trimode_model_free, self._model)
+        self._kept: dict[str, Any] = {}  # what C++ has pointers to
+        self._num_positions = 0
+        self._adapters: WeakKeyDictionary[DrafterAdapter, c_void_p] = WeakKeyDictionary()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the packed weights."""
+        return int(self._c.trimode_model_bytes(self._model))
+
+    def set(self, layer: int, target: str, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Pack one weight [out, in], which may be thrown away afterwards."""
+        source, kept = _source(weight, bias)
+        index = TARGETS.index(target) if layer != HEAD else 0
+        self._c.trimode_model_set(self._model, layer, index, byref(source))
+        del kept
+
+    def get(self, layer: int, target: str) -> Tensor:
+        """[out, in]: a weight as it was given, bit for bit."""
+        index = TARGETS.index(target) if layer != HEAD else 0
+        out = torch.empty(self._shape_of(layer, target), dtype=torch.float32)
+        self._c.trimode_model_get(self._model, layer, index, c_void_p(out.data_ptr()))
+        return out.to(self.dtype)
+
+    def _shape_of(self, layer: int, target: str) -> tuple[int, int]:
+        config, dim = self.config, self.config.head_dim
+        hidden, inner = config.hidden_size, config.intermediate_size
+        if layer == HEAD:
+            return config.vocab_size, hidden
+        return {
+            "q_proj": (config.num_attention_heads * dim, hidden),
+            "k_proj": (config.num_key_value_heads * dim, hidden),
+            "v_proj": (config.num_key_value_heads * dim, hidden),
+            "o_proj": (hidden, config.num_attention_heads * dim),
+            "gate_proj": (inner, hidden),
+            "up_proj": (inner, hidden),
+            "down_proj": (hidden, inner),
+        }[target]
+
+    def set_norm(self, layer: int, name: str, weight: Tensor) -> None:
+        """Copy the weight of a norm; `name` is from `NORMS`, of no meaning for the last one."""
+        which = NORMS.index(name) if layer != HEAD else 0
+        plain = weight.detach().float().contiguous()
+        pointer = c_void_p(plain.data_ptr())
+        self._c.trimode_model_set_norm(self._model, layer, which, pointer, plain.numel())
+
+    def set_embedding(self, weight: Tensor) -> None:
+        """Read input embeddings from this [V, H]; without it they are the head's rows."""
+        self._kept["embedding"] = weight.detach()
+        pointer, form = c_void_p(weight.data_ptr()), FORMS[weight.dtype]
+        self._c.trimode_model_set_embedding(self._model, pointer, form)
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """[..., H] float32: input embeddings of tokens where the head's rows are these."""
+        flat = ids.reshape(-1).to(torch.int32).contiguous()
+        out = torch.empty(len(flat), self.config.hidden_size)
+        self._c.trimode_model_rows(
+            *(self._model, c_void_p(flat.data_ptr()), len(flat), c_void_p(out.data_ptr()))
+        )
+        return out.view(*ids.shape, -1)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[..., H] -> [..., V] float32: the head alone."""
+        flat = states.reshape(-1, states.shape[-1]).float().contiguous()
+        out = torch.empty(len(flat), self.config.vocab_size)
+        with self._lock:
+            self._c.trimode_head(
+                *(self._model, c_void_p(flat.data_ptr()), len(flat), c_void_p(out.data_ptr()))
+            )
+        return out.view(*states.shape[:-1], -1)
+
+    def forward(
+        self,
+        token_ids: Sequence[int] | Tensor,
+        positions: Sequence[int] | Tensor,
+        *,
+        cache: KVCache,
+        feeds: Sequence[RowFeed],
+        adapter: DrafterAdapter | None = None,
+        is_on: Sequence[bool] | Tensor | None = None,
+        mask_places: Sequence[int] | Tensor | None = None,
+        wanted: Sequence[int] | None = None,
+        wants_logits: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One forward; K/V of the fed tokens are written into their cells.
+
+        Args:
+            token_ids, positions: [P].
+            cache: K/V rows.
+            feeds: One per sequence, in packed order.
+            adapter: On where `is_on` says; None for none.
+            is_on: [P]; None: on for all.
+            mask_places: [P] place of each masked token, 0 for any other; None: none is masked.
+            wanted: Tokens whose states are wanted; None: all.
+            wants_logits: Whether their logits are wanted too.
+
+        Returns:
+            [W, H] float32 and [W, V] float32 or None.
+        """
+        fed = Fed.of(feeds)
+        tokens = np.array([token_ids, positions], dtype=np.int32)
+        num_tokens = tokens.shape[1]
+        self._know_positions(int(tokens[1].max()) + 1 if num_tokens else 0)
+        index = np.arange(num_tokens, dtype=np.int32)
+        if wanted is not None:
+            index = np.array(wanted, dtype=np.int32)
+        hidden = torch.empty(len(index), self.config.hidden_size)
+        logits = torch.empty(len(index), self.config.vocab_size) if wants_logits else None
+        handle, on, places = None, None, None
+        if adapter is not None:
+            handle = self._adapter(adapter)
+            on = np.ones(num_tokens, dtype=np.uint8)
+            if is_on is not None:
+                on = np.array(is_on, dtype=np.uint8).reshape(-1)
+            if mask_places is not None:
+                places = np.array(mask_places, dtype=np.int32)
+        forward = _Forward(
+            *(num_tokens, len(index), tokens.ctypes.data, tokens[1:].ctypes.data),
+            *(fed.rows.ctypes.data, fed.cells.ctypes.data, fed.prefixes.ctypes.data),
+            *(fed.starts.ctypes.data, fed.stops.ctypes.data),
+            None if places is None else places.ctypes.data,
+            None if on is None else on.ctypes.data,
+            index.ctypes.data,
+            *(handle, cache.keys.data_ptr(), cache.values.data_ptr()),
+            *(FORMS[cache.keys.dtype], cache.num_rows, cache.num_cells),
+            hidden.data_ptr(),
+            None if logits is None else logits.data_ptr(),
+        )
+        with self._lock:
+            self._c.trimode_forward(self._model, byref(forward))
+        return hidden, logits
+
+    def _know_positions(self, count: int) -> None:
+        """Have angles for the first `count` positions, made in pieces that are always the same."""
+        if count <= self._num_positions:
+            return
+        num = max(-(-count // _POSITIONS_AT_ONCE) * _POSITIONS_AT_ONCE, 2 * self._num_positions)
+        pieces = [
+            self._rotary.table(torch.arange(first, first + _POSITIONS_AT_ONCE))
+            for first in range(0, num, _POSITIONS_AT_ONCE)
+        ]
+        cos, sin, scale = (
+            None if part[0] is None else torch.cat(part).contiguous() for part in zip(*pieces)
+        )
+        with self._lock:
+            self._kept["positions"] = cos, sin, scale
+            self._c.trimode_model_set_positions(
+                *(self._model, c_void_p(cos.data_ptr()), c_void_p(sin.data_ptr())),
+                None if scale is None else c_void_p(scale.data_ptr()),
+                num,
+            )
+            self._num_positions = num
+
+    def _adapter(self, adapter: DrafterAdapter) -> c_void_p:
+        """The adapter, packed when it is first used; it must not change afterwards."""
+        known = self._adapters.get(adapter)
+        if known is not None:
+            return known
+        ranks = np.zeros((self.config.num_hidden_layers, len(TARGETS)), dtype=np.int32)
+        for layer, target, pair in adapter.items():
+            rank = -(-len(pair.down) // _RANK_UNIT) * _RANK_UNIT
+            ranks[layer, TARGETS.index(target)] = rank
+        handle = self._c.trimode_adapter_new(self._model, c_void_p(ranks.ctypes.data))
+        if not handle:
+            raise CapacityError("the packed adapter does not fit into memory")
+        found = c_void_p(handle)
+        for layer, target, pair in adapter.items():
+            index = TARGETS.index(target)
+            rank, size = len(pair.down), int(ranks[layer, index])
+            down = torch.zeros(size, pair.down.shape[1])
+            down[:rank] = pair.down.detach()
+            up = torch.zeros(pair.up.shape[0], size)
+            up[:, :rank] = pair.up.detach()
+            sources = _source(down, None), _source(up, None)
+            self._c.trimode_adapter_set(
+                *(self._model, found, layer, index, byref(sources[0][0]), byref(sources[1][0])),
+                c_float(pair.scale),
+            )
+        if adapter.mask_embeddings is not None:
+            masks = adapter.mask_embeddings.detach().float().contiguous()
+            self._c.trimode_adapter_set_masks(found, c_void_p(masks.data_ptr()), *masks.shape)
+        finalize(adapter, self._c.trimode_adapter_free, found)
+        self._adapters[adapter] = found
+        return found
+
+
+def _source(weight: Tensor, bias: Tensor | None) -> tuple[_Source, tuple[Tensor, ...]]:
+    """A weight as C++ takes it, and what must live as long."""
+    plain = weight.detach()
+    if plain.dtype not in FORMS:
+        plain = plain.float()
+    plain = plain.contiguous()
+    bias = None if bias is None else bias.detach().float().contiguous()
+    pointer = None if bias is None else bias.data_ptr()
+    source = _Source(plain.data_ptr(), FORMS[plain.dtype], *plain.shape, pointer)
+    return source, (plain,) if bias is None else (plain, bias)
