@@ -33,37 +33,78 @@ struct Partial {
     float* values;  // [D]
 };
 
-// DV vectors make up a head; the last has `tail` lanes.
-template <int DV, class T>
+// N vectors of a head, of which the last has `tail` lanes if not IS_EVEN. No array, so that GCC keeps
+// them in registers.
+template <int N, bool IS_EVEN>
+struct Head {
+    F x;
+    Head<N - 1, IS_EVEN> rest;
+    template <class T>
+    INLINE static F part(const T* p, int tail) {
+        return N > 1 || IS_EVEN ? load_cell(p) : load_cell(p, tail);
+    }
+    INLINE void clear() {
+        x = zero();
+        rest.clear();
+    }
+    INLINE void read(const float* p, int tail) {
+        x = part(p, tail);
+        rest.read(p + W, tail);
+    }
+    INLINE void write(float* p, int tail) const {
+        if (N > 1 || IS_EVEN)
+            store(p, x);
+        else
+            store(p, x, tail);
+        rest.write(p + W, tail);
+    }
+    // sum + <this, p>, the products of a lane one after the other.
+    template <class T>
+    INLINE F dot(const T* p, int tail, F sum) const {
+        return rest.dot(p + W, tail, fma(x, part(p, tail), sum));
+    }
+    template <class T>
+    INLINE void add(F weight, const T* p, int tail) {
+        x = fma(weight, part(p, tail), x);
+        rest.add(weight, p + W, tail);
+    }
+    INLINE void scale(F by) {
+        x = x * by;
+        rest.scale(by);
+    }
+};
+
+template <bool IS_EVEN>
+struct Head<0, IS_EVEN> {
+    INLINE void clear() {}
+    INLINE void read(const float*, int) {}
+    INLINE void write(float*, int) const {}
+    template <class T>
+    INLINE F dot(const T*, int, F sum) const {
+        return sum;
+    }
+    template <class T>
+    INLINE void add(F, const T*, int) {}
+    INLINE void scale(F) {}
+};
+
+template <int N, bool IS_EVEN, class T>
 void attend(const float* query, const T* keys, const T* values, int D, Sight sight, int first,
             int last, Partial& result) {
-    const int tail = D - (DV - 1) * W;
-    F q[DV], sum_v[DV];
-    for (int d = 0; d < DV; d++) {
-        q[d] = d < DV - 1 ? load(query + d * W) : load(query + d * W, tail);
-        sum_v[d] = zero();
-    }
-    const bool is_even = tail == W;
+    const int tail = D - (N - 1) * W;
+    Head<N, IS_EVEN> q, sum_v;
+    q.read(query, tail);
+    sum_v.clear();
     float top = -std::numeric_limits<float>::infinity(), total = 0;
     for (int block = first; block < last; block += BLOCK) {
         const int n = last - block < BLOCK ? last - block : BLOCK;
         float scores[BLOCK];
         for (int j0 = 0; j0 < n; j0 += W) {
             F parts[W];
-            for (int j = 0; j < W; j++) {
-                if (j0 + j >= n) {
-                    parts[j] = zero();
-                    continue;
-                }
-                const T* key = keys + sight.cell(block + j0 + j) * D;
-                F sum = q[0] * (DV > 1 || is_even ? load_cell(key) : load_cell(key, tail));
-                for (int d = 1; d < DV; d++) {
-                    F k = d < DV - 1 || is_even ? load_cell(key + d * W)
-                                                : load_cell(key + d * W, tail);
-                    sum = fma(q[d], k, sum);
-                }
-                parts[j] = sum;
-            }
+            const int num = n - j0 < W ? n - j0 : W;
+            for (int j = 0; j < num; j++)
+                parts[j] = q.dot(keys + sight.cell(block + j0 + j) * D, tail, zero());
+            for (int j = num; j < W; j++) parts[j] = zero();
             store(scores + j0, sums(parts));
         }
         float best = scores[0];
@@ -77,26 +118,14 @@ void attend(const float* query, const T* keys, const T* values, int D, Sight sig
             sum_p = sum_p + load(scores + j0, n - j0);
         }
         total = total * kept[0] + sum(sum_p);
-        for (int d = 0; d < DV; d++) sum_v[d] = sum_v[d] * set1(kept[0]);
-        for (int j = 0; j < n; j++) {
-            const T* value = values + sight.cell(block + j) * D;
-            F p = set1(scores[j]);
-            for (int d = 0; d < DV; d++) {
-                F v = d < DV - 1 || is_even ? load_cell(value + d * W)
-                                            : load_cell(value + d * W, tail);
-                sum_v[d] = fma(p, v, sum_v[d]);
-            }
-        }
+        sum_v.scale(set1(kept[0]));
+        for (int j = 0; j < n; j++)
+            sum_v.add(set1(scores[j]), values + sight.cell(block + j) * D, tail);
         top = new_top;
     }
     result.top = top;
     result.total = total;
-    for (int d = 0; d < DV; d++) {
-        if (d < DV - 1)
-            store(result.values + d * W, sum_v[d]);
-        else
-            store(result.values + d * W, sum_v[d], tail);
-    }
+    sum_v.write(result.values, tail);
 }
 
 template <class T>
@@ -104,7 +133,10 @@ void attend(const float* query, const T* keys, const T* values, int D, Sight sig
             int last, Partial& result) {
 #define CASE(n)                                                                  \
     case n:                                                                      \
-        attend<n, T>(query, keys, values, D, sight, first, last, result); \
+        if (D % W == 0)                                                          \
+            attend<n, true, T>(query, keys, values, D, sight, first, last, result);  \
+        else                                                                     \
+            attend<n, false, T>(query, keys, values, D, sight, first, last, result); \
         break;
     switch ((D + W - 1) / W) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)

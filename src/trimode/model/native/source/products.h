@@ -27,25 +27,60 @@ constexpr int AHEAD = 4096;  // bytes that are fetched before they are needed
 
 INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
+// Sums of R rows, two vectors each. A structure for each row and no array: only so does GCC keep
+// them in registers around a prefetch.
+template <int R>
+struct Sums {
+    F a, b;
+    Sums<R - 1> rest;
+    INLINE void clear() {
+        a = b = zero();
+        rest.clear();
+    }
+    INLINE void add(const float* x, long stride, F w0, F w1) {
+        F c = set1(*x);
+        a = fma(c, w0, a);
+        b = fma(c, w1, b);
+        rest.add(x + stride, stride, w0, w1);
+    }
+    INLINE void put(float* y) const {
+        store(y, a);
+        store(y + W, b);
+        rest.put(y + PANEL);
+    }
+#if TRIMODE_AVX512 && defined(__AVX512BF16__)
+    INLINE void add_pairs(const bf16* x, long stride, __m512bh w0, __m512bh w1) {
+        int32_t pair;
+        std::memcpy(&pair, x, 4);
+        __m512bh c = (__m512bh)_mm512_set1_epi32(pair);
+        a.v = _mm512_dpbf16_ps(a.v, c, w0);
+        b.v = _mm512_dpbf16_ps(b.v, c, w1);
+        rest.add_pairs(x + stride, stride, w0, w1);
+    }
+#endif
+};
+
+template <>
+struct Sums<0> {
+    INLINE void clear() {}
+    INLINE void add(const float*, long, F, F) {}
+    INLINE void put(float*) const {}
+#if TRIMODE_AVX512 && defined(__AVX512BF16__)
+    INLINE void add_pairs(const bf16*, long, __m512bh, __m512bh) {}
+#endif
+};
+
 // x: rows of K floats, `stride` floats apart. y: [R][PANEL].
 template <int R>
 void tile_float32(const float* x, long stride, int K, const float* panel, float* y) {
-    F sum0[R], sum1[R];
-    for (int r = 0; r < R; r++) sum0[r] = sum1[r] = zero();
+    Sums<R> sums;
+    sums.clear();
     for (int k = 0; k < K; k++, panel += PANEL) {
         prefetch((const char*)panel + AHEAD);
         if (PANEL * 4 > 64) prefetch((const char*)panel + AHEAD + 64);
-        F w0 = load(panel), w1 = load(panel + W);
-        for (int r = 0; r < R; r++) {
-            F b = set1(x[r * stride + k]);
-            sum0[r] = fma(b, w0, sum0[r]);
-            sum1[r] = fma(b, w1, sum1[r]);
-        }
+        sums.add(x + k, stride, load(panel), load(panel + W));
     }
-    for (int r = 0; r < R; r++) {
-        store(y + r * PANEL, sum0[r]);
-        store(y + r * PANEL + W, sum1[r]);
-    }
+    sums.put(y);
 }
 
 #if TRIMODE_AVX512 && defined(__AVX512BF16__)
@@ -55,25 +90,15 @@ using Bf16Input = bf16;  // inputs are rounded, products and sums are in float32
 
 template <int R>
 void tile_bfloat16(const bf16* x, long stride, int K, const bf16* panel, float* y) {
-    __m512 sum0[R], sum1[R];
-    for (int r = 0; r < R; r++) sum0[r] = sum1[r] = _mm512_setzero_ps();
+    Sums<R> sums;
+    sums.clear();
     for (int k = 0; k < K; k += 2, panel += 2 * PANEL) {
         prefetch((const char*)panel + AHEAD);
         prefetch((const char*)panel + AHEAD + 64);
-        __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel);
-        __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + PANEL);
-        for (int r = 0; r < R; r++) {
-            int32_t pair;
-            std::memcpy(&pair, x + r * stride + k, 4);
-            __m512bh b = (__m512bh)_mm512_set1_epi32(pair);
-            sum0[r] = _mm512_dpbf16_ps(sum0[r], b, w0);
-            sum1[r] = _mm512_dpbf16_ps(sum1[r], b, w1);
-        }
+        sums.add_pairs(x + k, stride, (__m512bh)_mm512_loadu_si512(panel),
+                       (__m512bh)_mm512_loadu_si512(panel + PANEL));
     }
-    for (int r = 0; r < R; r++) {
-        _mm512_storeu_ps(y + r * PANEL, sum0[r]);
-        _mm512_storeu_ps(y + r * PANEL + W, sum1[r]);
-    }
+    sums.put(y);
 }
 
 #else
@@ -103,26 +128,20 @@ INLINE void split_pairs(const bf16* p, F& first, F& second) {
 }
 #endif
 
-// The inputs stay in float32; a last odd one is followed by a zero.
+// The inputs stay in float32.
 template <int R>
 void tile_bfloat16(const float* x, long stride, int K, const bf16* panel, float* y) {
-    F sum0[R], sum1[R];
-    for (int r = 0; r < R; r++) sum0[r] = sum1[r] = zero();
+    Sums<R> sums;
+    sums.clear();
     for (int k = 0; k < K; k += 2, panel += 2 * PANEL) {
         prefetch((const char*)panel + AHEAD);
         F even0, odd0, even1, odd1;
         split_pairs(panel, even0, odd0);
         split_pairs(panel + PANEL, even1, odd1);
-        for (int r = 0; r < R; r++) {
-            F b = set1(x[r * stride + k]), c = set1(x[r * stride + k + 1]);
-            sum0[r] = fma(c, odd0, fma(b, even0, sum0[r]));
-            sum1[r] = fma(c, odd1, fma(b, even1, sum1[r]));
-        }
+        sums.add(x + k, stride, even0, even1);
+        sums.add(x + k + 1, stride, odd0, odd1);
     }
-    for (int r = 0; r < R; r++) {
-        store(y + r * PANEL, sum0[r]);
-        store(y + r * PANEL + W, sum1[r]);
-    }
+    sums.put(y);
 }
 
 #endif
