@@ -16,7 +16,7 @@ namespace TRIMODE_ISA {
 
 using namespace trimode;
 
-constexpr int ROWS_AT_ONCE = 8;  // of what is done row by row: a thread's share at a time
+constexpr int ROWS_AT_ONCE = 8;  // a thread's share of what is done row by row
 
 // What a product reads: rows of floats, or of bfloat16 where the CPU multiplies these in pairs.
 struct Input {
@@ -186,7 +186,7 @@ class Pass {
     // For each of many rows, in this thread if they are few.
     template <class Each>
     void rows(int count, Each each) {
-        if (count <= ROWS_AT_ONCE) {
+        if (count <= 4 * ROWS_AT_ONCE) {
             for (int t = 0; t < count; t++) each(t);
             return;
         }
