@@ -43,6 +43,7 @@ const Kernels* find(const char* name) {
 }  // namespace
 
 extern "C" {
+#pragma GCC visibility push(default)
 
 // The kernels for this CPU, or those of a name; null if the CPU lacks what they need.
 const Kernels* trimode_kernels(const char* name) { return find(name); }
@@ -53,9 +54,13 @@ Threads* trimode_threads_new(int num_threads) { return new Threads(num_threads);
 void trimode_threads_free(Threads* threads) { delete threads; }
 void trimode_threads_resize(Threads* threads, int num_threads) { threads->resize(num_threads); }
 int trimode_threads_size(Threads* threads) { return threads->size(); }
+void trimode_threads_run(Threads* threads, int count, void* chunk, void* context) {
+    threads->run(count, reinterpret_cast<Threads::Chunk>(chunk), context);
+}
 
 void trimode_choose(const Kernels* kernels, Threads* threads, const ChoiceBatch* batch) {
     kernels->choose(*threads, *batch);
 }
 
+#pragma GCC visibility pop
 }  // extern "C"
