@@ -67,6 +67,7 @@ Weight& weight_of(Model& model, int layer, int target) {
 }  // namespace
 
 extern "C" {
+#pragma GCC visibility push(default)
 
 // The kernels for this CPU, or those of a name; null if the CPU lacks what they need.
 const Kernels* trimode_kernels(const char* name) { return find(name); }
@@ -77,6 +78,9 @@ Threads* trimode_threads_new(int num_threads) { return new Threads(num_threads);
 void trimode_threads_free(Threads* threads) { delete threads; }
 void trimode_threads_resize(Threads* threads, int num_threads) { threads->resize(num_threads); }
 int trimode_threads_size(Threads* threads) { return threads->size(); }
+void trimode_threads_run(Threads* threads, int count, void* chunk, void* context) {
+    threads->run(count, reinterpret_cast<Threads::Chunk>(chunk), context);
+}
 
 // A network without weights yet. Null where the memory does not suffice.
 Model* trimode_model_new(const Kernels* kernels, Threads* threads, const Shape* shape) {
@@ -222,4 +226,5 @@ void trimode_choose(const Kernels* kernels, Threads* threads, const ChoiceBatch*
     kernels->choose(*threads, *batch);
 }
 
+#pragma GCC visibility pop
 }  // extern "C"

@@ -1,8 +1,16 @@
 #include "threads.h"
 
-#include <unistd.h>
+#include <pthread.h>
+#include <signal.h>
 
-#if defined(__x86_64__) || defined(_M_X64)
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -10,141 +18,267 @@ namespace trimode {
 
 namespace {
 
-constexpr int SPINS = 4000;  // some tens of microseconds: longer than a gap between two products
+// Longer than what lies between two products of a forward, shorter than what lies between forwards.
+constexpr auto PATIENCE = std::chrono::microseconds(50);
+constexpr int PAUSES = 32;  // between looks at the clock
 
 inline void pause() {
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
     _mm_pause();
 #elif defined(__aarch64__)
     asm volatile("yield");
 #endif
 }
 
-// All that changes when a chunk is claimed, in one word: number of the run, its chunks, the next.
-constexpr uint64_t NEXT = 1;
-constexpr int COUNT_SHIFT = 20, RUN_SHIFT = 40;
-constexpr uint64_t FIELD = (1u << 20) - 1;
+// Says when a thread that spins has spun for long enough.
+class Patience {
+  public:
+    bool is_over() {
+        pause();
+        if (++num_pauses_ % PAUSES != 0) return false;
+        auto now = std::chrono::steady_clock::now();
+        if (num_pauses_ == PAUSES) start_ = now;
+        return now - start_ > PATIENCE;
+    }
 
-inline uint32_t next_of(uint64_t ticket) { return ticket & FIELD; }
-inline uint32_t count_of(uint64_t ticket) { return (ticket >> COUNT_SHIFT) & FIELD; }
+  private:
+    uint32_t num_pauses_ = 0;
+    std::chrono::steady_clock::time_point start_;
+};
+
+// The control word of the floating-point unit, and its bits that are no sticky flags.
+#if defined(__x86_64__)
+constexpr uint64_t IEEE = 0x1f80, CONTROL = 0xffc0;
+uint64_t float_mode() { return _mm_getcsr(); }
+void set_float_mode(uint64_t mode) { _mm_setcsr(uint32_t(mode)); }
+#elif defined(__aarch64__)
+constexpr uint64_t IEEE = 0, CONTROL = ~uint64_t(0);
+uint64_t float_mode() {
+    uint64_t mode;
+    asm volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+}
+void set_float_mode(uint64_t mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+constexpr uint64_t IEEE = 0, CONTROL = 0;
+uint64_t float_mode() { return 0; }
+void set_float_mode(uint64_t) {}
+#endif
+
+// What there is to do, in one word, so that claiming a chunk is one exchange: how many chunks the
+// run has, and the next one. A claim made late, for a run that has begun since, is a good claim.
+inline uint64_t ticket_of(uint32_t count, uint32_t next) { return (uint64_t(count) << 32) | next; }
+inline uint32_t count_of(uint64_t ticket) { return uint32_t(ticket >> 32); }
+inline uint32_t next_of(uint64_t ticket) { return uint32_t(ticket); }
+inline bool has_chunks(uint64_t ticket) { return next_of(ticket) < count_of(ticket); }
 
 }  // namespace
 
-struct Threads::Shared {
+FloatMode::FloatMode() : before_(float_mode()) {
+    if ((before_ & CONTROL) != IEEE) set_float_mode(IEEE);
+}
+
+FloatMode::~FloatMode() {
+    if ((before_ & CONTROL) != IEEE) set_float_mode(before_);
+}
+
+struct Threads::Crew {
     alignas(64) std::atomic<uint64_t> ticket{0};
     alignas(64) std::atomic<uint32_t> num_done{0};
+    // Of the run that the ticket names. Written while no chunk is left, read by who holds one.
+    alignas(64) Chunk chunk = nullptr;
+    void* context = nullptr;
+    std::atomic<bool> has_failed{false};
+    std::exception_ptr failure;  // written by who sets `has_failed`
+
     alignas(64) std::atomic<int> num_asleep{0};
     std::atomic<bool> is_over{false};
-    Chunk chunk = nullptr;  // of the run that the ticket names; read only by who holds a chunk of it
-    void* context = nullptr;
     std::mutex mutex;
     std::condition_variable wake;
+
+    std::atomic<bool> is_waiting{false};  // the caller, for the last chunks of others
+    std::mutex done_mutex;
+    std::condition_variable done;
+
+    std::vector<std::thread> workers;
 
     // Claim and do one chunk, if there is one.
     bool step() {
         uint64_t seen = ticket.load(std::memory_order_acquire);
         do {
-            if (next_of(seen) >= count_of(seen)) return false;
-        } while (!ticket.compare_exchange_weak(
-            seen, seen + NEXT, std::memory_order_acq_rel, std::memory_order_acquire));
-        chunk(context, int(next_of(seen)));
-        num_done.fetch_add(1, std::memory_order_release);
+            if (!has_chunks(seen)) return false;
+        } while (!ticket.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel,
+                                               std::memory_order_acquire));
+        if (!has_failed.load(std::memory_order_relaxed)) {
+            try {
+                chunk(context, int(next_of(seen)));
+            } catch (...) {
+                if (!has_failed.exchange(true)) failure = std::current_exception();
+            }
+        }
+        // The caller says that it waits, then looks at the count; we count, then look whether it
+        // waits. In the one order of all four, one of us sees the other.
+        if (num_done.fetch_add(1) + 1 == count_of(seen) && is_waiting.load()) {
+            std::lock_guard<std::mutex> lock(done_mutex);
+            done.notify_one();
+        }
         return true;
+    }
+
+    void publish(uint32_t count, Chunk new_chunk, void* new_context) {
+        chunk = new_chunk;
+        context = new_context;
+        has_failed.store(false, std::memory_order_relaxed);
+        num_done.store(0, std::memory_order_relaxed);
+        ticket.store(ticket_of(count, 0));
+        int asleep = num_asleep.load();
+        if (asleep == 0) return;
+        // Whoever holds the mutex may be off its core, so it is not waited for. At worst, and very
+        // rarely, some worker sleeps through this run.
+        std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+        for (int tries = 0; !lock.owns_lock() && tries < PAUSES; tries++) {
+            pause();
+            lock.try_lock();
+        }
+        if (!lock.owns_lock()) return;
+        if (int(count) > asleep) {
+            wake.notify_all();
+        } else {
+            for (uint32_t i = 1; i < count; i++) wake.notify_one();
+        }
+    }
+
+    void wait(uint32_t count) {
+        for (Patience patience; num_done.load(std::memory_order_acquire) < count;) {
+            if (!patience.is_over()) continue;
+            is_waiting.store(true);  // whoever holds a chunk may need this core
+            std::unique_lock<std::mutex> lock(done_mutex);
+            done.wait(lock, [&] { return num_done.load() >= count; });
+            is_waiting.store(false);
+        }
+    }
+
+    void sleep() {
+        std::unique_lock<std::mutex> lock(mutex);
+        num_asleep.fetch_add(1);
+        wake.wait(lock, [&] { return is_over.load() || has_chunks(ticket.load()); });
+        num_asleep.fetch_sub(1);
+    }
+
+    void work() {
+        FloatMode mode;
+        while (!is_over.load(std::memory_order_acquire)) {
+            for (Patience patience; !step();) {
+                if (is_over.load(std::memory_order_relaxed)) break;
+                if (patience.is_over()) {
+                    sleep();
+                    break;
+                }
+            }
+        }
     }
 };
 
-Threads::Threads(int num_threads) : num_threads_(num_threads < 1 ? 1 : num_threads) {}
+// All pools of the process. A forked child has the memory of the parent's workers, and perhaps
+// locks that they hold, but not the threads: each pool forgets its crew, on purpose without freeing
+// it, before `fork` returns in the child.
+struct Threads::Pools {
+    static inline std::mutex mutex;
+    static inline Threads* first = nullptr;
 
-Threads::~Threads() { stop(); }
+    static void add(Threads* pool) {
+        static const int registered = pthread_atfork(lock, unlock, forget);
+        (void)registered;
+        std::lock_guard<std::mutex> guard(mutex);
+        pool->next_ = first;
+        if (first != nullptr) first->previous_ = pool;
+        first = pool;
+    }
+
+    static void remove(Threads* pool) {
+        std::lock_guard<std::mutex> guard(mutex);
+        if (pool->previous_ != nullptr) pool->previous_->next_ = pool->next_;
+        if (pool->next_ != nullptr) pool->next_->previous_ = pool->previous_;
+        if (first == pool) first = pool->next_;
+    }
+
+    static void lock() { mutex.lock(); }
+    static void unlock() { mutex.unlock(); }
+    static void forget() {
+        for (Threads* pool = first; pool != nullptr; pool = pool->next_) {
+            pool->crew_ = nullptr;
+            pool->is_busy_.store(false);
+        }
+        mutex.unlock();
+    }
+};
+
+Threads::Threads(int num_threads) : num_threads_(num_threads < 1 ? 1 : num_threads) {
+    Pools::add(this);
+}
+
+Threads::~Threads() {
+    Pools::remove(this);
+    stop();
+}
 
 void Threads::resize(int num_threads) {
+    while (is_busy_.exchange(true, std::memory_order_acquire)) std::this_thread::yield();
     stop();
-    num_threads_ = num_threads < 1 ? 1 : num_threads;
+    num_threads_.store(num_threads < 1 ? 1 : num_threads);
+    is_busy_.store(false, std::memory_order_release);
 }
 
 void Threads::start() {
-    pid_ = int(getpid());
-    shared_ = std::make_shared<Shared>();
-    for (int i = 1; i < num_threads_; i++) workers_.emplace_back(work, shared_);
+    crew_ = new Crew;
+    crew_->workers.reserve(size_t(size()));
+    // Signals are for the program's own threads: Ctrl-C must interrupt what its main thread waits
+    // for. Faults stay where they happen.
+    sigset_t all, before;
+    sigfillset(&all);
+    for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&all, fault);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+        for (int i = 1; i < size(); i++) crew_->workers.emplace_back(&Crew::work, crew_);
+    } catch (const std::exception&) {
+        // The system has no more threads for us; those that started, and the caller, do the work.
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 void Threads::stop() {
-    if (!shared_) return;
-    if (pid_ != int(getpid())) {  // a forked child: these threads are the parent's
-        for (auto& worker : workers_) worker.detach();
-        workers_.clear();
-        new std::shared_ptr<Shared>(shared_);  // its mutex may be held for ever: never destroyed
-        shared_.reset();
-        return;
-    }
+    if (crew_ == nullptr) return;
     {
-        std::lock_guard<std::mutex> lock(shared_->mutex);
-        shared_->is_over.store(true);
+        std::lock_guard<std::mutex> lock(crew_->mutex);
+        crew_->is_over.store(true);
     }
-    shared_->wake.notify_all();
-    for (auto& worker : workers_) worker.join();
-    workers_.clear();
-    shared_.reset();
-}
-
-void Threads::work(std::shared_ptr<Shared> shared) {
-    int spins = 0;
-    while (!shared->is_over.load(std::memory_order_relaxed)) {
-        if (shared->step()) {
-            spins = 0;
-        } else if (++spins < SPINS) {
-            pause();
-        } else {
-            std::unique_lock<std::mutex> lock(shared->mutex);
-            shared->num_asleep.fetch_add(1);
-            shared->wake.wait(lock, [&] {
-                uint64_t seen = shared->ticket.load();
-                return shared->is_over.load() || next_of(seen) < count_of(seen);
-            });
-            shared->num_asleep.fetch_sub(1);
-            spins = 0;
-        }
-    }
+    crew_->wake.notify_all();
+    for (auto& worker : crew_->workers) worker.join();
+    delete crew_;
+    crew_ = nullptr;
 }
 
 void Threads::run(int count, Chunk chunk, void* context) {
     if (count <= 0) return;
-    if (num_threads_ == 1 || count == 1) {
+    FloatMode mode;
+    if (count == 1 || size() == 1 || is_busy_.exchange(true, std::memory_order_acquire)) {
         for (int i = 0; i < count; i++) chunk(context, i);
         return;
     }
-    if (!shared_ || pid_ != int(getpid())) {
-        stop();
-        start();
+    struct Free {
+        std::atomic<bool>& is_busy;
+        ~Free() { is_busy.store(false, std::memory_order_release); }
+    } free{is_busy_};
+    if (crew_ == nullptr) start();
+    Crew& crew = *crew_;
+    crew.publish(uint32_t(count), chunk, context);
+    while (crew.step()) {
     }
-    Shared& shared = *shared_;
-    for (int first = 0; first < count; first += int(FIELD)) {
-        uint32_t some = uint32_t(count - first < int(FIELD) ? count - first : int(FIELD));
-        struct Part {
-            Chunk chunk;
-            void* context;
-            int first;
-        } part{chunk, context, first};
-        shared.chunk = [](void* opaque, int index) {
-            auto* part = static_cast<Part*>(opaque);
-            part->chunk(part->context, part->first + index);
-        };
-        shared.context = &part;
-        shared.num_done.store(0, std::memory_order_relaxed);
-        uint64_t run_number = (shared.ticket.load(std::memory_order_relaxed) >> RUN_SHIFT) + 1;
-        shared.ticket.store((run_number << RUN_SHIFT) | (uint64_t(some) << COUNT_SHIFT));
-        if (shared.num_asleep.load() > 0) {
-            std::lock_guard<std::mutex> lock(shared.mutex);
-            shared.wake.notify_all();
-        }
-        while (shared.step()) {
-        }
-        for (int spins = 0; shared.num_done.load(std::memory_order_acquire) < some; spins++) {
-            if (spins < SPINS)
-                pause();
-            else
-                std::this_thread::yield();  // whoever holds the last chunk may need this core
-        }
+    crew.wait(uint32_t(count));
+    if (crew.failure) {
+        std::exception_ptr failure;
+        std::swap(failure, crew.failure);
+        std::rethrow_exception(failure);
     }
 }
 

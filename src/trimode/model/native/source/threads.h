@@ -2,25 +2,40 @@
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <memory>
-#include <mutex>
-#include <thread>
-#include <vector>
+#include <type_traits>
 
 namespace trimode {
+
+// IEEE arithmetic while it lives: to nearest, denormals kept. The caller's mode, which torch may
+// have set to flush denormals, comes back at the end. Workers always compute in this mode.
+class FloatMode {
+  public:
+    FloatMode();
+    ~FloatMode();
+    FloatMode(const FloatMode&) = delete;
+    FloatMode& operator=(const FloatMode&) = delete;
+
+  private:
+    uint64_t before_;
+};
 
 // A call of `run` deals out chunks 0 .. count-1 one by one to whoever asks, the caller included, and
 // returns when all are done. A thread that the system has taken off its core holds up nobody unless
 // it holds a chunk. Which thread does which chunk never matters to a result.
 //
-// One thread calls `run` at a time. Workers spin for a few microseconds between chunks, then sleep.
-// After a fork the child has no workers; they are started again at its first `run`.
+// Any thread may call `run` at any time. If the pool is busy, with another thread's chunks or with
+// the chunk that calls, the caller does all its chunks itself: nobody waits for a lock, so nothing
+// can deadlock. Workers spin for some tens of microseconds, then sleep. A forked child has no
+// workers; the first `run` starts new ones.
+//
+// If a chunk throws, those not yet begun are left out, and `run` throws the first exception.
 class Threads {
   public:
     explicit Threads(int num_threads);
-    ~Threads();
+    ~Threads();  // no `run` may be under way
+    Threads(const Threads&) = delete;
+    Threads& operator=(const Threads&) = delete;
 
     using Chunk = void (*)(void* context, int index);
     void run(int count, Chunk chunk, void* context);
@@ -28,23 +43,25 @@ class Threads {
     // The same for a callable: `each(n, [&](int i) { ... })`.
     template <class Callable>
     void each(int count, Callable&& callable) {
-        auto call = [](void* context, int index) { (*static_cast<Callable*>(context))(index); };
-        run(count, call, &callable);
+        using Plain = std::remove_reference_t<Callable>;
+        auto call = [](void* context, int index) { (*static_cast<Plain*>(context))(index); };
+        run(count, call, const_cast<void*>(static_cast<const void*>(&callable)));
     }
 
-    int size() const { return num_threads_; }
-    void resize(int num_threads);
+    int size() const { return num_threads_.load(std::memory_order_relaxed); }
+    void resize(int num_threads);  // waits for a `run` under way
 
   private:
-    struct Shared;
+    struct Crew;
+    struct Pools;
     void start();
     void stop();
-    static void work(std::shared_ptr<Shared> shared);
 
-    int num_threads_;
-    int pid_ = 0;
-    std::shared_ptr<Shared> shared_;
-    std::vector<std::thread> workers_;
+    std::atomic<int> num_threads_;
+    std::atomic<bool> is_busy_{false};  // whoever sets it owns `crew_`
+    Crew* crew_ = nullptr;              // workers and what they share; made by the first `run`
+    Threads* previous_ = nullptr;       // all pools of the process (Pools)
+    Threads* next_ = nullptr;
 };
 
 }  // namespace trimode
