@@ -15,7 +15,8 @@ from trimode.checkpoint.model_cache import resolve
 from trimode.checkpoint.share import load_share
 from trimode.engine.ranks import Ranks, join
 from trimode.errors import ConfigError
-from trimode.model.products import as_weights
+from trimode.model.modeling import as_weights
+from trimode.model.native.modules import refusal
 from trimode.model.shares import share_adapter
 from trimode.runtime import TriModeLM
 
@@ -43,8 +44,8 @@ def load(
             default model. If a tokenizer lies beside it, that one is used.
         drafter: On for drafts, or for all that its files say it serves, and never in the AR view;
             e.g. `linear_spec_lora`.
-        weights: `plain`, `packed` or `int8`; see `TriModeModel.pack`. Default: packed for float32
-            on the CPU, else plain; always plain with `tensor_parallel`.
+        weights: `plain` or `native`; see `TriModeModel.pack`. Default: native where the native step
+            can run the model, else plain; always plain with `tensor_parallel`.
         tensor_parallel: Share the network out over the ranks that torchrun has started; all of them
             load it. Then rank 0 generates and calls `.ranks.close()`, the others `.ranks.follow()`.
 
@@ -86,8 +87,7 @@ def _load(folder: Path, ranks: Ranks | None, *, device: torch.device, **options:
         check_use(drafter, "drafter")
         adapter = load_adapter(drafter, model=model)
     if weights is None:
-        is_quick = device.type == "cpu" and model.dtype is torch.float32
-        weights = "packed" if is_quick else "plain"
+        weights = "native" if ranks is None and refusal(model) is None else "plain"
     model.pack(as_weights(weights))
     if ranks is not None:
         if adapter is not None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from trimode.decoding.step import Group, causal_step, group_step
-from trimode.model import AdapterSwitch, DenseAttention, DrafterAdapter, TriModeModel, fed_mask
+from trimode.model import AdapterSwitch, DrafterAdapter, TriModeModel
 from trimode.model.adapter import PUBLISHED_FORM
+from trimode.model.masks import TRUNK
 
 NUM_DOUBTFUL = 8
 """Tokens that are looked at in one round, the least likely first."""
@@ -135,16 +136,15 @@ def _proposals(
     form = PUBLISHED_FORM if adapter is None else adapter.form
     trunk = causal_step("denoise", ids, start=0, wanted=())
     step = group_step("denoise", groups, form=form, trunk=trunk)
-    device = model.encoder.embed_tokens.weight.device
-    hidden = model.encode(
-        torch.tensor([step.token_ids], device=device),
-        torch.tensor([step.positions], device=device),
-        attend=DenseAttention(
-            fed_mask(step.groups, step.positions, step.anchors)[None, None].to(device)
-        ),
-        adapter=AdapterSwitch.of(adapter, [step.is_drafter_on], [step.mask_places], device=device),
+    device = model.device
+    hidden = model.encode_text(
+        torch.tensor(step.token_ids, device=device),
+        torch.tensor(step.positions, device=device),
+        groups=step.groups,
+        anchors=step.anchors,
+        adapter=AdapterSwitch.of(adapter, step.is_drafter_on, step.mask_places, device=device),
     )
-    logits = model.diffusion_head(hidden[0, torch.tensor(step.wanted, device=device)]).float()
+    logits = model.diffusion_head(hidden[torch.tensor(step.wanted, device=device)]).float()
     found: list[int] = _without(logits, banned).argmax(-1).tolist()
     return found
 
@@ -168,10 +168,13 @@ def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _causal_states(model: TriModeModel, ids: list[int]) -> Tensor:
     """[T, H]: the AR view of a text."""
-    device = model.encoder.embed_tokens.weight.device
-    input_ids = torch.tensor([ids], device=device)
-    positions = torch.arange(len(ids), device=device)[None]
-    return model.encode(input_ids, positions, attend=DenseAttention(None))[0]
+    positions = torch.arange(len(ids), device=model.device)
+    return model.encode_text(
+        torch.tensor(ids, device=model.device),
+        positions,
+        groups=[TRUNK] * len(ids),
+        anchors=range(len(ids)),
+    )
 
 
 def _without(logits: Tensor, banned: Collection[int]) -> Tensor:

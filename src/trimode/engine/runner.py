@@ -79,14 +79,7 @@ class Runner:
             range(len(feeds)), key=lambda i: (len(feeds[i].step.token_ids), feeds[i].row)
         )
         packed = [feeds[i] for i in order]
-        hidden = self._encode(packed)
-        wanted, start = [], 0
-        for feed in packed:
-            wanted += [start + i for i in feed.step.wanted]
-            start += len(feed.step.token_ids)
-        if len(wanted) < len(hidden):
-            hidden = hidden[torch.tensor(wanted, device=self._device)]
-        choice = self._choose(packed, hidden)
+        choice = self._choose(packed, *self._answer(packed))
         readouts: list[Readout | None] = [None] * len(feeds)
         start = 0
         for i, feed in zip(order, packed, strict=True):
@@ -107,9 +100,8 @@ class Runner:
             start = stop
         return readouts
 
-    def _choose(self, packed: list[Feed], states: Tensor) -> Choice:
-        """A choice for each of the wanted answers [W, H], in packed order."""
-        logits = self._model.diffusion_head(states)
+    def _choose(self, packed: list[Feed], states: Tensor, logits: Tensor) -> Choice:
+        """A choice for each of the wanted answers, [W, H] and [W, V], in packed order."""
         params = [feed.seq.params for feed in packed for _ in feed.step.wanted]
         positions = [p for feed in packed for p in feed.step.answer_positions]
         targets = [target for feed in packed for target in _targets(feed.step)]
@@ -148,9 +140,13 @@ class Runner:
             choose_rows=choose_rows,
         )
 
-    def _encode(self, packed: list[Feed]) -> Tensor:
-        """[P, H] for all fed tokens, in packed order; their K/V go to the cells after each
-        length."""
+    def _answer(self, packed: list[Feed]) -> tuple[Tensor, Tensor]:
+        """States [W, H] and logits [W, V] of the wanted tokens, in packed order; K/V of all fed ones
+        go to the cells after each length."""
+        wanted, start = [], 0
+        for feed in packed:
+            wanted += [start + i for i in feed.step.wanted]
+            start += len(feed.step.token_ids)
         ids = [i for feed in packed for i in feed.step.token_ids]
         positions = [p for feed in packed for p in feed.step.positions]
         input_ids, position_ids = torch.tensor([ids, positions], device=self._device)
@@ -163,7 +159,7 @@ class Runner:
             )
             for feed in packed
         ]
-        return self._model.encode(
+        return self._model.answer(
             input_ids,
             position_ids,
             attend=RowAttention(self._cache, feeds),
@@ -173,6 +169,7 @@ class Runner:
                 [place for feed in packed for place in feed.step.mask_places],
                 device=self._device,
             ),
+            wanted=wanted,
         )
 
 

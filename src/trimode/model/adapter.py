@@ -250,6 +250,19 @@ class AdapterSwitch:
             places = (torch.tensor(mask_places) * on).to(device)
         return cls(adapter, None if on.all() else on[..., None].to(device), places)
 
+    def batched(self) -> AdapterSwitch:
+        """The switch [1, T, ...] of tokens [T]."""
+        is_on = None if self.is_on is None else self.is_on[None]
+        places = None if self.mask_places is None else self.mask_places[None]
+        return AdapterSwitch(self.adapter, is_on, places)
+
+    def of_tokens(self, is_real: Tensor) -> AdapterSwitch:
+        """The switch of the tokens [P] of a batch [B, T] that are real."""
+        is_on = None if self.is_on is None else self.is_on.expand(*is_real.shape, 1)[is_real]
+        places = self.mask_places
+        places = None if places is None else places.expand_as(is_real)[is_real]
+        return AdapterSwitch(self.adapter, is_on, places)
+
     def embed(self, embeddings: Tensor) -> Tensor:
         """Input embeddings [..., H], with the adapter's own where a token is masked."""
         own = self.adapter.mask_embeddings

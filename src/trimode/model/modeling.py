@@ -6,7 +6,7 @@ published ones (`encoder.*`, `diffusion_head.weight`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, Self
 
@@ -20,16 +20,33 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimode.errors import ConfigError
 from trimode.model.adapter import AdapterSwitch
-from trimode.model.attention import Attend, DenseAttention
+from trimode.model.attention import Attend, DenseAttention, RowAttention, RowFeed
 from trimode.model.cache import KVCache
 from trimode.model.configuration import NemotronLabsDiffusionConfig, TriModeConfig
 from trimode.model.linear import Linear
-from trimode.model.masks import dense_mask
-from trimode.model.packed import PackedHead, PackedLayer, quick_norm
-from trimode.model.products import Weights, as_weights
+from trimode.model.masks import TRUNK, dense_mask, fed_mask
+from trimode.model.native import modules as native_modules
+from trimode.model.native.step import NativeNetwork
+
+Weights = Literal["plain", "native"]
+"""How the weights of a model lie in memory; see `TriModeModel.pack`."""
+
+WEIGHTS: tuple[Weights, ...] = ("plain", "native")
 
 Checkpointing = bool | Literal["selective"]
 """What is made again in the backward instead of kept; see `TriModeModel.encode`."""
+
+
+def as_weights(name: str) -> Weights:
+    """A form of the weights by its name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    for known in WEIGHTS:
+        if name == known:
+            return known
+    raise ConfigError(f"weights is {name!r}; allowed: {', '.join(WEIGHTS)}")
 
 
 class RMSNorm(nn.Module):
@@ -280,7 +297,7 @@ class TriModeModel(PreTrainedModel):
         self.encoder = Encoder(config)
         self.diffusion_head: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
-        self.weights: Weights = "plain"  # changed by `pack` only
+        self.native: NativeNetwork | None = None  # changed by `pack` only
         self.num_ranks = 1  # that share out the layers; see `model.shares`
         self.leader: Leader | None = None  # on rank 0, where there are others
         self.post_init()
@@ -297,48 +314,39 @@ class TriModeModel(PreTrainedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.diffusion_head = value
 
-    def pack(self, weights: Weights = "packed") -> Self:
+    @property
+    def weights(self) -> Weights:
+        """The form of the weights."""
+        return "plain" if self.native is None else "native"
+
+    def pack(self, weights: Weights = "native") -> Self:
         """Bring the weights into a form for decoding, in place; they are not held twice.
 
         Training, adapters that are to be merged and tools that look for linear layers need the
-        plain form. A head that shares the embedding's weight stays as it is.
+        plain form.
 
         Args:
-            weights: `packed`: products that read the same input fused into one, and in float32 on
-                the CPU the weights in oneDNN's own order. The same results but for the last bits.
-                `int8`: rounded to 8 bits, the tokens in the products too. Quicker still, at a
-                price in quality, and the original weights are gone. `plain`: back to what was,
+            weights: `native`: for the native step, on the CPU, in the model's dtype; a forward is one
+                call, and every sum has one order (`trimode.model.native`). `plain`: back to what was,
                 layers and head trainable.
 
         Raises:
-            ConfigError: no such form; int8 for other than float32 on the CPU; plain or packed after
-                int8; a part that is not ours (PEFT's, say), whose share would be lost; or weights
-                that are shared out over ranks.
+            ConfigError: no such form; the native step cannot run the model, and why; a part that is
+                not ours (PEFT's, say), whose share would be lost; or weights that are shared out
+                over ranks.
+            CapacityError: the packed weights do not fit into memory.
         """
         if as_weights(weights) == self.weights:
             return self
         if self.num_ranks > 1:
             raise ConfigError(f"weights is {weights!r}; a model shared out over ranks is plain")
-        layers: Any = self.encoder.layers
-        if self.weights != "plain":
-            for index, layer in enumerate(layers):
-                layers[index] = layer.plain(self.config)
-            head: nn.Module = self.diffusion_head
-            if isinstance(head, PackedHead):
-                self.diffusion_head = head.plain(self.config)
-        self.weights = "plain"
-        if weights != "plain":
+        if weights == "native":
             self._refuse_foreign_parts()
             self.eval()
-            for index, layer in enumerate(layers):
-                layers[index] = PackedLayer(layer, weights=weights)
-            if not self.config.tie_word_embeddings:
-                head = PackedHead(self, weights=weights)
-                self.diffusion_head = head  # type: ignore[assignment]
-            self.weights = weights
-            if self.device.type == "cpu":
-                for parameter in self.parameters():  # a view of the file would hold all of it
-                    parameter.data = parameter.data.clone()
+            self.native = native_modules.pack(self)
+        else:
+            native_modules.unpack(self)
+            self.native = None
         return self
 
     def _refuse_foreign_parts(self) -> None:
@@ -354,7 +362,7 @@ class TriModeModel(PreTrainedModel):
     def num_parameters(self, *args: Any, **options: Any) -> int:
         """As transformers has it, of the plain form: packed weights are no parameters."""
         model = self
-        if self.weights != "plain":
+        if self.native is not None:
             with torch.device("meta"):
                 model = type(self)(self.config)
         return super(TriModeModel, model).num_parameters(*args, **options)
@@ -376,13 +384,12 @@ class TriModeModel(PreTrainedModel):
         Raises:
             CapacityError: they do not fit into memory, here or on another rank.
         """
-        weight = self.encoder.embed_tokens.weight
         cache = KVCache(
             self.config,
             num_rows=num_rows,
             num_cells=num_cells,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=self.device,
+            dtype=self.dtype,
             num_ranks=self.num_ranks,
         )
         if self.leader is not None:
@@ -413,10 +420,76 @@ class TriModeModel(PreTrainedModel):
         Returns:
             [..., H]. `diffusion_head` of any of it gives logits over the vocabulary.
         """
+        if self.native is not None:
+            assert isinstance(attend, RowAttention), "packed weights run over K/V rows only"
+            hidden, _ = self._run_native(input_ids, position_ids, attend=attend, adapter=adapter)
+            return hidden
         if self.leader is None:
             return self._encode(input_ids, position_ids, attend, adapter, checkpointing)
         with self.leader.forward(input_ids, position_ids, attend, adapter):
             return self._encode(input_ids, position_ids, attend, adapter, checkpointing)
+
+    def _run_native(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *,
+        attend: RowAttention,
+        adapter: AdapterSwitch | None,
+        wanted: Sequence[int] | None = None,
+        wants_logits: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert self.native is not None
+        is_on = places = None
+        if adapter is not None:
+            is_on = None if adapter.is_on is None else adapter.is_on.flatten().tolist()
+            places = None if adapter.mask_places is None else adapter.mask_places.tolist()
+        return self.native.forward(
+            input_ids.tolist(),
+            position_ids.tolist(),
+            cache=attend.cache,
+            feeds=attend.feeds,
+            adapter=None if adapter is None else adapter.adapter,
+            is_on=is_on,
+            mask_places=places,
+            wanted=wanted,
+            wants_logits=wants_logits,
+        )
+
+    def answer(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *,
+        attend: RowAttention,
+        adapter: AdapterSwitch | None,
+        wanted: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """The forward of decoding: `encode`, then the head for some tokens.
+
+        Args:
+            input_ids, position_ids: [P] int64.
+            attend: Over K/V rows, which it writes.
+            adapter: As in `encode`.
+            wanted: W of the tokens.
+
+        Returns:
+            Their hidden states [W, H] and logits [W, V].
+        """
+        if self.native is not None:
+            hidden, logits = self._run_native(
+                *(input_ids, position_ids),
+                attend=attend,
+                adapter=adapter,
+                wanted=wanted,
+                wants_logits=True,
+            )
+            assert logits is not None
+            return hidden, logits
+        hidden = self.encode(input_ids, position_ids, attend=attend, adapter=adapter)
+        if len(wanted) < len(hidden):
+            hidden = hidden[torch.tensor(wanted, device=hidden.device)]
+        return hidden, self.diffusion_head(hidden)
 
     def _encode(
         self,
@@ -430,8 +503,6 @@ class TriModeModel(PreTrainedModel):
         if adapter is not None:
             x = adapter.embed(x)
         angles = self.rotary(position_ids, x.dtype)
-        if self.weights != "plain":
-            return self._encode_packed(x, angles, attend=attend, adapter=adapter)
         is_rerun, is_selective = checkpointing is True, checkpointing is not False
         last = self.encoder.layers[-1]
         for layer in self.encoder.layers:
@@ -444,21 +515,36 @@ class TriModeModel(PreTrainedModel):
             )
         return self.encoder.norm(x)
 
-    @torch.no_grad()
-    def _encode_packed(
-        self, x: Tensor, angles: RotaryAngles, *, attend: Attend, adapter: AdapterSwitch | None
+    def encode_text(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *,
+        groups: Sequence[int],
+        anchors: Sequence[int],
+        adapter: AdapterSwitch | None = None,
     ) -> Tensor:
-        if x.is_cpu and torch.is_autocast_enabled("cpu"):
-            raise ConfigError("packed weights do not autocast; call model.pack('plain') first")
-        num_tokens, copies = len(x), self.encoder.layers[0].num_copies(x)  # type: ignore[operator]
-        if copies > 1:
-            x = torch.cat((x,) * copies)
-            if adapter is not None and adapter.is_on is not None:
-                adapter = AdapterSwitch(adapter.adapter, adapter.is_on.repeat(copies, 1))
-        for layer in self.encoder.layers:
-            x = layer(x, angles, attend=attend, adapter=adapter, copies=copies)
-        x = x[:num_tokens] if copies > 1 else x
-        return quick_norm(x, self.encoder.norm.weight, self.encoder.layers[0].eps)  # type: ignore[arg-type]
+        """One text in one forward, of which no K/V are kept.
+
+        Args:
+            input_ids, position_ids: [T] int64.
+            groups, anchors: [T]. See `masks.fed_mask`.
+            adapter: As in `encode`; [T].
+
+        Returns:
+            [T, H].
+        """
+        positions = position_ids.tolist()
+        if self.native is not None:
+            cache = self.new_cache(num_rows=1, num_cells=len(positions))
+            attend = RowAttention(cache, [RowFeed(0, 0, groups, positions, anchors)])
+            return self.encode(input_ids, position_ids, attend=attend, adapter=adapter)
+        attn_mask = None
+        if any(group != TRUNK for group in groups):
+            attn_mask = fed_mask(groups, positions, anchors)[None, None].to(input_ids.device)
+        batch = None if adapter is None else adapter.batched()
+        dense = DenseAttention(attn_mask)
+        return self.encode(input_ids[None], position_ids[None], attend=dense, adapter=batch)[0]
 
     def forward(
         self,
@@ -492,9 +578,49 @@ class TriModeModel(PreTrainedModel):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         elif position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        if self.native is not None:
+            return CausalLMOutput(
+                logits=self._forward_native(
+                    input_ids, attention_mask, position_ids, pattern=pattern, adapter=adapter
+                )
+            )
         attend = DenseAttention(dense_mask(pattern, input_ids, attention_mask))
         hidden = self.encode(input_ids, position_ids, attend=attend, adapter=adapter)
         return CausalLMOutput(logits=self.diffusion_head(hidden))
+
+    def _forward_native(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        *,
+        pattern: str,
+        adapter: AdapterSwitch | None,
+    ) -> Tensor:
+        """[B, T, V]: only real tokens are fed, each sequence as a row; zeros for padding."""
+        num_rows, num_tokens = input_ids.shape
+        is_real = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            is_real = attention_mask.bool()
+        positions = position_ids.expand_as(input_ids)
+        group = TRUNK if pattern == "causal" else TRUNK + 1
+        feeds = []
+        for row in range(num_rows):
+            own = positions[row, is_real[row]].tolist()
+            if own:
+                anchors = own if group == TRUNK else [-1] * len(own)
+                feeds.append(RowFeed(row, 0, [group] * len(own), own, anchors))
+        switch = None if adapter is None else adapter.of_tokens(is_real)
+        cache = self.new_cache(num_rows=num_rows, num_cells=num_tokens)
+        hidden = self.encode(
+            input_ids[is_real],
+            positions[is_real],
+            attend=RowAttention(cache, feeds),
+            adapter=switch,
+        )
+        logits = torch.zeros(num_rows, num_tokens, self.config.vocab_size)
+        logits[is_real] = self.diffusion_head(hidden)
+        return logits
 
 
 class NemotronLabsDiffusionModel(TriModeModel):

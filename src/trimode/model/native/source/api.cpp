@@ -82,6 +82,8 @@ void trimode_threads_run(Threads* threads, int count, void* chunk, void* context
     threads->run(count, reinterpret_cast<Threads::Chunk>(chunk), context);
 }
 
+bool trimode_has_head_dim(const Kernels* kernels, int size) { return kernels->has_head_dim(size); }
+
 // A network without weights yet. Null where the memory does not suffice.
 Model* trimode_model_new(const Kernels* kernels, Threads* threads, const Shape* shape) {
     auto* model = new Model;

@@ -15,6 +15,7 @@ struct Kernels {
     const char* name;
     int panel;       // outputs of a panel
     bool has_pairs;  // whether bfloat16 inputs are multiplied in pairs, rounded
+    bool (*has_head_dim)(int size);
     int64_t (*plan)(Weight& weight, int32_t form, int32_t out, int32_t in);
     void (*pack)(const Source& source, Weight& weight, int panel);
     void (*unpack_row)(const Weight& weight, int row, float* out);

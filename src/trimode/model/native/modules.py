@@ -1,0 +1,186 @@
+"""What stands in a model for the parts whose weights are packed: it saves them, and runs no layer.
+
+What is packed cannot be trained, merged into, moved or wrapped; `model.pack("plain")` makes the plain
+parts again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from trimode.errors import ConfigError
+from trimode.model.adapter import TARGETS
+from trimode.model.linear import Linear
+from trimode.model.native import library
+from trimode.model.native.step import FORMS, HEAD, NORMS, NativeNetwork
+
+if TYPE_CHECKING:
+    from trimode.model.modeling import Layer, TriModeModel
+
+FIXED = "the weights are packed for decoding and cannot change; call model.pack('plain') first"
+
+
+def refusal(model: TriModeModel) -> str | None:
+    """Why the native step cannot run this model, for a reader; None if it can."""
+    config, dtype = model.config, model.dtype
+    if model.device.type != "cpu":
+        return f"the native step runs on the CPU, and the model is on {model.device}"
+    if dtype not in FORMS:
+        return f"the native step runs float32 and bfloat16, and the model is {dtype}"
+    status = library.status()
+    if status.library is None:
+        return f"there is no native step: {status.why}"
+    if not status.library.c.trimode_has_head_dim(status.library.kernels, config.head_dim):
+        return f"the native step has no heads of {config.head_dim}"
+    sizes = (config.hidden_size, config.intermediate_size)
+    if dtype is torch.bfloat16 and any(size % 2 for size in sizes):
+        return "the native step takes even sizes in bfloat16"
+    return None
+
+
+class _Packed(nn.Module):
+    """A part without modules or parameters inside, saved as the plain one it was made from."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state of the plain part, bit for bit."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name, tensor in self.tensors().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        raise ConfigError(FIXED)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        raise ConfigError(FIXED)
+
+
+class PackedLayer(_Packed):
+    """A transformer layer.
+
+    Args:
+        layer: The plain one, which can be thrown away afterwards.
+        network: Gets its weights.
+    """
+
+    def __init__(self, layer: Layer, network: NativeNetwork) -> None:
+        super().__init__()
+        self.layer_index = layer.self_attn.layer_index
+        self._network = network
+        self._small = {  # norms and biases
+            name: parameter.detach().clone()
+            for name, parameter in layer.named_parameters()
+            if parameter.ndim == 1
+        }
+        for name in NORMS:
+            if f"{name}.weight" in self._small:
+                network.set_norm(self.layer_index, name, self._small[f"{name}.weight"])
+        for name, module in layer.named_modules():
+            target = name.rpartition(".")[-1]
+            if target in TARGETS:
+                assert isinstance(module, nn.Linear)
+                network.set(self.layer_index, target, module.weight, module.bias)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = dict(self._small)
+        for target in TARGETS:
+            parent = "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            found[f"{parent}.{target}.weight"] = self._network.get(self.layer_index, target)
+        return found
+
+
+class PackedEmbedding(_Packed):
+    """The input embedding of a model whose head is tied to it, so that the head's rows are it."""
+
+    def __init__(self, network: NativeNetwork) -> None:
+        super().__init__()
+        self._network = network
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., H] float32."""
+        return self._network.rows_of(ids)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self._network.get(HEAD, "")}
+
+
+class PackedHead(_Packed):
+    """The head; `model` has it as `diffusion_head`."""
+
+    def __init__(self, network: NativeNetwork) -> None:
+        super().__init__()
+        self._network = network
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., H] -> [..., V] float32."""
+        return self._network.logits(states)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self._network.get(HEAD, "")}
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        tied = destination.get("encoder.embed_tokens.weight")
+        is_tied = self._network.config.tie_word_embeddings and tied is not None
+        destination[prefix + "weight"] = tied if is_tied else self.tensors()["weight"]
+
+
+def pack(model: TriModeModel) -> NativeNetwork:
+    """Pack a plain model's weights, part by part; each plain part goes when its copy is made.
+
+    Raises:
+        ConfigError: `refusal`, in one line.
+        CapacityError: there is no memory for it.
+    """
+    reason = refusal(model)
+    if reason is not None:
+        raise ConfigError(f"weights is 'native'; {reason}; allowed: plain")
+    found = library.load()
+    assert found is not None
+    network = NativeNetwork(found, model.config, dtype=model.dtype, rotary=model.rotary)
+    layers: Any = model.encoder.layers
+    for index, layer in enumerate(layers):
+        layers[index] = PackedLayer(layer, network)
+        del layer
+    network.set_norm(HEAD, "", model.encoder.norm.weight)
+    network.set(HEAD, "", model.diffusion_head.weight)
+    model.diffusion_head = PackedHead(network)  # type: ignore[assignment]
+    if model.config.tie_word_embeddings:
+        model.encoder.embed_tokens = PackedEmbedding(network)  # type: ignore[assignment]
+    for parameter in model.parameters():  # a view of the file would hold all of it
+        parameter.data = parameter.data.clone()
+    if not model.config.tie_word_embeddings:
+        network.set_embedding(model.encoder.embed_tokens.weight)
+    return network
+
+
+def unpack(model: TriModeModel) -> None:
+    """Make the plain parts again, in place, part by part."""
+    from trimode.model.modeling import Layer
+
+    config, layers = model.config, model.encoder.layers
+    packed: Any
+    for index, packed in enumerate(layers):
+        with torch.device("meta"):
+            plain = Layer(config, index)
+        plain.load_state_dict(packed.tensors(), assign=True)
+        layers[index] = plain.eval()
+    head: Any = model.diffusion_head
+    weight = head.tensors()["weight"]
+    with torch.device("meta"):
+        new_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+    new_head.load_state_dict({"weight": weight}, assign=True)
+    model.diffusion_head = new_head.eval()
+    if config.tie_word_embeddings:
+        embedding.weight = new_head.weight
+        model.encoder.embed_tokens = embedding.eval()
+
+
