@@ -139,8 +139,8 @@ def zig(target: str) -> Compiler:
 
 
 def _system(command: tuple[str, ...], identity: str) -> Compiler:
-    # With its C++ library inside, what is built runs beside any other, conda's older one included,
-    # and survives an upgrade. Some systems package the static form apart, so the plain link is next.
+    # With the C++ library inside, what is built runs beside any other, conda's older one included,
+    # and survives an upgrade. Some systems package the static form apart: then link plainly.
     static = ("-static-libstdc++", "-static-libgcc")
     link_flags = ((*static, _EXPORTS), (_EXPORTS,)) if sys.platform == "linux" else ((),)
     return Compiler(command, identity, link_flags=link_flags)
