@@ -97,6 +97,21 @@ def test_instruction_sets_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         library.load()
 
 
+def test_the_best_set_is_what_the_cpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: generic code where a compiler cannot say what the CPU has, as zig's cannot."""
+    monkeypatch.delenv(library.ENVIRONMENT, raising=False)
+    found = _library()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), None)
+    if flags is None:
+        pytest.skip("no list of what this CPU has")
+    needs = {"generic": set(), "avx2": {"avx2", "fma", "f16c"}}
+    needs["avx512"] = needs["avx2"] | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needs["avx512_bf16"] = needs["avx512"] | {"avx512_vnni", "avx512_bf16"}
+    assert found.name == [name for name in instruction_sets() if needs[name] <= flags][-1]
+
+
 def test_a_set_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents: an illegal instruction in place of an error."""
     found = _library()
