@@ -5,19 +5,31 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick soak check format results humaneval clean
+.PHONY: demo native test quick sanitize soak check format results humaneval clean
 
-demo: $(STAMP)
+demo: $(STAMP) native
 	GOMP_SPINCOUNT=3000 $(BIN)/python examples/three_modes.py
 
 # Two workers, a file at a time and in the order of the names: the long files are not the last ones.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(STAMP)
+# The native step, into the source tree, so that no run waits for it; nothing to do if it is there.
+native: $(STAMP)
+	@$(BIN)/python -m trimode.model.native
+
+test: $(STAMP) native
 	$(PYTEST) --durations=25
 
-quick: $(STAMP)
+quick: $(STAMP) native
 	$(PYTEST) -m "not (browser or process or ranks or ray)"
+
+# The tests of the native step with its memory accesses and its arithmetic checked.
+sanitize: $(STAMP)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	TRIMODE_NATIVE_FLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+		-fno-sanitize-recover=all" \
+	$(BIN)/python -m pytest -p no:cacheprovider tests/model/native
 
 # Ten minutes of a server under mixed load and rude clients, then three with replicas that are killed.
 soak: $(STAMP)

@@ -53,14 +53,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_every_file(wheel: Path) -> None:
-    """Prevents a package that lacks its modules, its types marker or its weights."""
+    """Prevents a package that lacks its modules, its types marker, its weights or its C++."""
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
     expected = [*PACKAGE.rglob("*.py"), PACKAGE / "py.typed"]
+    expected += [*PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]
     if DEFAULT_MODEL.is_dir():
         expected += [path for path in DEFAULT_MODEL.rglob("*") if path.is_file()]
     names = {path.relative_to(PACKAGE.parent).as_posix() for path in expected}
     assert not sorted(names - inside)
+    assert not [name for name in inside if name.endswith(".so")]  # of the machine that packed it
 
 
 def test_every_module_imports_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from trimode import __version__
 from trimode.checkpoint.io import save_checkpoint
 from trimode.cli.main import main
 from trimode.model import TriModeModel
+from trimode.model.native import library
+from trimode.model.native.threads import num_threads
 
 Capture = pytest.CaptureFixture[str]
 
@@ -57,6 +59,14 @@ def test_json(
     assert here["torch"] == torch.__version__
     assert here["transformers"] == transformers.__version__
     assert here["threads"] == torch.get_num_threads()
+    found = library.load()
+    native = here["native"]
+    assert native["source_hash"] == library.source_hash()
+    assert native["threads"] == num_threads()
+    assert native["why"] == library.status().why
+    assert native["instruction_set"] == (None if found is None else found.name)
+    assert native["compiler"] == (None if found is None else found.compiler)
+    assert native["path"] == (None if found is None else str(found.path))
 
 
 def test_text_of_shards_without_tokenizer(
@@ -83,6 +93,21 @@ def test_text_of_shards_without_tokenizer(
     assert lines["mode auto"] == "block length up to 8, branches up to 8, temperature 0.0"
     drafter = "linear_spec_lora (serves draft, drafts as block)"
     assert lines["adapters"] == f"{drafter}; other (no word of its use)"
+
+
+def test_says_why_there_is_no_native_step(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Prevents: a slow machine whose owner cannot find out what it lacks."""
+    folder = str(tiny_checkpoint())
+    monkeypatch.setenv("TRIMODE_NATIVE", "off")
+    assert main(["info", folder]) == 0
+    assert "\nnative step     not in use: TRIMODE_NATIVE is off\n" in capsys.readouterr().out
+    monkeypatch.setenv("TRIMODE_NATIVE", "mmx")
+    assert main(["info", folder]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("trimode: error: TRIMODE_NATIVE is 'mmx'; allowed: off, generic")
 
 
 def test_loads_no_weights(

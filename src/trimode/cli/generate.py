@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from trimode.cli.control_flags import CONTROL_FLAGS, read_controls
+from trimode.cli.threads_flag import add_threads_argument, use_threads
 from trimode.errors import RequestError
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_model(args: argparse.Namespace) -> TriModeLM:
     """What the arguments of `add_model_arguments` ask for."""
+    use_threads(args.threads)
     from trimode.loading import load
 
     return load(
@@ -217,6 +219,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, has_drafter: bool = 
         help="plain, packed or int8: how weights lie in memory (default: packed for float32 on a"
         " cpu, else plain)",
     )
+    add_threads_argument(model)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -89,6 +89,7 @@ def as_text(record: dict[str, Any]) -> str:
         **{f"mode {name}": _as_words(name, knobs) for name, knobs in record["modes"].items()},
         "adapters": "; ".join(map(_as_use, record["adapters"])) or "none",
         "model card": "yes" if record["has_model_card"] else "none",
+        "native step": _as_native(here["native"]),
         "here": f"trimode {here['trimode']}, torch {here['torch']}, transformers"
         f" {here['transformers']}, Python {here['python']}, {here['device']},"
         f" {here['threads']} threads",
@@ -191,6 +192,32 @@ def _as_defaults(defaults: dict[str, Any]) -> str:
     return ", ".join(words) or "no generation_config.json, or nothing in it"
 
 
+def _native() -> dict[str, Any]:
+    """What networks on the CPU run on; compiles it if that was not done yet."""
+    from trimode.model.native import library
+    from trimode.model.native.threads import num_threads
+
+    status = library.status()
+    found = status.library
+    return {
+        "instruction_set": None if found is None else found.name,
+        "compiler": None if found is None else found.compiler,
+        "path": None if found is None else str(found.path),
+        "source_hash": library.source_hash(),
+        "why": status.why,
+        "threads": num_threads(),
+    }
+
+
+def _as_native(native: dict[str, Any]) -> str:
+    if native["instruction_set"] is None:
+        return f"not in use: {native['why']}"
+    return (
+        f"{native['instruction_set']}, {native['why']}; {native['threads']} threads;"
+        f" {native['compiler']}; {native['path']}"
+    )
+
+
 def _environment() -> dict[str, Any]:
     import platform
 
@@ -201,6 +228,7 @@ def _environment() -> dict[str, Any]:
 
     has_cuda = torch.cuda.is_available()
     return {
+        "native": _native(),
         "trimode": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

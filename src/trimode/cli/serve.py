@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimode.cli.threads_flag import add_threads_argument, use_threads
 from trimode.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", metavar="D", help="cpu, cuda, ...")
     model.add_argument("--dtype", metavar="D", help="float32, bfloat16, ...")
     model.add_argument("--weights", metavar="FORM", help="plain, packed or int8")
+    add_threads_argument(model)
     model.add_argument(
         "--generation-config",
         default="auto",
@@ -203,6 +205,7 @@ def _run(args: argparse.Namespace) -> int:
     if missing:
         raise ConfigError(f"{missing[0]} is not installed; pip install 'trimode[serve]'")
     _check(args)
+    use_threads(args.threads)
     if args.replicas > 1 and find_spec("ray") is None:
         raise ConfigError("--replicas needs ray, not installed here; pip install 'trimode[ray]'")
     settings = _settings(args)

@@ -24,6 +24,7 @@ from trimode.engine.runner import Feed, Runner
 from trimode.errors import CapacityError
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.adapter import PUBLISHED_FORM
+from trimode.model.native import library
 from trimode.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -275,6 +276,7 @@ def _key(model: TriModeModel, adapter: DrafterAdapter | None) -> dict[str, Any]:
         "ranks": model.num_ranks,
         "device": torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
+        "native": library.signature() if device.type == "cpu" else None,
         "torch": torch.__version__,
         "measured": [ROWS, TOKENS, NUM_COMMITTED],
     }

@@ -64,6 +64,7 @@ class Compiler:
         compile_flags: Of its own, for every object.
         link_flags: Tried in turn until one links.
         environment: Variables that it needs.
+        takes: How long a build takes, for a reader.
 
     In flags of the linker and in variables, `{scratch}` stands for the folder of a build, which is
     removed after it and has `EXPORTS` in the file `exports`.
@@ -74,6 +75,7 @@ class Compiler:
     compile_flags: tuple[str, ...] = ()
     link_flags: tuple[tuple[str, ...], ...] = ((),)
     environment: tuple[tuple[str, str], ...] = ()
+    takes: str = "some seconds"
 
 
 def machine() -> str:
@@ -132,6 +134,7 @@ def zig(target: str) -> Compiler:
     return Compiler(
         command=(sys.executable, "-m", "ziglang", "c++", *flags),
         identity=f"zig {version}",
+        takes="about a minute",  # most of it for the C++ library
         link_flags=((_EXPORTS,), ()),
         # 95 MB for a library that is built once; a user who has a cache says where.
         environment=tuple((n, "{scratch}/zig") for n in caches if n not in os.environ),
@@ -139,8 +142,8 @@ def zig(target: str) -> Compiler:
 
 
 def _system(command: tuple[str, ...], identity: str) -> Compiler:
-    # With its C++ library inside, what is built runs beside any other, conda's older one included,
-    # and survives an upgrade. Some systems package the static form apart, so the plain link is next.
+    # With the C++ library inside, what is built runs beside any other, conda's older one included,
+    # and survives an upgrade. Some systems package the static form apart: then link plainly.
     static = ("-static-libstdc++", "-static-libgcc")
     link_flags = ((*static, _EXPORTS), (_EXPORTS,)) if sys.platform == "linux" else ((),)
     return Compiler(command, identity, link_flags=link_flags)

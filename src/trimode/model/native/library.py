@@ -120,6 +120,9 @@ def signature() -> list[str] | None:
 
 def build_beside_source() -> Path | None:
     """Build the library into the package, at set-up; None, and one line, if that cannot be."""
+    there = storage.find_prebuilt()
+    if there is not None:
+        return there
     reasons: list[str] = []
     try:
         for compiler in find_compilers():

@@ -94,7 +94,10 @@ def _build(compiler: Compiler, folder: Path, name: str) -> Path:
             if path.exists():
                 return path
             _sweep(folder)
-            logger.warning("compiling the native step with %s, once", compiler.identity)
+            logger.warning(
+                "compiling the native step with %s, once; it takes %s",
+                *(compiler.identity, compiler.takes),
+            )
             with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
                 made = compile_library(compiler, Path(scratch), num_jobs=num_threads())
                 made.chmod(0o755)

@@ -13,13 +13,13 @@ ENVIRONMENT = "OMP_NUM_THREADS"
 def num_threads() -> int:
     """`OMP_NUM_THREADS` if that is set, at most the CPUs; else `num_cpus`.
 
-    `--threads` of the command line sets that variable, so torch and every process started from here
-    go by it too.
+    `--threads` of the command line sets that variable; so torch, and every process started from
+    here, goes by the same number.
     """
     # OpenMP allows one number for each level of nesting; the first is the outermost.
     word = os.environ.get(ENVIRONMENT, "").split(",")[0].strip()
     if word.isdecimal() and int(word) > 0:
-        return min(int(word), _num_allowed())
+        return min(int(word), num_allowed())
     return num_cpus()
 
 
@@ -29,11 +29,12 @@ def num_cpus(root: Path = Path("/")) -> int:
     Args:
         root: Of the file system, for tests.
     """
-    granted = [_num_allowed(), *_quotas(root)]
+    granted = [num_allowed(), *_quotas(root)]
     return max(1, min(granted))
 
 
-def _num_allowed() -> int:
+def num_allowed() -> int:
+    """CPUs that this process may run on: no more threads than that are of use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -6,10 +6,7 @@
 #include <cstring>
 
 #include "choice_batch.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
+#include "cpu.h"
 
 using namespace trimode;
 
@@ -26,16 +23,10 @@ const Kernels* find(const char* name) {
     for (const Kernels* kernels : all) {
         bool is_there = true;
 #if defined(__x86_64__)
-        __builtin_cpu_init();
-        bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-        bool bf16 = avx512 && __builtin_cpu_supports("avx512vnni") &&
-                    __builtin_cpu_supports("avx512bf16");
-        if (kernels == &kernels_avx2) is_there = avx2;
-        if (kernels == &kernels_avx512) is_there = avx512;
-        if (kernels == &kernels_avx512_bf16) is_there = bf16;
+        static const Cpu cpu;
+        if (kernels == &kernels_avx2) is_there = cpu.has_avx2;
+        if (kernels == &kernels_avx512) is_there = cpu.has_avx512;
+        if (kernels == &kernels_avx512_bf16) is_there = cpu.has_avx512_bf16;
 #endif
         if (is_there && (name == nullptr || !std::strcmp(name, kernels->name))) return kernels;
     }
