@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from trimode.decoding.choose import Choice
+from trimode.decoding.choice import Choice
 from trimode.decoding.sequence import Sequence
 from trimode.decoding.step import Step
 from trimode.model.corrector import Corrector

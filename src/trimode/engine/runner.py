@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimode.decoding.choose import Choice, choose
+from trimode.decoding.choice import Choice
+from trimode.decoding.choose import choose
 from trimode.decoding.law import RowLaw
 from trimode.decoding.sequence import Sequence
 from trimode.decoding.step import Readout, Step

@@ -40,6 +40,26 @@ const Kernels* find(const char* name) {
     return nullptr;
 }
 
+struct PlainEmbedding {
+    EmbeddingView view;
+    const void* data;
+    int32_t form, hidden_size;
+};
+
+void plain_row(const void* self, int32_t token_id, float* out) {
+    const auto& plain = *static_cast<const PlainEmbedding*>(self);
+    int64_t at = int64_t(token_id) * plain.hidden_size;
+    if (plain.form == FLOAT32) {
+        std::memcpy(out, static_cast<const float*>(plain.data) + at, plain.hidden_size * 4ul);
+        return;
+    }
+    const auto* row = static_cast<const uint16_t*>(plain.data) + at;
+    for (int i = 0; i < plain.hidden_size; i++) {
+        uint32_t bits = uint32_t(row[i]) << 16;
+        std::memcpy(out + i, &bits, 4);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -54,8 +74,25 @@ void trimode_threads_free(Threads* threads) { delete threads; }
 void trimode_threads_resize(Threads* threads, int num_threads) { threads->resize(num_threads); }
 int trimode_threads_size(Threads* threads) { return threads->size(); }
 
+// Null threads: this one does it all.
 void trimode_choose(const Kernels* kernels, Threads* threads, const ChoiceBatch* batch) {
-    kernels->choose(*threads, *batch);
+    Threads alone(1);
+    kernels->choose(threads ? *threads : alone, *batch);
+}
+
+// Sizes of what Python mirrors.
+void trimode_choice_sizes(int64_t sizes[3]) {
+    sizes[0] = sizeof(ChoiceRow), sizes[1] = sizeof(ChoiceBatch), sizes[2] = sizeof(CorrectorView);
+}
+
+// A view of a contiguous embedding [V, H] that is Python's own.
+EmbeddingView* trimode_embedding_new(const void* data, int32_t form, int32_t hidden_size) {
+    auto* plain = new PlainEmbedding{{}, data, form, hidden_size};
+    plain->view = {plain, plain_row};
+    return &plain->view;
+}
+void trimode_embedding_free(EmbeddingView* view) {
+    delete static_cast<const PlainEmbedding*>(view->self);
 }
 
 }  // extern "C"
