@@ -9,6 +9,7 @@ is its twin, and what other devices and dtypes run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from trimode.decoding.native_choice import choose_natively, is_native
 from trimode.decoding.noise import gumbel, noise_key, noisy_argmax
 from trimode.decoding.params import GenerationParams
 from trimode.decoding.step import TokenLogprobs
-from trimode.model.native.choice import Readings
+from trimode.model.native.choice import Correction, Readings
 
 
 def choose(
@@ -35,6 +36,7 @@ def choose(
     laws: Sequence[RowLaw | None] = (),
     num_logprobs: Sequence[int | None] = (),
     none_id: int | None = None,
+    correction: Correction | None = None,
 ) -> Choice:
     """Choose one token for each wanted position.
 
@@ -63,7 +65,12 @@ def choose(
         entropy=wants_entropy,
         log_prob=any(target is not None for target in targets),
     )
-    decide = choose_natively if is_native(logits) else choose_by_torch
+    if not is_native(logits):
+        if correction is not None:
+            raise AssertionError("torch corrects row after row: see `choose_in_waves`")
+        decide = choose_by_torch
+    else:
+        decide = partial(choose_natively, correction=correction)
     return decide(
         logits,
         params=params,
@@ -75,6 +82,11 @@ def choose(
         num_logprobs=num_logprobs,
         none_id=none_id,
     )
+
+
+def widened(logits: Tensor) -> Tensor:
+    """In a dtype that choices are made in: float32, or float64 if they are."""
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
 def choose_by_torch(

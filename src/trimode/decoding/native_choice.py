@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimode.decoding.bits import Bits
 from trimode.decoding.choice import Choice
 from trimode.decoding.law import RowLaw
 from trimode.decoding.noise import log_table
@@ -22,11 +23,7 @@ from trimode.decoding.step import TokenLogprobs
 from trimode.model.native import choice as native
 from trimode.model.native.threads import Threads
 
-Before = tuple[int, int]
-"""What stands before a row that is corrected: a token, or -1 and the earlier row that chooses it;
-(-1, -1) where nothing is to be corrected."""
-
-_NOT_CORRECTED: Before = (-1, -1)
+_NOT_CORRECTED = (-1, -1)
 
 
 def is_native(logits: Tensor) -> bool:
@@ -45,8 +42,7 @@ def choose_natively(
     laws: Items[RowLaw | None],
     num_logprobs: Items[int | None],
     none_id: int | None,
-    before: Items[Before] = (),
-    correction: native.NativeCorrection | None = None,
+    correction: native.Correction | None = None,
     workers: Threads | None = None,
     isa: str | None = None,
 ) -> Choice:
@@ -62,14 +58,14 @@ def choose_natively(
         laws: See there.
         num_logprobs: See there.
         none_id: See there.
-        before: [W] what stands before each row; empty if no row is corrected.
-        correction: What corrects them; None if no row is.
+        correction: See there.
         workers: None for the threads that all share.
         isa: Name of an instruction set; None for the best.
     """
     num_rows = len(logits)
-    most = _most(num_logprobs)
-    kept = _Kept()
+    most = max((number for number in num_logprobs if number is not None), default=None)
+    before = (_NOT_CORRECTED,) * num_rows if correction is None else correction.before
+    kept = _Kept(logits.shape[-1])
     rows = (native.ChoiceRow * num_rows)(
         *(
             kept.row(
@@ -81,7 +77,7 @@ def choose_natively(
                 params,
                 positions,
                 laws or (None,) * num_rows,
-                before or (_NOT_CORRECTED,) * num_rows,
+                before,
                 targets or (None,) * num_rows,
                 num_logprobs or (None,) * num_rows,
                 strict=True,
@@ -112,9 +108,14 @@ def choose_natively(
 
 
 class _Kept:
-    """Makes rows, and keeps alive what their pointers point to."""
+    """Makes rows, and keeps alive what their pointers point to.
 
-    def __init__(self) -> None:
+    Args:
+        num_tokens: Size of the vocabulary V. The library checks no id.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
         self._alive: list[Any] = []
         self._biases: dict[int, tuple[int, int]] = {}  # by id of the mapping, which `_alive` keeps
 
@@ -123,14 +124,13 @@ class _Kept:
         params: GenerationParams,
         position: int,
         law: RowLaw | None,
-        before: Before,
+        before: tuple[int, int],
         target: int,
         num_logprobs: int,
-    ) -> tuple[Any, ...]:
-        """The fields of a `native.ChoiceRow`."""
+    ) -> native.ChoiceRow:
         allowed, seen, fed, bias_ids, bias, num_fed, num_bias, penalty = self._law(law)
         top_p = params.top_p
-        return (
+        return native.ChoiceRow(
             *(params.seed, position, 1.0 if top_p is None else top_p),
             *(allowed, seen, fed, bias_ids, bias, num_fed, num_bias, penalty),
             *(params.temperature, params.top_k or 0, target, num_logprobs, *before),
@@ -142,7 +142,7 @@ class _Kept:
         fed, num_fed = None, 0
         if law.seen is not None and law.fed:
             num_fed = len(law.fed)
-            fed = self._address((ctypes.c_int32 * num_fed)(*law.fed))
+            fed = self._ids(law.fed)
         bias_ids, bias = self._bias(law.bias) if law.bias else (None, None)
         return (
             None if law.allowed is None else self._bits(law.allowed),
@@ -150,7 +150,9 @@ class _Kept:
             *(fed, bias_ids, bias, num_fed, len(law.bias), law.penalty),
         )
 
-    def _bits(self, bits: Any) -> int:
+    def _bits(self, bits: Bits) -> int:
+        if 32 * bits.size < self._num_tokens or not bits.flags.c_contiguous:
+            raise AssertionError(f"{bits.size} words for {self._num_tokens} tokens")
         self._alive.append(bits)
         address: int = bits.__array_interface__["data"][0]
         return address
@@ -159,18 +161,19 @@ class _Kept:
         if id(bias) not in self._biases:
             self._alive.append(bias)
             self._biases[id(bias)] = (
-                self._address((ctypes.c_int32 * len(bias))(*map(int, bias))),
+                self._ids([*map(int, bias)]),
                 self._address((ctypes.c_float * len(bias))(*map(float, bias.values()))),
             )
         return self._biases[id(bias)]
 
+    def _ids(self, ids: Items[int]) -> int:
+        if not 0 <= min(ids) <= max(ids) < self._num_tokens:
+            raise AssertionError(f"ids from {min(ids)} to {max(ids)} of {self._num_tokens}")
+        return self._address((ctypes.c_int32 * len(ids))(*ids))
+
     def _address(self, array: Any) -> int:
         self._alive.append(array)
         return ctypes.addressof(array)
-
-
-def _most(num_logprobs: Items[int | None]) -> int | None:
-    return max((number for number in num_logprobs if number is not None), default=None)
 
 
 def _logprobs(

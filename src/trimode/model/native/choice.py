@@ -6,6 +6,7 @@ Structures mirror `source/choice_batch.h`. What a row is subject to is made in `
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -95,7 +96,7 @@ class PlainEmbedding:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        if weight.dtype not in _FORMS or not weight.is_contiguous() or not weight.is_cpu:
+        if not self.takes(weight):
             raise AssertionError(f"an embedding of {weight.dtype} on {weight.device}")
         self._weight = weight
         self._library = library()
@@ -103,6 +104,11 @@ class PlainEmbedding:
         make.restype = ctypes.c_void_p
         address = ctypes.c_void_p(weight.data_ptr())
         self.address = make(address, _FORMS[weight.dtype], weight.shape[-1])
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Whether the library can read it."""
+        return weight.is_cpu and weight.dtype in _FORMS and weight.is_contiguous()
 
     def __del__(self) -> None:
         if address := getattr(self, "address", None):
@@ -134,16 +140,19 @@ class NativeCorrector:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class NativeCorrection:
+class Correction:
     """What corrects the rows of one forward that have a token before them.
 
     Attributes:
         corrector: Of the adapter.
         states: [W, H]. Hidden states that the logits were made from.
+        before: [W] what stands before each row: a token, or -1 and the number of the earlier row
+            that chooses it; (-1, -1) where nothing is to be corrected.
     """
 
     corrector: NativeCorrector
     states: Tensor
+    before: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +214,7 @@ def choose(
     none_id: int | None,
     readings: Readings,
     most_logprobs: int | None = None,
-    correction: NativeCorrection | None = None,
+    correction: Correction | None = None,
     workers: Threads | None = None,
     isa: str | None = None,
 ) -> NativeChoice:
@@ -213,13 +222,14 @@ def choose(
 
     Args:
         logits: [W, V] float32 on the CPU; the last dimension is contiguous. Overwritten.
-        rows: [W]. What their pointers point to must live until this returns.
+        rows: [W]. What their pointers point to must live until this returns. What stands before
+            them is in them, too.
         banned: [any] int64 on the CPU. Ids never chosen.
         log_table: [3, 4096] float64 on the CPU, contiguous. That of `trimode.decoding.noise`.
         none_id: What a row chooses that has nothing to choose; None: such a row is not finite.
         readings: What else is asked for.
         most_logprobs: The most that any row asks for; None where none does.
-        correction: Of rows that have a token before them; None where none has.
+        correction: Of the rows that have a token before them; None where none has.
         workers: None for those that all share.
         isa: Name of an instruction set; None for the best.
     """
