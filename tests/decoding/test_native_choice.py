@@ -246,6 +246,19 @@ def test_laws_are_those_of_under(isa: str, law: dict[str, Any]) -> None:
         assert found.token_ids == under(logits, laws).argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("num_rows", [1, 6])
+def test_logits_may_lie_anywhere(num_rows: int) -> None:
+    """Prevents: rows read side by side that lie elsewhere: transposed, or cut out of wider ones."""
+    logits = random_logits(num_rows, seed=3)
+    given = asked([params_of(LAWS[4], w) for w in range(num_rows)], readings=ALL)
+    expected = choose_natively(logits.clone(), **given)
+    wider = torch.full((2 * num_rows, NUM_TOKENS + 5), 99.0)
+    wider[::2, 2:-3] = logits
+    assert choose_natively(wider[::2, 2:-3], **given) == expected
+    assert bool((wider[1::2] == 99).all())
+    assert choose_natively(logits.T.contiguous().T, **given) == expected
+
+
 def test_what_cannot_be_chosen_from(isa: str) -> None:
     """Prevents: a NaN that only some lane saw, a token that nobody allowed, one bad row spoiling
     others; and a NaN behind a mask taken for a number."""

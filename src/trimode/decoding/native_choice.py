@@ -62,6 +62,8 @@ def choose_natively(
         workers: None for the threads that all share.
         isa: Name of an instruction set; None for the best.
     """
+    if logits.stride(-1) != 1:  # some products of torch are transposed
+        logits = logits.contiguous()
     num_rows = len(logits)
     most = max((number for number in num_logprobs if number is not None), default=None)
     before = (_NOT_CORRECTED,) * num_rows if correction is None else correction.before
