@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -24,8 +24,6 @@ from trimode.decoding.noise import gumbel, noise_key
 from trimode.engine.correction import Before, choose_in_waves, native_correction
 from trimode.model.corrector import Corrector
 from trimode.model.native import choice as native
-from trimode.model.native.library import library
-from trimode.model.native.threads import Threads
 
 NUM_TOKENS = 9001  # more than two chunks, and a tail of one lane
 ALL = native.Readings(confidence=True, runner_up=True, entropy=True, log_prob=True)
@@ -47,7 +45,7 @@ LAWS: list[dict[str, Any]] = [
 def isa(request: pytest.FixtureRequest) -> str:
     if not native.is_available():
         pytest.skip("the library cannot be built")
-    if native.kernels(request.param) is None:
+    if not native.loaded().c.trimode_kernels(request.param.encode()):
         pytest.skip(f"this CPU lacks {request.param}")
     return str(request.param)
 
@@ -56,6 +54,17 @@ def isa(request: pytest.FixtureRequest) -> str:
 def _built() -> None:
     if not native.is_available():
         pytest.skip("the library cannot be built")
+
+
+@pytest.fixture(scope="module")
+def pools() -> Callable[[int], ctypes.c_void_p]:
+    """`pools(num_threads)`: a pool of threads, made once."""
+
+    @cache
+    def make(num_threads: int) -> ctypes.c_void_p:
+        return ctypes.c_void_p(native.loaded().c.trimode_threads_new(num_threads))
+
+    return make
 
 
 def params_of(law: dict[str, Any], seed: int) -> GenerationParams:
@@ -103,7 +112,7 @@ def same_readings(found: Choice, expected: Choice, rows: list[int]) -> None:
 def test_structures_are_mirrored() -> None:
     """Prevents: a field that Python and C++ have in different places."""
     sizes = (ctypes.c_int64 * 3)()
-    library().trimode_choice_sizes(sizes)
+    native.loaded().c.trimode_choice_sizes(sizes)
     mirrored = (native.ChoiceRow, native.ChoiceBatch, native.CorrectorView)
     assert list(sizes) == [ctypes.sizeof(one) for one in mirrored]
 
@@ -294,7 +303,9 @@ def rows_of(choice: Choice, rows: list[int]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("law", [LAWS[0], LAWS[1], LAWS[4], LAWS[7]], ids=str)
-def test_a_row_has_the_same_bits_in_any_company(isa: str, law: dict[str, Any]) -> None:
+def test_a_row_has_the_same_bits_in_any_company(
+    isa: str, law: dict[str, Any], pools: Callable[[int], ctypes.c_void_p]
+) -> None:
     """Prevents: sums that depend on threads, on the number of rows, or on what a thread did
     before."""
     logits = random_logits(32, seed=6)
@@ -302,9 +313,9 @@ def test_a_row_has_the_same_bits_in_any_company(isa: str, law: dict[str, Any]) -
     given |= {"targets": [5] * 32, "num_logprobs": [3] * 32}
     per_row = ("params", "positions", "laws", "targets", "num_logprobs")
     expected = rows_of(
-        choose_natively(logits.clone(), isa=isa, workers=Threads(1), **given), list(range(32))
+        choose_natively(logits.clone(), isa=isa, workers=pools(1), **given), list(range(32))
     )
-    for workers in (Threads(1), Threads(2), Threads(5)):
+    for workers in map(pools, (1, 2, 5)):
         together = choose_natively(logits.clone(), isa=isa, workers=workers, **given)
         assert rows_of(together, list(range(32))) == expected
         for some in ([0], [7], [31], [3, 2], [8, 1, 30, 4, 4, 9]):
@@ -313,12 +324,11 @@ def test_a_row_has_the_same_bits_in_any_company(isa: str, law: dict[str, Any]) -
             assert rows_of(found, list(range(len(some)))) == [expected[w] for w in some]
 
 
-def test_two_engines_share_the_threads() -> None:
-    """Prevents: two callers of one set of threads at the same time; a lock never given back."""
+def test_two_engines_share_the_threads(pools: Callable[[int], ctypes.c_void_p]) -> None:
+    """Prevents: two callers of one pool at the same time mixing up their chunks."""
     logits = random_logits(6, seed=9)
     given = asked([params_of(LAWS[4], w) for w in range(6)], readings=ALL)
-    workers = Threads(3)
-    run = partial(choose_natively, workers=workers, **given)
+    run = partial(choose_natively, workers=pools(3), **given)
     expected, wrong = run(logits.clone()), []
 
     def often() -> None:
@@ -332,8 +342,6 @@ def test_two_engines_share_the_threads() -> None:
     for caller in callers:
         caller.join()
     assert not wrong
-    with workers.borrowed() as handle:
-        assert handle.value
 
 
 class Correctable:
@@ -384,7 +392,12 @@ class Correctable:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("law", [LAWS[0], LAWS[4]], ids=str)
-def test_corrections_are_those_in_waves(isa: str, law: dict[str, Any], dtype: torch.dtype) -> None:
+def test_corrections_are_those_in_waves(
+    isa: str,
+    law: dict[str, Any],
+    dtype: torch.dtype,
+    pools: Callable[[int], ctypes.c_void_p],
+) -> None:
     """Prevents: a place that does not wait for the one before it, candidates or embeddings of
     another token, a term added to the wrong place."""
     given = asked([params_of(law, w) for w in range(12)])
@@ -393,7 +406,7 @@ def test_corrections_are_those_in_waves(isa: str, law: dict[str, Any], dtype: to
         expected = slow.by_torch(given)
     uncorrected = choose_natively(plain.logits.clone(), isa=isa, **given)
     assert sum(a != b for a, b in zip(expected.token_ids, uncorrected.token_ids, strict=True)) > 4
-    for workers in (Threads(1), Threads(2), Threads(8)):
+    for workers in map(pools, (1, 2, 8)):
         quick = Correctable(dtype)
         assert quick.natively(given, isa=isa, workers=workers).token_ids == expected.token_ids
         slow.logits[:, given["banned"]] = -math.inf

@@ -21,7 +21,6 @@ from trimode.decoding.noise import log_table
 from trimode.decoding.params import GenerationParams
 from trimode.decoding.step import TokenLogprobs
 from trimode.model.native import choice as native
-from trimode.model.native.threads import Threads
 
 _NOT_CORRECTED = (-1, -1)
 
@@ -43,7 +42,7 @@ def choose_natively(
     num_logprobs: Items[int | None],
     none_id: int | None,
     correction: native.Correction | None = None,
-    workers: Threads | None = None,
+    workers: ctypes.c_void_p | None = None,
     isa: str | None = None,
 ) -> Choice:
     """Choose for all rows in one call.
@@ -59,8 +58,8 @@ def choose_natively(
         num_logprobs: See there.
         none_id: See there.
         correction: See there.
-        workers: None for the threads that all share.
-        isa: Name of an instruction set; None for the best.
+        workers: Handle of a pool of threads; None for the one that all share.
+        isa: Name of an instruction set; None for the one in use.
     """
     if logits.stride(-1) != 1:  # some products of torch are transposed
         logits = logits.contiguous()

@@ -6,6 +6,7 @@ Structures mirror `source/choice_batch.h`. What a row is subject to is made in `
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor
 
 from trimode.model.corrector import Corrector
-from trimode.model.native.library import library
-from trimode.model.native.threads import Threads, threads
+from trimode.model.native.library import ENVIRONMENT, Library, load
 
 _FORMS = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -99,11 +99,11 @@ class PlainEmbedding:
         if not self.takes(weight):
             raise AssertionError(f"an embedding of {weight.dtype} on {weight.device}")
         self._weight = weight
-        self._library = library()
-        make = self._library.trimode_embedding_new
-        make.restype = ctypes.c_void_p
+        self._c = loaded().c
         address = ctypes.c_void_p(weight.data_ptr())
-        self.address = make(address, _FORMS[weight.dtype], weight.shape[-1])
+        self.address = self._c.trimode_embedding_new(
+            address, _FORMS[weight.dtype], weight.shape[-1]
+        )
 
     @staticmethod
     def takes(weight: Tensor) -> bool:
@@ -112,7 +112,7 @@ class PlainEmbedding:
 
     def __del__(self) -> None:
         if address := getattr(self, "address", None):
-            self._library.trimode_embedding_free(ctypes.c_void_p(address))
+            self._c.trimode_embedding_free(ctypes.c_void_p(address))
 
 
 class NativeCorrector:
@@ -184,25 +184,25 @@ class NativeChoice:
     top_logprobs: list[float]
 
 
-@cache
 def is_available() -> bool:
-    """Whether there is a library, or can be one."""
-    try:
-        library()
-    except (OSError, RuntimeError):
-        return False
-    return True
+    """Whether there is a library, and it is not switched off."""
+    return _loaded(os.environ.get(ENVIRONMENT, "")) is not None
+
+
+def loaded(isa: str | None = None) -> Library:
+    """The library, which must be available.
+
+    Args:
+        isa: Name of an instruction set; None for the one in use.
+    """
+    found = _loaded(os.environ.get(ENVIRONMENT, "") if isa is None else isa)
+    assert found is not None
+    return found
 
 
 @cache
-def kernels(name: str | None = None) -> int | None:
-    """Address of the kernels of an instruction set, the best by default.
-
-    Returns:
-        None if this CPU or this build lacks it.
-    """
-    found: int | None = library().trimode_kernels(None if name is None else name.encode())
-    return found
+def _loaded(name: str) -> Library | None:
+    return load(name)
 
 
 def choose(
@@ -215,7 +215,7 @@ def choose(
     readings: Readings,
     most_logprobs: int | None = None,
     correction: Correction | None = None,
-    workers: Threads | None = None,
+    workers: ctypes.c_void_p | None = None,
     isa: str | None = None,
 ) -> NativeChoice:
     """Choose for all rows of a forward.
@@ -230,8 +230,8 @@ def choose(
         readings: What else is asked for.
         most_logprobs: The most that any row asks for; None where none does.
         correction: Of the rows that have a token before them; None where none has.
-        workers: None for those that all share.
-        isa: Name of an instruction set; None for the best.
+        workers: Handle of a pool of threads; None for the one that all share.
+        isa: Name of an instruction set; None for the one in use.
     """
     num_rows, num_tokens = logits.shape
     if logits.stride(-1) != 1 or logits.dtype != torch.float32 or not logits.is_cpu:
@@ -268,8 +268,8 @@ def choose(
         states = correction.states.to(torch.float32).contiguous()
         batch.corrector = ctypes.pointer(correction.corrector.view)
         batch.states = states.data_ptr()
-    with (workers or threads()).borrowed() as handle:
-        library().trimode_choose(ctypes.c_void_p(kernels(isa)), handle, ctypes.byref(batch))
+    library = loaded(isa)
+    library.c.trimode_choose(library.kernels, workers or library.threads, ctypes.byref(batch))
     return NativeChoice(
         list(token_ids),
         [found != 0 for found in is_finite],

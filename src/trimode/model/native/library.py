@@ -6,8 +6,11 @@ import ctypes
 import hashlib
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import torch
 
 SOURCE = Path(__file__).parent / "source"
 
@@ -46,18 +49,44 @@ def _build(target: Path) -> None:
         for process in [subprocess.Popen(command) for command in running]:
             if process.wait():
                 raise RuntimeError("the native step does not compile")
-        subprocess.run(["g++", "-shared", "-pthread", *objects, "-o", f"{scratch}/lib.so"], check=True)
+        subprocess.run(
+            ["g++", "-shared", "-pthread", *objects, "-o", f"{scratch}/lib.so"], check=True
+        )
         Path(f"{scratch}/lib.so").rename(target)
 
 
+ENVIRONMENT = "TRIMODE_NATIVE"
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The loaded library with the kernels of one instruction set."""
+
+    c: ctypes.CDLL
+    kernels: ctypes.c_void_p
+    threads: ctypes.c_void_p
+    name: str
+
+
+def load(name: str | None = None) -> Library | None:
+    """The library; None where it cannot be had. The first call may build it."""
+    if name == "off":
+        return None
+    try:
+        c, threads = _opened()
+    except (OSError, RuntimeError):
+        return None
+    kernels = ctypes.c_void_p(c.trimode_kernels(name.encode() if name else None))
+    return Library(c, kernels, threads, name or "") if kernels else None
+
+
 @cache
-def library() -> ctypes.CDLL:
-    """The library, built if it is not there."""
+def _opened() -> tuple[ctypes.CDLL, ctypes.c_void_p]:
     path = Path.home() / ".cache" / "trimode" / "native" / f"trimode_{_digest()}.so"
     if not path.exists():
         _build(path)
     found = ctypes.CDLL(str(path))
-    for name in ("trimode_kernels", "trimode_threads_new"):
+    for name in ("trimode_kernels", "trimode_threads_new", "trimode_embedding_new"):
         getattr(found, name).restype = ctypes.c_void_p
     found.trimode_kernels_name.restype = ctypes.c_char_p
-    return found
+    return found, ctypes.c_void_p(found.trimode_threads_new(torch.get_num_threads()))

@@ -74,14 +74,12 @@ void trimode_threads_free(Threads* threads) { delete threads; }
 void trimode_threads_resize(Threads* threads, int num_threads) { threads->resize(num_threads); }
 int trimode_threads_size(Threads* threads) { return threads->size(); }
 
-// Null threads: this one does it all.
 void trimode_choose(const Kernels* kernels, Threads* threads, const ChoiceBatch* batch) {
-    Threads alone(1);
-    kernels->choose(threads ? *threads : alone, *batch);
+    kernels->choose(*threads, *batch);
 }
 
-// Sizes of what Python mirrors.
-void trimode_choice_sizes(int64_t sizes[3]) {
+// Sizes of the three structures that Python mirrors.
+void trimode_choice_sizes(int64_t* sizes) {
     sizes[0] = sizeof(ChoiceRow), sizes[1] = sizeof(ChoiceBatch), sizes[2] = sizeof(CorrectorView);
 }
 
