@@ -15,7 +15,9 @@ from scipy import stats
 
 from tests.reference import next_logits
 from trimode.decoding import GenerationParams
-from trimode.decoding.choose import Choice, choose, filter_logits
+from trimode.decoding.bits import packed
+from trimode.decoding.choice import Choice
+from trimode.decoding.choose import choose, filter_logits
 from trimode.decoding.law import RowLaw
 from trimode.engine import Engine
 from trimode.engine.engine import cells_needed
@@ -331,7 +333,10 @@ def test_a_law_comes_before_temperature_and_filters_and_leaves_confidences(
     which is 1 wherever one token is left; one row's law on its neighbours."""
     logits = torch.randn(30, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2
     allowed = torch.tensor([True, False, True, True, False, False, True, True])
-    laws = [RowLaw(allowed=allowed, bias={2: 1.5, 1: 99.0}) if w % 2 else None for w in range(30)]
+    laws = [
+        RowLaw(allowed=packed(allowed), bias={2: 1.5, 1: 99.0}) if w % 2 else None
+        for w in range(30)
+    ]
     narrowed = logits.clone()
     narrowed[1::2, 2] += 1.5
     narrowed[1::2, ~allowed] = -torch.inf
@@ -362,7 +367,7 @@ def test_a_law_that_leaves_nothing_is_flagged_and_alone() -> None:
     """Prevents: a token that nobody allowed, and a NaN hidden behind a law."""
     logits = torch.zeros(4, 8, dtype=torch.float64)
     logits[2, 5] = math.nan
-    only = {i: torch.arange(8) == i for i in (3, 7)}
+    only = {i: packed(torch.arange(8) == i) for i in (3, 7)}
     laws = [RowLaw(allowed=only[7]), RowLaw(allowed=only[3]), RowLaw(allowed=only[3]), None]
     options = {"mode": "ar", "max_new_tokens": 1, "block_length": 2, "seed": 0}
     found = choose(

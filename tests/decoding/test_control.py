@@ -18,6 +18,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from tests.reference import next_logits
 from trimode.decoding import GenerationParams, Sequence
 from trimode.decoding import law as law_module
+from trimode.decoding.bits import packed
 from trimode.decoding.control import CONTROL_NAMES, Control
 from trimode.decoding.noise import gumbel, noise_key
 from trimode.errors import RequestError
@@ -508,7 +509,7 @@ def test_the_penalty_is_transformers() -> None:
         for ids in texts_before:
             seen = torch.zeros(12, dtype=torch.bool)
             seen[ids] = True
-            laws.append(law_module.RowLaw(seen=seen, penalty=penalty))
+            laws.append(law_module.RowLaw(seen=packed(seen), penalty=penalty))
         assert torch.equal(law_module.under(logits, laws), expected)
 
 

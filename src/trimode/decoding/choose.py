@@ -2,50 +2,25 @@
 
 Order of the law: ban, then those of `trimode.decoding.law`, temperature, top-k, top-p. Greedy
 (temperature 0) is zero noise. Everything over the vocabulary happens on the device; one small array
-comes back.
+comes back. On the CPU in float32 the compiled library does it all in one call; the torch code here
+is its twin, and what other devices and dtypes run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from trimode.decoding.choice import Choice
 from trimode.decoding.law import RowLaw, under
+from trimode.decoding.native_choice import choose_natively, is_native
 from trimode.decoding.noise import gumbel, noise_key, noisy_argmax
 from trimode.decoding.params import GenerationParams
 from trimode.decoding.step import TokenLogprobs
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Choices for W wanted tokens.
-
-    Attributes:
-        token_ids: [W] chosen tokens.
-        is_finite: [W] False where the logits held a NaN or an infinity, or a law left nothing to
-            choose, so the choice means nothing.
-        confidences: [W] probability of each at temperature 1 after the ban, unfiltered.
-        runner_ups: [W] what would have been chosen without them.
-        runner_up_confidences: [W] probability of each; 0 where the law allows no second token.
-        entropies: [W] of the law at temperature 1 after the ban, unfiltered, in nats.
-        log_probs: [W] of the token asked about, under the same law, in nats; of no meaning
-            where none was.
-        logprobs: [W] of each chosen token and the likeliest ones, likewise; None where not asked.
-
-    All but the first two are empty if unwanted.
-    """
-
-    token_ids: list[int]
-    is_finite: list[bool]
-    confidences: list[float]
-    runner_ups: list[int]
-    runner_up_confidences: list[float]
-    entropies: list[float]
-    log_probs: list[float]
-    logprobs: list[TokenLogprobs | None]
+from trimode.model.native.choice import Correction, Readings
 
 
 def choose(
@@ -61,6 +36,7 @@ def choose(
     laws: Sequence[RowLaw | None] = (),
     num_logprobs: Sequence[int | None] = (),
     none_id: int | None = None,
+    correction: Correction | None = None,
 ) -> Choice:
     """Choose one token for each wanted position.
 
@@ -83,6 +59,61 @@ def choose(
     """
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
+    readings = Readings(
+        confidence=wants_confidence,
+        runner_up=wants_runner_up,
+        entropy=wants_entropy,
+        log_prob=any(target is not None for target in targets),
+    )
+    if not is_native(logits):
+        if correction is not None:
+            raise AssertionError("torch corrects row after row: see `choose_in_waves`")
+        decide = choose_by_torch
+    else:
+        decide = partial(choose_natively, correction=correction)
+    return decide(
+        logits,
+        params=params,
+        positions=positions,
+        banned=banned,
+        readings=readings,
+        targets=targets,
+        laws=laws,
+        num_logprobs=num_logprobs,
+        none_id=none_id,
+    )
+
+
+def widened(logits: Tensor) -> Tensor:
+    """In a dtype that choices are made in: float32, or float64 if they are."""
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def choose_by_torch(
+    logits: Tensor,
+    *,
+    params: Sequence[GenerationParams],
+    positions: Sequence[int],
+    banned: Tensor,
+    readings: Readings,
+    targets: Sequence[int | None],
+    laws: Sequence[RowLaw | None],
+    num_logprobs: Sequence[int | None],
+    none_id: int | None,
+) -> Choice:
+    """The same on any device; arguments as `choose_natively` has them.
+
+    Args:
+        logits: [W, V] float32 or float64. Overwritten.
+        params: See `choose`, for the following ones too.
+        positions: See there.
+        banned: See there.
+        readings: What is asked for of every row.
+        targets: See there.
+        laws: See there.
+        num_logprobs: See there.
+        none_id: See there.
+    """
     logits[:, banned] = -torch.inf
     best, token_ids = logits.max(dim=-1)  # max propagates NaN
     is_finite, ruled = best.isfinite(), logits
@@ -98,37 +129,37 @@ def choose(
         hot_params = [params[w] for w in hot]
         hot_scores = _hot_scores(ruled[rows], hot_params)
         keys = _noise_keys(hot_params, [positions[w] for w in hot], device=logits.device)
-        if wants_runner_up or not logits.is_cpu:
+        if readings.runner_up or not logits.is_cpu:
             noisy = hot_scores + gumbel(keys, logits.shape[-1]).to(hot_scores.dtype)
             token_ids[rows] = noisy.argmax(dim=-1)
-            scores = ruled.index_copy(0, rows, noisy) if wants_runner_up else ruled
+            scores = ruled.index_copy(0, rows, noisy) if readings.runner_up else ruled
         else:
             token_ids[rows] = noisy_argmax(hot_scores, keys)
     if none_id is not None:
         token_ids = token_ids.masked_fill(~best.isfinite(), none_id)
     columns = {"token_ids": token_ids, "is_finite": is_finite}
-    if wants_confidence:
+    if readings.confidence:
         columns["confidences"] = _probabilities(logits, token_ids)
-    if wants_runner_up:
+    if readings.runner_up:
         scores = scores.scatter(-1, token_ids[:, None], -torch.inf)
         score, second_ids = scores.max(dim=-1)
         columns["runner_ups"] = second_ids
         columns["runner_up_confidences"] = _probabilities(logits, second_ids) * score.isfinite()
-    if wants_entropy:
+    if readings.entropy:
         columns["entropies"] = _entropies(logits)
-    if any(target is not None for target in targets):
+    if readings.log_prob:
         asked = torch.tensor([target or 0 for target in targets], device=logits.device)
         columns["log_probs"] = _log_probs(logits, asked)
-    found = torch.stack([column.double() for column in columns.values()]).tolist()
-    readings = dict(zip(columns, found, strict=True))
+    found = torch.stack([values.double() for values in columns.values()]).tolist()
+    column = dict(zip(columns, found, strict=True))
     return Choice(
-        token_ids=[int(i) for i in readings["token_ids"]],
-        is_finite=[bool(f) for f in readings["is_finite"]],
-        confidences=readings.get("confidences", []),
-        runner_ups=[int(i) for i in readings.get("runner_ups", [])],
-        runner_up_confidences=readings.get("runner_up_confidences", []),
-        entropies=readings.get("entropies", []),
-        log_probs=readings.get("log_probs", []),
+        token_ids=[int(i) for i in column["token_ids"]],
+        is_finite=[bool(f) for f in column["is_finite"]],
+        confidences=column.get("confidences", []),
+        runner_ups=[int(i) for i in column.get("runner_ups", [])],
+        runner_up_confidences=column.get("runner_up_confidences", []),
+        entropies=column.get("entropies", []),
+        log_probs=column.get("log_probs", []),
         logprobs=_likeliest(logits, token_ids, num_logprobs),
     )
 

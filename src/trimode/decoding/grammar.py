@@ -15,9 +15,8 @@ from collections.abc import Sequence as Ids
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from trimode.decoding.bits import Bits, no_tokens
 from trimode.errors import RequestError
 
 if TYPE_CHECKING:
@@ -43,24 +42,23 @@ class Matcher:
         self._eos_token_ids = eos_token_ids
         self._consumed: list[int] = []
 
-    def allowed_after(self, token_ids: Ids[int]) -> Tensor | None:
+    def allowed_after(self, token_ids: Ids[int]) -> Bits | None:
         """What may follow a text.
 
         Args:
             token_ids: All of the new text, from its first token.
 
         Returns:
-            [V] bool on the CPU: EOS wherever the text may end, and nothing else where it must. None
-            if the text is not of the grammar or has ended: nothing of it can follow.
+            A set of tokens: EOS wherever the text may end, and nothing else where it must. None if
+            the text is not of the grammar or has ended: nothing of it can follow.
         """
         if not self._go_to(list(token_ids)):
             return None
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        octets = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             logger.error("grammar: %s", _one_line(self._matcher.get_error()))
-            return torch.zeros(self._num_tokens, dtype=torch.bool)
-        allowed = np.unpackbits(bits, count=self._num_tokens, bitorder="little")
-        return torch.from_numpy(allowed.astype(np.bool_))
+            return no_tokens(self._num_tokens)
+        return np.frombuffer(octets, dtype=np.uint32)
 
     def _go_to(self, token_ids: list[int]) -> bool:
         """Whether the text is one that others of the grammar begin with."""

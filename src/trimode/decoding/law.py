@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trimode.decoding.bits import Bits, add_tokens, no_tokens, unpacked
 from trimode.decoding.control import Control
 from trimode.decoding.step import Step
 from trimode.model.masks import TRUNK
@@ -28,15 +29,18 @@ class RowLaw:
     """Of one answer.
 
     Attributes:
-        allowed: [V] bool on the CPU. What grammar or thinking budget leave; None for all.
+        allowed: What grammar or thinking budget leave; None for all.
         bias: Token id -> what is added.
-        seen: [V] bool on the CPU. Tokens that the penalty is for; None for no penalty.
+        seen: Committed tokens that the penalty is for; None for no penalty.
+            All laws of a sequence share them, so they hold until its text goes on.
+        fed: Further tokens that the penalty is for.
         penalty: See `Control.repetition_penalty`.
     """
 
-    allowed: Tensor | None = None
+    allowed: Bits | None = None
     bias: Mapping[int, float] = field(default_factory=dict)
-    seen: Tensor | None = None
+    seen: Bits | None = None
+    fed: Sequence[int] = ()
     penalty: float = 1.0
 
 
@@ -75,7 +79,7 @@ class Rules:
         self._control = control
         self._matcher = matcher
         self._bias = dict(control.logit_bias or {})
-        self._seen: Tensor | None = None  # of the committed text
+        self._seen: Bits | None = None  # of the committed text
         self._num_seen = 0
 
     def rows(self, seq: Text, step: Step, *, num_tokens: int) -> list[RowLaw]:
@@ -96,11 +100,8 @@ class Rules:
             if self._is_end_to_come(seq, step, place):
                 assert control.end_think_token_id is not None
                 bias = {**bias, control.end_think_token_id: -torch.inf}
-            row_seen = None
-            if seen is not None:
-                row_seen = seen.clone()
-                row_seen[[*place.before, *place.beside]] = True
-            laws.append(RowLaw(allowed, bias, row_seen, control.repetition_penalty))
+            fed = [*place.before, *place.beside] if is_penalised else ()
+            laws.append(RowLaw(allowed, bias, seen, fed, control.repetition_penalty))
         return laws
 
     def write_fixed(self, seq: Text, canvas: list[int]) -> None:
@@ -117,15 +118,17 @@ class Rules:
         if 0 < offset < len(canvas):
             canvas[offset] = end
 
-    def _committed(self, seq: Text, num_tokens: int) -> Tensor:
-        """[V] bool: tokens of the committed text."""
+    def _committed(self, seq: Text, num_tokens: int) -> Bits:
+        """Tokens of the committed text."""
         if self._seen is None:
-            self._seen = torch.zeros(num_tokens, dtype=torch.bool)
-        self._seen[(seq.prompt_ids + seq.new_ids)[self._num_seen : seq.length]] = True
-        self._num_seen = seq.length
+            self._seen = no_tokens(num_tokens)
+        num_prompt, first, stop = len(seq.prompt_ids), self._num_seen, seq.length
+        add_tokens(self._seen, seq.prompt_ids[first:stop])
+        add_tokens(self._seen, seq.new_ids[max(first - num_prompt, 0) : max(stop - num_prompt, 0)])
+        self._num_seen = stop
         return self._seen
 
-    def _allowed(self, seq: Text, place: _Place, num_tokens: int) -> Tensor | None:
+    def _allowed(self, seq: Text, place: _Place, num_tokens: int) -> Bits | None:
         """What grammar or budget leave, as far as the text before the place is known."""
         if self._matcher is not None:
             if not place.is_known:
@@ -137,8 +140,9 @@ class Rules:
         if budget is None or self._is_thought_over(seq, place):
             return None
         if place.index == budget or (place.is_trunk and place.index > budget):
-            only = torch.zeros(num_tokens, dtype=torch.bool)
-            only[end] = True
+            assert end is not None
+            only = no_tokens(num_tokens)
+            add_tokens(only, [end])
             return only
         return None
 
@@ -199,8 +203,9 @@ def under(logits: Tensor, laws: Sequence[RowLaw | None]) -> Tensor:
         [W, V], a tensor of its own; not allowed is -inf.
     """
     device, found = logits.device, logits.clone()
+    num_tokens = logits.shape[-1]
     some = [(w, law) for w, law in enumerate(laws) if law is not None]
-    limited = [(w, law.allowed) for w, law in some if law.allowed is not None]
+    limited = [(w, unpacked(law.allowed, num_tokens)) for w, law in some if law.allowed is not None]
     if limited:
         rows = torch.tensor([w for w, _ in limited], device=device)
         allowed = torch.stack([mask for _, mask in limited]).to(device)
@@ -209,12 +214,15 @@ def under(logits: Tensor, laws: Sequence[RowLaw | None]) -> Tensor:
     if added:
         rows, ids = torch.tensor([(w, i) for w, i, _ in added], device=device).T
         found[rows, ids] += torch.tensor([x for _, _, x in added], device=device, dtype=found.dtype)
-    penalised = [(w, law.seen, law.penalty) for w, law in some if law.seen is not None]
+    penalised = [(w, law, law.seen) for w, law in some if law.seen is not None]
     if penalised:
         rows = torch.tensor([w for w, _, _ in penalised], device=device)
-        seen = torch.stack([mask for _, mask, _ in penalised]).to(device)
-        penalty = torch.tensor([[x] for _, _, x in penalised], device=device, dtype=found.dtype)
+        seen = torch.stack([unpacked(bits, num_tokens) for _, _, bits in penalised])
+        for mask, (_, law, _) in zip(seen, penalised, strict=True):
+            mask[list(law.fed)] = True
+        penalties = [[law.penalty] for _, law, _ in penalised]
+        penalty = torch.tensor(penalties, device=device, dtype=found.dtype)
         scores = found[rows]
         less = torch.where(scores > 0, scores / penalty, scores * penalty)
-        found[rows] = torch.where(seen, less, scores)
+        found[rows] = torch.where(seen.to(device), less, scores)
     return found

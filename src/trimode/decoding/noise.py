@@ -144,9 +144,16 @@ def _steps_of(token_ids: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _log_table(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def log_table(device: torch.device | None = None) -> Tensor:
     """Interval centres c of [1, 2), 1/c and ln c. Rounded to 2**-44, so that a host's own last bit
-    cannot show."""
+    cannot show.
+
+    Args:
+        device: None for the CPU.
+
+    Returns:
+        [3, 4096] float64, contiguous.
+    """
     size = 1 << _TABLE_BITS
     centres = [1 + (i + 0.5) / size for i in range(size)]
     columns = (
@@ -154,8 +161,7 @@ def _log_table(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         [1 / c for c in centres],
         [round(math.log(c) * 2**44) / 2**44 for c in centres],
     )
-    table = torch.tensor(columns, dtype=torch.float64, device=device)
-    return table[0], table[1], table[2]
+    return torch.tensor(columns, dtype=torch.float64, device=device)
 
 
 def _log(x: Tensor) -> Tensor:
@@ -165,6 +171,6 @@ def _log(x: Tensor) -> Tensor:
     one = 1023 << _MANTISSA_BITS
     mantissa = ((bits & ((1 << _MANTISSA_BITS) - 1)) | one).view(torch.float64)
     index = (bits >> (_MANTISSA_BITS - _TABLE_BITS)) & ((1 << _TABLE_BITS) - 1)
-    centre, inverse, log_centre = _log_table(x.device)
+    centre, inverse, log_centre = log_table(x.device)
     r = (mantissa - centre[index]) * inverse[index]
     return (log_centre[index] + exponent * _LN2) + (r - r * r * 0.5)

@@ -13,11 +13,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from trimode.decoding.choose import Choice
+from trimode.decoding.choice import Choice
+from trimode.decoding.choose import widened
 from trimode.decoding.sequence import Sequence
 from trimode.decoding.step import Step
 from trimode.model.corrector import Corrector
 from trimode.model.masks import TRUNK
+from trimode.model.native.step import PackedRows
+from trimode.model.native.choice import Correction, NativeCorrector, PlainEmbedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,35 @@ def waves(before: Items[Before | None]) -> list[list[int]]:
     return found
 
 
+def native_correction(
+    states: Tensor,
+    *,
+    before: Items[Before | None],
+    corrector: Corrector,
+    embeddings: Tensor | PackedRows,
+) -> Correction | None:
+    """The same for the compiled library, which corrects and chooses in one call.
+
+    Args:
+        states: See `choose_in_waves`, for the following ones too.
+        before: See there.
+        corrector: See there.
+        embeddings: See there; or the head's rows, where the embedding is packed.
+
+    Returns:
+        None where the library cannot read the embeddings.
+    """
+    if isinstance(embeddings, Tensor):
+        if not PlainEmbedding.takes(embeddings):
+            return None
+        embeddings = PlainEmbedding(embeddings)
+    pairs = [
+        (-1, -1) if one is None else (-1 if one.token_id is None else one.token_id, one.row)
+        for one in before
+    ]
+    return Correction(NativeCorrector(corrector, embeddings), states, pairs)
+
+
 def choose_in_waves(
     logits: Tensor,
     states: Tensor,
@@ -102,8 +134,7 @@ def choose_in_waves(
         banned: [any] int64. Tokens that are never chosen, so no candidates; as in training.
         choose_rows: Chooses for some rows of the logits, given with their numbers.
     """
-    if logits.dtype not in (torch.float32, torch.float64):  # as the choice does; here for the sum
-        logits = logits.float()
+    logits = widened(logits)  # as the choice does; here for the sum
     token_ids = [0] * len(before)
     parts: list[tuple[list[int], Choice]] = []
     for rows in waves(before):

@@ -8,11 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimode.decoding.choose import Choice, choose
+from trimode.decoding.choice import Choice
+from trimode.decoding.choose import choose, widened
 from trimode.decoding.law import RowLaw
+from trimode.decoding.native_choice import is_native
 from trimode.decoding.sequence import Sequence
 from trimode.decoding.step import Readout, Step
-from trimode.engine.correction import Before, choose_in_waves, tokens_before
+from trimode.engine.correction import (
+    Before,
+    choose_in_waves,
+    native_correction,
+    tokens_before,
+)
 from trimode.errors import ConfigError
 from trimode.model import (
     AdapterSwitch,
@@ -23,6 +30,7 @@ from trimode.model import (
 )
 from trimode.model.attention import RowFeed
 from trimode.model.masks import TRUNK
+from trimode.model.native.choice import Correction
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +110,16 @@ class Runner:
 
     def _choose(self, packed: list[Feed], states: Tensor, logits: Tensor) -> Choice:
         """A choice for each of the wanted answers, [W, H] and [W, V], in packed order."""
+        logits = widened(logits)
         params = [feed.seq.params for feed in packed for _ in feed.step.wanted]
         positions = [p for feed in packed for p in feed.step.answer_positions]
         targets = [target for feed in packed for target in _targets(feed.step)]
         laws = _laws(packed, num_tokens=self._model.config.vocab_size)
         num_logprobs = _num_logprobs(packed)
 
-        def choose_rows(logits: Tensor, rows: Items[int]) -> Choice:
+        def choose_rows(
+            logits: Tensor, rows: Items[int], correction: Correction | None = None
+        ) -> Choice:
             return choose(
                 logits,
                 params=[params[row] for row in rows],
@@ -121,6 +132,7 @@ class Runner:
                 laws=[laws[row] for row in rows] if laws else [],
                 num_logprobs=[num_logprobs[row] for row in rows] if num_logprobs else [],
                 none_id=self._model.config.mask_token_id,
+                correction=correction,
             )
 
         corrector = None if self._adapter is None else self._adapter.corrector
@@ -130,12 +142,20 @@ class Runner:
                 before += tokens_before(feed.seq, feed.step, first_row=len(before))
         if corrector is None or not any(before):
             return choose_rows(logits, range(len(logits)))
+        embeddings = self._model.embedding_rows
+        if is_native(logits):
+            correction = native_correction(
+                states, before=before, corrector=corrector, embeddings=embeddings
+            )
+            if correction is not None:
+                return choose_rows(logits, range(len(logits)), correction)
+        assert isinstance(embeddings, Tensor), "packed weights have a library that corrects"
         return choose_in_waves(
             logits,
             states,
             before=before,
             corrector=corrector,
-            embeddings=self._model.encoder.embed_tokens.weight,
+            embeddings=embeddings,
             banned=self._banned,
             choose_rows=choose_rows,
         )

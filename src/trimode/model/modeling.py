@@ -26,7 +26,7 @@ from trimode.model.configuration import NemotronLabsDiffusionConfig, TriModeConf
 from trimode.model.linear import Linear
 from trimode.model.masks import TRUNK, dense_mask, fed_mask
 from trimode.model.native import modules as native_modules
-from trimode.model.native.step import NativeNetwork
+from trimode.model.native.step import NativeNetwork, PackedRows
 
 Weights = Literal["plain", "native"]
 """How the weights of a model lie in memory; see `TriModeModel.pack`."""
@@ -313,6 +313,13 @@ class TriModeModel(PreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.diffusion_head = value
+
+    @property
+    def embedding_rows(self) -> Tensor | PackedRows:
+        """Input embeddings of all tokens [V, H]; where they are packed, what the library reads."""
+        if self.native is not None and self.config.tie_word_embeddings:
+            return self.native.embedding
+        return self.encoder.embed_tokens.weight
 
     @property
     def weights(self) -> Weights:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int32, c_void_p
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
@@ -121,6 +121,20 @@ class Fed:
         return cls(*np.array([rows, cells, prefixes, starts, stops], dtype=np.int32))
 
 
+class PackedRows:
+    """The head's rows as the library reads input embeddings, where these are tied.
+
+    Attributes:
+        address: Of an `EmbeddingView`, good as long as the network.
+    """
+
+    __slots__ = ("_network", "address")
+
+    def __init__(self, network: NativeNetwork, address: int) -> None:
+        self._network = network
+        self.address = address
+
+
 class NativeNetwork:
     """A network whose weights are packed, in memory of its own.
 
@@ -161,9 +175,17 @@ class NativeNetwork:
         self._adapters: WeakKeyDictionary[DrafterAdapter, c_void_p] = WeakKeyDictionary()
 
     @property
+    def embedding(self) -> PackedRows:
+        """Of a tied head."""
+        return PackedRows(self, self._c.trimode_model_embedding(self._model))
+
+    @property
     def num_bytes(self) -> int:
         """Of the packed weights."""
         return int(self._c.trimode_model_bytes(self._model))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # packed weights never change
 
     def set(self, layer: int, target: str, weight: Tensor, bias: Tensor | None = None) -> None:
         """Pack one weight [out, in], which may be thrown away afterwards."""

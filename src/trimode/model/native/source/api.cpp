@@ -55,6 +55,26 @@ Weight& weight_of(Model& model, int layer, int target) {
     return layer < 0 ? model.head : model.layers[layer].weights[target];
 }
 
+struct PlainEmbedding {
+    EmbeddingView view;
+    const void* data;
+    int32_t form, hidden_size;
+};
+
+void plain_row(const void* self, int32_t token_id, float* out) {
+    const auto& plain = *static_cast<const PlainEmbedding*>(self);
+    int64_t at = int64_t(token_id) * plain.hidden_size;
+    if (plain.form == FLOAT32) {
+        std::memcpy(out, static_cast<const float*>(plain.data) + at, plain.hidden_size * 4ul);
+        return;
+    }
+    const auto* row = static_cast<const uint16_t*>(plain.data) + at;
+    for (int i = 0; i < plain.hidden_size; i++) {
+        uint32_t bits = uint32_t(row[i]) << 16;
+        std::memcpy(out + i, &bits, 4);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -200,6 +220,15 @@ void trimode_adapter_set_masks(Adapter* adapter, const float* embeddings, int pl
     adapter->num_places = places;
 }
 
+// Rows of the head as input embeddings, for as long as the model lives.
+const EmbeddingView* trimode_model_embedding(Model* model) {
+    model->embedding_view = {model, [](const void* self, int32_t id, float* out) {
+                                 const auto& model = *static_cast<const Model*>(self);
+                                 model.kernels->unpack_row(model.head, id, out);
+                             }};
+    return &model->embedding_view;
+}
+
 // Rows of the head: [num, in] float32.
 void trimode_model_rows(Model* model, const int32_t* ids, int num, float* out) {
     for (int i = 0; i < num; i++)
@@ -208,15 +237,33 @@ void trimode_model_rows(Model* model, const int32_t* ids, int num, float* out) {
 
 // states: [num, H]; logits: [num, V].
 void trimode_head(Model* model, const float* states, int num, float* logits) {
+    FloatMode mode;
     model->kernels->head(*model, states, num, logits);
 }
 
 void trimode_forward(Model* model, const Forward* forward) {
+    FloatMode mode;
     model->kernels->forward(*model, *forward);
 }
 
 void trimode_choose(const Kernels* kernels, Threads* threads, const ChoiceBatch* batch) {
+    FloatMode mode;
     kernels->choose(*threads, *batch);
+}
+
+// Sizes of the three structures that Python mirrors.
+void trimode_choice_sizes(int64_t* sizes) {
+    sizes[0] = sizeof(ChoiceRow), sizes[1] = sizeof(ChoiceBatch), sizes[2] = sizeof(CorrectorView);
+}
+
+// A view of a contiguous embedding [V, H] that is Python's own.
+EmbeddingView* trimode_embedding_new(const void* data, int32_t form, int32_t hidden_size) {
+    auto* plain = new PlainEmbedding{{}, data, form, hidden_size};
+    plain->view = {plain, plain_row};
+    return &plain->view;
+}
+void trimode_embedding_free(EmbeddingView* view) {
+    delete static_cast<const PlainEmbedding*>(view->self);
 }
 
 #pragma GCC visibility pop

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "choice_batch.h"
 #include "threads.h"
 
 namespace trimode {
@@ -72,6 +73,7 @@ struct Model {
     const float* sin = nullptr;
     const float* query_scale = nullptr;  // [positions] or null
     int64_t num_positions = 0;
+    EmbeddingView embedding_view{};  // of a tied head
     std::vector<char> workspace;
     char* arena = nullptr;  // all packed weights, one after the other in the order of reading
     int64_t arena_bytes = 0;

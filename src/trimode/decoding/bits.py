@@ -1,0 +1,41 @@
+"""Sets of tokens as packed bits: small, and what the native step and llguidance work with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Bits = NDArray[np.uint32]
+"""[at least ceil(V / 32)]. Token i has bit i % 32, from the lowest, of word i // 32. Bits behind
+the last token may be anything."""
+
+
+def no_tokens(num_tokens: int) -> Bits:
+    """The empty set.
+
+    Args:
+        num_tokens: Size of the vocabulary V.
+    """
+    return np.zeros((num_tokens + 31) // 32, dtype=np.uint32)
+
+
+def add_tokens(bits: Bits, token_ids: Sequence[int]) -> None:
+    """Add some tokens, in place."""
+    ids = np.asarray(token_ids, dtype=np.int64)
+    np.bitwise_or.at(bits, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
+
+
+def packed(mask: Tensor) -> Bits:
+    """The set of a mask, [V] bool."""
+    octets = np.packbits(mask.cpu().numpy(), bitorder="little")
+    return np.pad(octets, (0, -len(octets) % 4)).view(np.uint32)
+
+
+def unpacked(bits: Bits, num_tokens: int) -> Tensor:
+    """[V] bool on the CPU."""
+    octets = np.unpackbits(bits.view(np.uint8), count=num_tokens, bitorder="little")
+    return torch.from_numpy(octets.astype(np.bool_))
