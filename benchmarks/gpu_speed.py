@@ -1,0 +1,2 @@
+def speed(s,r): pass
+def training(s,r): pass
