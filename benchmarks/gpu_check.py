@@ -143,6 +143,7 @@ def parts() -> list[Any]:
     import gpu_engine
     import gpu_speed
     import gpu_tokens
+    import gpu_training
     from gpu_record import Part
 
     return [
@@ -150,7 +151,7 @@ def parts() -> list[Any]:
         Part("tokens", gpu_tokens.tokens, 75, 100),
         Part("adapters", gpu_engine.adapters, 20, 35),
         Part("serving", gpu_engine.serving, 65, 90),
-        Part("training", gpu_speed.training, 60, 80),
+        Part("training", gpu_training.training, 60, 80),
         Part("speed", gpu_speed.speed, 60, 80),
     ]
 

@@ -365,7 +365,9 @@ def _judge(
             margin, bound = reference.margin(i, place, seed=i), reference.bound
             record.check(f"{name}: {spec}, prompt {i}", margin <= bound, margin=margin, bound=bound)
         elif lm.model.dtype is torch.float32:
-            num = wavers(lm, lambda one, i=i, s=spec: _alone(one, prompts[i], i, s, len(alone[i, j])))
+            num = wavers(
+                lm, lambda one, i=i, s=spec: _alone(one, prompts[i], i, s, len(alone[i, j]))
+            )
             record.check(f"{name}: {spec}, prompt {i}", num > 0, num_moved_that_differ=num)
         else:
             record.figures.setdefault(f"{name}: block diffusion differs", []).append([i, j, place])

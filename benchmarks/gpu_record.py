@@ -5,6 +5,7 @@ Nothing is skipped in silence: a part that runs out of time names what it did no
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,12 +77,26 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            "status": self.status,
-            "checks": self.checks,
-            "figures": self.figures,
-            "left_out": self.left_out,
-        }
+        found: dict[str, Any] = _as_json(
+            {
+                "status": self.status,
+                "checks": self.checks,
+                "figures": self.figures,
+                "left_out": self.left_out,
+            }
+        )
+        return found
+
+
+def _as_json(value: Any) -> Any:
+    """The same, with words for the numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 @dataclass(frozen=True)
