@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ Answers = list[Tensor]
 def random_adapter(model: TriModeModel) -> DrafterAdapter:
     """On every linear layer, in both views and forms, with mask embeddings and a corrector."""
     generator = torch.Generator().manual_seed(3)
-    hidden, table = model.config.hidden_size, model.encoder.embed_tokens.weight.float().cpu()
+    hidden, table = model.config.hidden_size, model.encoder.embed_tokens.weight.detach()
     before, state, candidate = (torch.randn(4, hidden, generator=generator) for _ in range(3))
     adapter = new_adapter(
         model.encoder.layers,
@@ -45,7 +46,7 @@ def random_adapter(model: TriModeModel) -> DrafterAdapter:
         form=AdapterForm(
             views=VIEWS, adapts_clean=False, draft_forms=("skip", "block"), num_masks=4
         ),
-        mask_embeddings=torch.randn(3, hidden, generator=generator) * table.std(),
+        mask_embeddings=torch.randn(3, hidden, generator=generator) * float(table.float().std()),
         corrector=Corrector(before, 0.1 * state, candidate, num_candidates=16),
     )
     with torch.no_grad():
@@ -271,10 +272,16 @@ def serving(setting: Setting, record: Record) -> None:
             thread.stop()
         seconds = time.monotonic() - load_s
         counts = engine.counts
-        record.check(f"{name}: all finish without an error", not found.failures and is_whole,
-                     failures=found.failures[:5], **found.counts)  # fmt: skip
-        record.check(f"{name}: rows were preempted and prefixes reused",
-                     setting.is_small or (counts.preemptions > 0 and counts.reused_tokens > 0))  # fmt: skip
+        record.check(
+            f"{name}: all finish without an error",
+            not found.failures and is_whole,
+            failures=found.failures[:5],
+            **found.counts,
+        )
+        record.check(
+            f"{name}: rows were preempted and prefixes reused",
+            setting.is_small or (counts.preemptions > 0 and counts.reused_tokens > 0),
+        )
         record.figures[name] = {
             "seconds": round(seconds, 1),
             "requests": sum(found.counts.values()),
@@ -365,9 +372,8 @@ def _judge(
             margin, bound = reference.margin(i, place, seed=i), reference.bound
             record.check(f"{name}: {spec}, prompt {i}", margin <= bound, margin=margin, bound=bound)
         elif lm.model.dtype is torch.float32:
-            num = wavers(
-                lm, lambda one, i=i, s=spec: _alone(one, prompts[i], i, s, len(alone[i, j]))
-            )
+            write = partial(_alone, prompt=prompts[i], seed=i, spec=spec, num_tokens=len(expected))
+            num = wavers(lm, write)
             record.check(f"{name}: {spec}, prompt {i}", num > 0, num_moved_that_differ=num)
         else:
             record.figures.setdefault(f"{name}: block diffusion differs", []).append([i, j, place])

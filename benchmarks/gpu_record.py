@@ -1,4 +1,4 @@
-"""What a part of `gpu_check.py` is told, and what it writes down: checks, figures, what it left out.
+"""What a part of `gpu_check.py` is told and writes down: checks, figures, what it left out.
 
 Nothing is skipped in silence: a part that runs out of time names what it did not do.
 """

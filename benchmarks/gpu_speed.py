@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,7 +87,6 @@ def ceilings(setting: Setting, record: Record) -> tuple[float, float]:
     one = torch.ones(size, device=setting.device, dtype=torch.bfloat16)
     other = torch.empty_like(one)
     copy_s = median_s(setting, lambda: other.copy_(one), num=10)
-    del one, other
     side = setting.pick(8192, 128)
     left, right = (
         torch.randn(side, side, device=setting.device, dtype=torch.bfloat16) for _ in range(2)

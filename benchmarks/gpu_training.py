@@ -42,7 +42,10 @@ def batch_of(step: int, row_len: int) -> TrainingBatch:
 
 def attention(setting: Setting, record: Record, row_len: int, dtype: torch.dtype) -> None:
     """The dual stream's attention, by both kernels."""
-    device = setting.device
+    device, has_backward = setting.device, has_flex(setting.device)
+    if device.type == "cuda" and not has_backward:
+        record.left_out.append(f"FlexAttention, S {row_len}: needs Triton and Ampere or later")
+        return
     rows = batch_of(0, row_len).rows.to(device)
     generator = torch.Generator().manual_seed(row_len)
 
@@ -60,7 +63,6 @@ def attention(setting: Setting, record: Record, row_len: int, dtype: torch.dtype
         dtype=dtype,
         device=device,
     )
-    has_backward = has_flex(device)
 
     def run(attend: Any, *, learns: bool) -> list[Tensor]:
         given = [x.clone().requires_grad_(learns) for x in inputs]
