@@ -148,7 +148,7 @@ def parts() -> list[Any]:
 
     return [
         Part("noise", gpu_tokens.noise, 15, 30),
-        Part("tokens", gpu_tokens.tokens, 75, 100),
+        Part("tokens", gpu_tokens.tokens, 85, 110),
         Part("adapters", gpu_engine.adapters, 20, 35),
         Part("serving", gpu_engine.serving, 65, 90),
         Part("training", gpu_training.training, 60, 80),

@@ -241,7 +241,7 @@ def serving(setting: Setting, record: Record) -> None:
         if not record.has_time(setting, name):
             continue
         lm = load(setting, dtype, drafter=DRAFTER)
-        prompts = prompts or held_out_prompts(lm, setting.pick(5, 2))
+        prompts = prompts or held_out_prompts(lm, setting.pick(3, 2))
         num_tokens = setting.pick(40, 8)
         alone = {
             (i, j): _alone(lm, prompt, i, spec, num_tokens)

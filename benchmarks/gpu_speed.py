@@ -123,20 +123,26 @@ class Bench:
         self.cache.values.normal_()
         self.runner = Runner(model, self.cache)
 
-    def texts(self, law: dict[str, Any]) -> list[Text]:
-        """Sequences of that length."""
+    def texts(self, law: dict[str, Any], num_lengths: int) -> list[Text]:
+        """Sequences of that length, or of so many lengths up to it."""
         params = GenerationParams(mode="linear", max_new_tokens=1, block_length=WIDE, seed=0, **law)
         mask_token_id = self.model.config.mask_token_id
         found = [Text([0], params, mask_token_id=mask_token_id) for _ in range(self.num_rows)]
-        for text in found:
-            text.length = self.length
+        for row, text in enumerate(found):
+            text.length = self.length - row % num_lengths
         return found
 
     def step_s(
-        self, make: Callable[[Text], Step], *, num: int, law: dict[str, Any], grows: bool
+        self,
+        make: Callable[[Text], Step],
+        *,
+        num: int,
+        law: dict[str, Any],
+        grows: bool,
+        num_lengths: int = 1,
     ) -> list[float]:
         """Seconds of each of some steps; the texts grow by a token a step, or do not."""
-        texts, times = self.texts(law), []
+        texts, times = self.texts(law, num_lengths), []
         for _ in range(num):
             feeds = [Feed(text, row, make(text)) for row, text in enumerate(texts)]
             self.setting.wait()
@@ -148,11 +154,15 @@ class Bench:
                 text.length += grows
         return times
 
-    def busy(self, make: Callable[[Text], Step], law: dict[str, Any]) -> dict[str, Any]:
+    def busy(
+        self, make: Callable[[Text], Step], law: dict[str, Any], num_lengths: int
+    ) -> dict[str, Any]:
         """Seconds that the device works in a step, its kernels, and where most of the time goes."""
         from torch.profiler import ProfilerActivity, profile
 
-        feeds = [Feed(text, row, make(text)) for row, text in enumerate(self.texts(law))]
+        feeds = [
+            Feed(text, row, make(text)) for row, text in enumerate(self.texts(law, num_lengths))
+        ]
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
             self.runner.run(feeds)
             self.setting.wait()
@@ -172,9 +182,10 @@ class Bench:
         }
 
     @torch.inference_mode()
-    def graph_s(self, make: Callable[[Text], Step]) -> float:
+    def graph_s(self, make: Callable[[Text], Step], num_lengths: int) -> float:
         """Seconds of the same forward, head included and choice not, as a CUDA graph."""
-        steps = [make(text) for text in self.texts({})]
+        texts = self.texts({}, num_lengths)
+        steps = [make(text) for text in texts]
         device = self.setting.device
         ids = torch.tensor([i for step in steps for i in step.token_ids], device=device)
         positions = torch.tensor([p for step in steps for p in step.positions], device=device)
@@ -182,7 +193,7 @@ class Bench:
             self.cache,
             [
                 RowFeed(
-                    *(row, self.length),
+                    *(row, texts[row].length),
                     groups=step.groups,
                     positions=step.positions,
                     anchors=step.anchors,
@@ -223,11 +234,14 @@ def many_tokens(text: Text) -> Step:
 
 
 SAMPLED = {"temperature": 0.7, "top_p": 0.95}
-KINDS: tuple[tuple[str, Callable[[Text], Step], dict[str, Any]], ...] = (
-    ("ar", one_token, {}),
-    ("ar, sampled", one_token, SAMPLED),
-    (f"{WIDE} tokens", many_tokens, {}),
+KINDS: tuple[tuple[str, Callable[[Text], Step], dict[str, Any], int], ...] = (
+    ("ar", one_token, {}, 1),
+    ("ar, sampled", one_token, SAMPLED, 1),
+    ("ar, uneven", one_token, {}, 16),
+    (f"{WIDE} tokens", many_tokens, {}, 1),
+    (f"{WIDE} tokens, uneven", many_tokens, {}, 16),
 )
+"""Name, step, law, and how many different lengths there are: uneven ones need a mask."""
 
 
 def decode_speed(setting: Setting, record: Record, *, bandwidth: float) -> None:
@@ -250,13 +264,16 @@ def decode_speed(setting: Setting, record: Record, *, bandwidth: float) -> None:
     for num_rows in setting.pick((1, 32), (1, 4)):
         bench = Bench(model, num_rows=num_rows, length=length, setting=setting)
         of_kinds: dict[str, Any] = {}
-        for kind, make, law in KINDS:
+        for kind, make, law, num_lengths in KINDS:
+            if num_rows == 1 and num_lengths > 1:
+                continue  # one row is always even
             what = f"batch {num_rows}, {kind}"
             if not record.has_time(setting, what):
                 continue
             grows = make is one_token
-            bench.step_s(make, num=3, law=law, grows=grows)
-            times = bench.step_s(make, num=num, law=law, grows=grows)
+            options: dict[str, Any] = {"law": law, "grows": grows, "num_lengths": num_lengths}
+            bench.step_s(make, num=3, **options)
+            times = bench.step_s(make, num=num, **options)
             seconds = statistics.median(times)
             cells = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
             moved = weight_bytes + 2 * cells * num_rows * length
@@ -271,7 +288,9 @@ def decode_speed(setting: Setting, record: Record, *, bandwidth: float) -> None:
             elif "ar" in of_kinds:
                 found["over_one_token"] = 1e3 * seconds / of_kinds["ar"]["step_ms"]
             if setting.device.type == "cuda":
-                found |= _on_device(bench, make, law, moved / bandwidth)
+                found |= _on_device(bench, make, law, num_lengths) | {
+                    "floor_ms": 1e3 * moved / bandwidth
+                }
             of_kinds[kind] = found
         record.figures[f"batch {num_rows}"] = of_kinds
         record.check(f"batch {num_rows}: every step is finite", bool(of_kinds))
@@ -280,16 +299,16 @@ def decode_speed(setting: Setting, record: Record, *, bandwidth: float) -> None:
 
 
 def _on_device(
-    bench: Bench, make: Callable[[Text], Step], law: dict[str, Any], floor_s: float
+    bench: Bench, make: Callable[[Text], Step], law: dict[str, Any], num_lengths: int
 ) -> dict[str, Any]:
     """Figures that only a GPU has; what cannot be had says why."""
-    found: dict[str, Any] = {"floor_ms": 1e3 * floor_s}
+    found: dict[str, Any] = {}
     try:
-        found |= bench.busy(make, law)
+        found |= bench.busy(make, law, num_lengths)
     except (RuntimeError, AttributeError) as error:
         found["busy_ms"] = f"not measured: {error}"
     try:
-        found["graph_ms"] = 1e3 * bench.graph_s(make)
+        found["graph_ms"] = 1e3 * bench.graph_s(make, num_lengths)
     except RuntimeError as error:
         found["graph_ms"] = f"not measured: {error}"
     return found

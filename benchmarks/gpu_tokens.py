@@ -288,8 +288,9 @@ def _cells(*, with_ar: bool) -> Iterator[tuple[str, str | None, Options]]:
         yield "ar", None, {"mode": "ar"}
         yield "ar", DRAFTER, {"mode": "ar"}
     for name, mode in LOSSLESS.items():
-        yield name, None, mode
         yield name, DRAFTER, mode
+        if name in ("linear", "branching"):
+            yield name, None, mode
 
 
 def _own_laws(

@@ -7,6 +7,7 @@ first gradient, 1e-3 in float32 and 3e-2 in bfloat16, against float32 on the CPU
 
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from bench_train import MASK, make_batch, plain_loss_sums
 from gpu_record import Record, Setting
 from torch import Tensor
@@ -122,6 +124,18 @@ def steps(
 
 
 def training(setting: Setting, record: Record) -> None:
+    """All of it; on a GPU every FlexAttention must be a compiled one."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _training(setting, record)
+    if has_flex(setting.device):
+        said = [str(one.message)[:300] for one in caught if "flex_attention" in str(one.message)]
+        record.check("FlexAttention is never left uncompiled", not said, warnings=said[:3])
+        counts = torch._dynamo.utils.counters["stats"]
+        record.figures["compiled graphs"] = int(counts["unique_graphs"])
+
+
+def _training(setting: Setting, record: Record) -> None:
     """Attention at one shape, then the steps, then attention at a shape that fills no whole
     block."""
     row_len, num = setting.pick(256, 64), setting.pick(5, 2)
