@@ -38,6 +38,16 @@ from pathlib import Path
 from typing import Any
 
 NEEDED = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "trimode")
+PARTS: dict[str, tuple[str, float, float]] = {
+    "noise": ("gpu_tokens", 15, 30),
+    "tokens": ("gpu_tokens", 85, 110),
+    "adapters": ("gpu_engine", 20, 35),
+    "serving": ("gpu_engine", 65, 90),
+    "training": ("gpu_training", 60, 80),
+    "speed": ("gpu_speed", 60, 80),
+}
+"""Name, which is also the function's, then its module, after how many seconds it takes up nothing
+new, and after how many it is ended."""
 TOTAL_S = 350.0
 """No part is begun after so long, and none may run longer."""
 PATIENCE = 2.5
@@ -45,33 +55,22 @@ PATIENCE = 2.5
 
 
 def missing(device: str) -> str | None:
-    """What this machine lacks, in one line; None if nothing."""
+    """What this machine lacks, in one line; None if nothing. Imports what the parts need."""
     for name in NEEDED:
         try:
             importlib.import_module(name)
         except ImportError as error:
             reason = str(error).partition("\n")[0]
             return f"{name} cannot be imported by {sys.executable} ({reason})"
-    if device == "cpu":
-        return None
-    found = in_own_process(_probe, limit_s=60.0)
-    if "has_cuda" not in found:
-        return f"CUDA cannot be asked for: {found.get('error', found)}"
-    if not found["has_cuda"]:
-        import torch
-
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
-        return (
-            f"torch {torch.__version__}, built for {built}, sees no CUDA device; name another"
-            " Python with GPU_PYTHON=..., or rehearse with --device cpu --small"
-        )
-    return None
-
-
-def _probe(write: Callable[[dict[str, Any]], None]) -> None:
     import torch
 
-    write({"has_cuda": torch.cuda.is_available()})
+    if device == "cpu" or torch.cuda.is_available():
+        return None
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+    return (
+        f"torch {torch.__version__}, built for {built}, sees no CUDA device; name another Python"
+        " with GPU_PYTHON=..., or rehearse with --device cpu --small"
+    )
 
 
 def in_own_process(
@@ -79,7 +78,8 @@ def in_own_process(
 ) -> dict[str, Any]:
     """What `work` wrote last; with an `error` if it ended badly, or not within `limit_s`.
 
-    The process is a fork, which is quick. This process itself must never touch CUDA.
+    The process is a fork, and CUDA does not survive one. So where parts run on a GPU, this process
+    imports nothing that could ask for one.
     """
     context = get_context("fork")
     reader, writer = context.Pipe(duplex=False)
@@ -110,26 +110,26 @@ def _work(work: Callable[[Callable[[dict[str, Any]], None]], None], writer: Conn
     os._exit(0)  # a CUDA context is not worth taking down in order
 
 
-def run_part(number: int, *, device: str, is_small: bool, limit_s: float) -> dict[str, Any]:
+def run_part(name: str, *, device: str, is_small: bool, limit_s: float) -> dict[str, Any]:
     """Run one part; whatever it does, a record comes back."""
+    module, budget_s, _ = PARTS[name]
 
     def work(write: Callable[[dict[str, Any]], None]) -> None:
         import torch
+        from gpu_record import Record, Setting
 
-        part = parts()[number]
-        budget_s = min(part.budget_s * (PATIENCE if is_small else 1), 0.85 * limit_s)
-        setting = Setting(torch.device(device), is_small, time.monotonic() + budget_s)
-        record = Record()
+        run = getattr(importlib.import_module(module), name)
+        left_s = min(budget_s * (PATIENCE if is_small else 1), 0.85 * limit_s)
+        setting = Setting(torch.device(device), is_small, time.monotonic() + left_s)
+        record = Record(keep=write)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
         try:
-            part.run(setting, record)
+            run(setting, record)
         except Exception as error:
             record.check("ran to its end", False, error=traceback.format_exc())
-            print(f"{part.name}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
         write(record.as_dict())
-
-    from gpu_record import Record, Setting
 
     started_s = time.perf_counter()
     found = in_own_process(work, limit_s=limit_s)
@@ -141,24 +141,6 @@ def run_part(number: int, *, device: str, is_small: bool, limit_s: float) -> dic
     return found | {"seconds": round(time.perf_counter() - started_s, 1)}
 
 
-def parts() -> list[Any]:
-    """All of them, in order."""
-    import gpu_engine
-    import gpu_speed
-    import gpu_tokens
-    import gpu_training
-    from gpu_record import Part
-
-    return [
-        Part("noise", gpu_tokens.noise, 15, 30),
-        Part("tokens", gpu_tokens.tokens, 85, 110),
-        Part("adapters", gpu_engine.adapters, 20, 35),
-        Part("serving", gpu_engine.serving, 65, 90),
-        Part("training", gpu_training.training, 60, 80),
-        Part("speed", gpu_speed.speed, 60, 80),
-    ]
-
-
 def environment(device: str) -> dict[str, Any]:
     """Hardware, versions, commit."""
     import torch
@@ -167,22 +149,12 @@ def environment(device: str) -> dict[str, Any]:
 
     import trimode
 
-    def ask(write: Callable[[dict[str, Any]], None]) -> None:
-        found = torch.cuda.get_device_properties(0)
-        write(
-            {
-                "gpu": found.name,
-                "gpu_memory_gib": round(found.total_memory / 2**30, 1),
-                "capability": [found.major, found.minor],
-            }
-        )
-
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    return {
+    found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -192,8 +164,12 @@ def environment(device: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "trimode": trimode.__version__,
         "commit": commit,
-        **(in_own_process(ask, limit_s=60.0) if device == "cuda" else {}),
     }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        found["gpu"], found["capability"] = gpu.name, [gpu.major, gpu.minor]
+        found["gpu_memory_gib"] = round(gpu.total_memory / 2**30, 1)
+    return found
 
 
 def shown(name: str, found: dict[str, Any]) -> str:
@@ -220,44 +196,53 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these; default: all")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     arguments = parser.parse_args()
-    lacking = missing(arguments.device)
-    if lacking is not None:
-        print(f"gpu_check: {lacking}", file=sys.stderr)
-        return 2
-    all_parts = parts()
-    names = [part.name for part in all_parts]
-    unknown = set(arguments.parts or ()) - set(names)
+    unknown = set(arguments.parts or ()) - set(PARTS)
     if unknown:
-        print(f"gpu_check: no part {sorted(unknown)}; allowed: {names}", file=sys.stderr)
+        print(f"gpu_check: no part {sorted(unknown)}; allowed: {list(PARTS)}", file=sys.stderr)
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     started_s = time.monotonic()
+    if arguments.device == "cpu":
+        for name in {module for module, _, _ in PARTS.values()} if missing("cpu") is None else ():
+            importlib.import_module(name)  # once for all parts
+
+    def look(write: Callable[[dict[str, Any]], None]) -> None:
+        lacking = missing(arguments.device)
+        write({"lacking": lacking} if lacking else environment(arguments.device))
+
+    found = in_own_process(look, limit_s=90.0)
+    lacking = found.get("lacking", found.get("error"))
+    if lacking is not None:
+        print(f"gpu_check: {lacking}", file=sys.stderr)
+        return 2
     record: dict[str, Any] = {
         "arguments": {"device": arguments.device, "small": arguments.small},
-        "environment": environment(arguments.device),
+        "environment": found,
         "parts": {},
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    for number, part in enumerate(all_parts):
+    for name, (_, _, limit_s) in PARTS.items():
         left_s = TOTAL_S - (time.monotonic() - started_s)
-        if arguments.parts and part.name not in arguments.parts:
+        if arguments.parts and name not in arguments.parts:
             continue
         if left_s < 5:
             found = {"status": "skipped", "checks": [], "figures": {}}
             found["left_out"] = [f"all of it: {TOTAL_S:.0f} s were over"]
         else:
             found = run_part(
-                number,
+                name,
                 device=arguments.device,
                 is_small=arguments.small,
-                limit_s=min(part.limit_s * (PATIENCE if arguments.small else 1), left_s),
+                limit_s=min(limit_s * (PATIENCE if arguments.small else 1), left_s),
             )
-        record["parts"][part.name] = found
+        record["parts"][name] = found
         record["seconds"] = round(time.monotonic() - started_s, 1)
         arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(shown(part.name, found), flush=True)
+        print(shown(name, found), flush=True)
     statuses = [found["status"] for found in record["parts"].values()]
     verdict = "FAILED" if "fail" in statuses else "passed"
+    num_left_out = sum(len(found["left_out"]) for found in record["parts"].values())
+    verdict += f", {num_left_out} things left out," if num_left_out else ""
     print(f"{verdict} in {record['seconds']:.0f} s; figures in {arguments.output}")
     return int("fail" in statuses)
 

@@ -51,15 +51,19 @@ class Record:
         checks: Each with its name, whether it holds, and its figures.
         figures: What was measured without a bound to meet.
         left_out: What was not done, and why.
+        keep: Called after every check with all of it, so that it outlasts a crash; None: nobody is.
     """
 
     checks: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    keep: Callable[[dict[str, Any]], None] | None = None
 
     def check(self, name: str, is_good: bool, **figures: Any) -> None:
         """Note whether something holds that must hold."""
         self.checks.append({"name": name, "is_good": bool(is_good), **figures})
+        if self.keep is not None:
+            self.keep(self.as_dict())
 
     def has_time(self, setting: Setting, what: str) -> bool:
         """Whether there is time for something; if not, the record says that it was left out."""
@@ -97,20 +101,3 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of the check.
-
-    Attributes:
-        name: Of one word.
-        run: Does it.
-        budget_s: After so long it takes up nothing new.
-        limit_s: After so long it is ended.
-    """
-
-    name: str
-    run: Callable[[Setting, Record], None]
-    budget_s: float
-    limit_s: float

@@ -152,6 +152,18 @@ def test_a_part_cannot_stop_the_others(part: Callable[[str], ModuleType]) -> Non
     assert time.monotonic() - started_s < 20
 
 
+def test_what_was_found_outlasts_a_crash(part: Callable[[str], ModuleType]) -> None:
+    """Prevents: a part that is ended at its limit and takes its own checks with it."""
+
+    def work(write: Callable[[dict[str, Any]], None]) -> None:
+        part("gpu_record").Record(keep=write).check("one", True, figure=2)
+        os._exit(9)
+
+    found = part("gpu_check").in_own_process(work, limit_s=20.0)
+    assert found["checks"] == [{"name": "one", "is_good": True, "figure": 2}]
+    assert found["error"] == "ended with status 9"
+
+
 def test_numbers_that_json_has_not(part: Callable[[str], ModuleType]) -> None:
     """Prevents: a record that other programs cannot read."""
     record = part("gpu_record").Record()
