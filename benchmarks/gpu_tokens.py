@@ -184,7 +184,8 @@ def wavers(lm: TriModeLM, write: Callable[[TriModeLM], Any]) -> int:
         model = copy.deepcopy(lm.model)
         with torch.no_grad():
             for weight in model.parameters():
-                weight.mul_(1 + MOVED * torch.randn(weight.shape, generator=generator))
+                noise = torch.randn(weight.shape, generator=generator).to(weight)
+                weight.mul_(1 + MOVED * noise)
         found += write(TriModeLM(model, lm.tokenizer, adapter=lm.adapter)) != expected
     return found
 

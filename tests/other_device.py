@@ -171,7 +171,8 @@ def _moved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     device, dtype = kwargs.get("device"), kwargs.get("dtype")
     for value in rest:
         if isinstance(value, Tensor):
-            device, dtype = value.device, value.dtype
+            device = DEVICE if isinstance(value, Elsewhere) else value.device
+            dtype = value.dtype
         elif isinstance(value, torch.dtype):
             dtype = value
         elif isinstance(value, (str, torch.device)):

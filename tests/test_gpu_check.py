@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.other_device import DEVICE, other_device
 from trimode.runtime import TriModeLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +134,24 @@ def test_what_all_but_wavers_is_found(part: Callable[[str], ModuleType], lm: Tri
     tokens = part("gpu_tokens")
     assert tokens.wavers(lm, lambda one: float(one.model.encoder.norm.weight.sum())) == 8
     assert tokens.wavers(lm, lambda one: one.model.config.vocab_size) == 0
+
+
+def test_texts_of_a_batch_are_judged(part: Callable[[str], ModuleType], lm: TriModeLM) -> None:
+    """Prevents: a wrong text under load that passes, or a judgement that works on the CPU only."""
+    engine, record = part("gpu_engine"), part("gpu_record").Record()
+    with other_device():
+        away = TriModeLM(copy.deepcopy(lm.model).to(DEVICE), None)
+        keys = [(0, 0), (1, 1), (0, 8)]  # greedy and sampled AR, block diffusion
+        alone = {(i, j): engine._alone(away, PROMPTS[i], i, engine.SPECS[j], 10) for i, j in keys}
+        others = {key: [text[0] ^ 1, *text[1:]] for key, text in alone.items()}
+        engine._judge(record, "x", away, PROMPTS, alone, engine.Load(others=others))
+    margins = [check.get("margin") for check in record.checks]
+    assert len(record.checks) == 3
+    assert [m > record.checks[0]["bound"] for m in margins[:2]] == [
+        not check["is_good"] for check in record.checks[:2]
+    ]
+    assert record.status == "fail"
+    assert 0 <= record.checks[2]["num_moved_that_differ"] <= 8
 
 
 def test_a_part_cannot_stop_the_others(part: Callable[[str], ModuleType]) -> None:
