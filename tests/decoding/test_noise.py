@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from trimode.decoding import noise
 from trimode.decoding.noise import _log, gumbel, noise_key, noisy_argmax, random_words
 
 EULER = 0.5772156649015329
@@ -117,3 +120,31 @@ def test_the_quick_argmax_is_the_exact_one(scale: float, dtype: torch.dtype) -> 
     keys = torch.tensor([noise_key(seed, 5) for seed in range(200)])
     expected = (scores + gumbel(keys, 500).to(dtype)).argmax(dim=-1)
     assert noisy_argmax(scores, keys).equal(expected)
+
+
+class _Largest(TorchDispatchMode):
+    """Watches how large the tensors are that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.sizes.append(found.numel())
+        return found
+
+
+def test_many_rows_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: 30 GiB of temporaries for the 5,120 answers that 32 branching requests want of a
+    vocabulary of 131,072, and other bits where the parts meet."""
+    keys = torch.tensor([noise_key(3, position) for position in range(11)])
+    whole = gumbel(keys, 100)
+    monkeypatch.setattr(noise, "_MOST_AT_ONCE", 400)
+    with _Largest() as largest:
+        parts = gumbel(keys, 100)
+    assert torch.equal(parts, whole)
+    assert sum(size > 400 for size in largest.sizes) == 1  # the result

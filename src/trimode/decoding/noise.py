@@ -26,6 +26,9 @@ _LN2 = math.log(2.0)
 _NOISE_RANGE = 41.0
 """No two draws of the noise are farther apart."""
 
+_MOST_AT_ONCE = 2**24
+"""Draws that are worked on together; 128 rows of a vocabulary of 131,072."""
+
 _MOST_ROUGH, _ROUGH_ERROR = 20.0, 1e-3
 """Noise up to which torch's own logarithm is trusted, and by how much it is off at most."""
 
@@ -85,9 +88,17 @@ def gumbel(keys: Tensor, num_tokens: int) -> Tensor:
         num_tokens: V.
 
     Returns:
-        [W, V] float64, finite, within (-3.7, 36.8).
+        [W, V] float64, finite, within (-3.7, 36.8). No more than `_MOST_AT_ONCE` of it is worked on
+        at a time: each number takes several temporary ones.
     """
-    return _gumbel_of(random_words(keys, num_tokens))
+    num_rows = max(1, _MOST_AT_ONCE // max(num_tokens, 1))
+    if len(keys) <= num_rows:
+        return _gumbel_of(random_words(keys, num_tokens))
+    found = torch.empty(len(keys), num_tokens, dtype=torch.float64, device=keys.device)
+    for start in range(0, len(keys), num_rows):
+        rows = slice(start, start + num_rows)
+        found[rows] = _gumbel_of(random_words(keys[rows], num_tokens))
+    return found
 
 
 def noisy_argmax(scores: Tensor, keys: Tensor) -> Tensor:
