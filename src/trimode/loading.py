@@ -15,9 +15,9 @@ from trimode.checkpoint.model_cache import resolve
 from trimode.checkpoint.share import load_share
 from trimode.engine.ranks import Ranks, join
 from trimode.errors import ConfigError
-from trimode.model.modeling import as_weights
 from trimode.model.native.modules import refusal
 from trimode.model.shares import share_adapter
+from trimode.model.weights import as_weights
 from trimode.runtime import TriModeLM
 
 

@@ -103,7 +103,7 @@ def equal(case: str) -> Callable[[Path], Any]:
             found = {"sizes": sizes, "is_head_there": not head.is_meta, "error": error}
             return found | {"num_caches": num_caches}
         found = everything(lm)
-        found["errors"] = [_error(lambda: lm.model.pack("packed"))]
+        found["errors"] = [_error(lambda: lm.model.pack("native"))]
         lm.ranks.close()
         found["errors"].append(_error(lambda: lm.generate([1], max_new_tokens=2)))
         return found
@@ -144,7 +144,7 @@ def refused(folder: Path) -> Any:
     rank = int(os.environ["RANK"])
     errors = [
         _error(lambda: trimode.load(folder / "odd", device="cpu", tensor_parallel=True)),
-        _error(lambda: load(folder, "tied", tensor_parallel=True, weights="packed")),
+        _error(lambda: load(folder, "tied", tensor_parallel=True, weights="native")),
     ]
     os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]
     other = "tied" if rank == 0 else "untied"

@@ -362,7 +362,7 @@ def test_costs_are_measured_once(measured: Any, monkeypatch: pytest.MonkeyPatch)
         patched.setattr(costs, "measure", None)
         again = find_costs(model, folder=path.parent).seconds
     assert [[*size, seconds] for size, seconds in again.items()] == json.loads(kept)["seconds"]
-    model.pack("packed")
+    model.pack("native")
     find_costs(model, folder=path.parent / "other")
     assert path.name not in [one.name for one in (path.parent / "other").iterdir()]
 

@@ -185,13 +185,13 @@ def test_what_ranks_refuse(folder: Path) -> None:
         "ConfigError: 2 ranks cannot share out num_attention_heads, which is 3; allowed for this"
         " model: 1 ranks"
     }
-    assert set(packed) == {"ConfigError: weights is 'packed'; allowed with tensor_parallel: plain"}
+    assert set(packed) == {"ConfigError: weights is 'native'; allowed with tensor_parallel: plain"}
     assert set(alike) == {
         "ConfigError: rank 1 has loaded another model, dtype or drafter than rank 0; start all"
         " ranks with the same command"
     }
     assert found(folder, "tied", 0)["errors"] == [
-        "ConfigError: weights is 'packed'; a model shared out over ranks is plain",
+        "ConfigError: weights is 'native'; a model shared out over ranks is plain",
         "TriModeError: the model shared out over ranks is gone: it was closed",
     ]
     assert found(folder, "tied", 1)["error"] == (

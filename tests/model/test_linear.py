@@ -8,14 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import trimode.model.linear
 from trimode.model.linear import Linear
-
-
-@pytest.fixture(params=[0, 2**20], ids=["large", "small"], autouse=True)
-def small_weight(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same weights counted as large ones and as small ones."""
-    monkeypatch.setattr(trimode.model.linear, "SMALL_WEIGHT", request.param)
 
 
 @pytest.fixture(params=[True, False], ids=["bias", "no-bias"])
@@ -90,24 +83,6 @@ def test_a_changed_weight_is_seen_at_once(layer: Linear) -> None:
         after = layer(x)
     assert not after.equal(before)
     torch.testing.assert_close(after.double(), expected(layer, x), rtol=0, atol=1e-5)
-
-
-def test_without_onednn_torch_takes_over(layer: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prevents: a build of torch without oneDNN that cannot decode."""
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr(torch.ops, "mkldnn", None, raising=False)
-    x = torch.randn(20, 48)
-    with torch.inference_mode():
-        assert layer(x).equal(torch.nn.functional.linear(x, layer.weight, layer.bias))
-
-
-def test_a_compiler_sees_torchs_own(layer: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prevents: a product that inductor cannot lower, where it could `nn.Linear`'s."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(torch.ops, "mkldnn", None, raising=False)
-    x = torch.randn(20, 48)
-    with torch.inference_mode():
-        assert layer(x).equal(torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
 def test_is_torchs_own_to_everybody_else(layer: Linear) -> None:

@@ -138,8 +138,9 @@ def test_random_mixtures_equal_dense_attention(
 def test_unsorted_feeds_are_our_own_mistake(tiny_config: Callable[..., TriModeConfig]) -> None:
     """Feeds of different widths packed in an order in which answers would be mixed up."""
     feeds = [causal(0, 0, 2), causal(1, 0, 3), causal(2, 0, 2)]
+    query, key = torch.randn(7, 4, 32), torch.randn(7, 2, 32)
     with pytest.raises(AssertionError, match="sorted"):
-        RowAttention(filled(tiny_config(), 3), feeds)
+        RowAttention(filled(tiny_config(), 3), feeds)(0, query, key, key)
 
 
 def test_stale_cells_are_never_seen(tiny_config: Callable[..., TriModeConfig]) -> None:

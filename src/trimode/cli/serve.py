@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--device", metavar="D", help="cpu, cuda, ...")
     model.add_argument("--dtype", metavar="D", help="float32, bfloat16, ...")
-    model.add_argument("--weights", metavar="FORM", help="plain, packed or int8")
+    model.add_argument("--weights", metavar="FORM", help="plain or native")
     add_threads_argument(model)
     model.add_argument(
         "--generation-config",

@@ -19,8 +19,8 @@ from trimode.decoding.sequence import Sequence
 from trimode.decoding.step import Step
 from trimode.model.corrector import Corrector
 from trimode.model.masks import TRUNK
-from trimode.model.native.step import PackedRows
 from trimode.model.native.choice import Correction, NativeCorrector, PlainEmbedding
+from trimode.model.native.step import PackedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +102,17 @@ def native_correction(
     Returns:
         None where the library cannot read the embeddings.
     """
-    if isinstance(embeddings, Tensor):
-        if not PlainEmbedding.takes(embeddings):
-            return None
-        embeddings = PlainEmbedding(embeddings)
+    if isinstance(embeddings, PackedRows):
+        rows: PackedRows | PlainEmbedding = embeddings
+    elif PlainEmbedding.takes(embeddings):
+        rows = PlainEmbedding(embeddings)
+    else:
+        return None
     pairs = [
         (-1, -1) if one is None else (-1 if one.token_id is None else one.token_id, one.row)
         for one in before
     ]
-    return Correction(NativeCorrector(corrector, embeddings), states, pairs)
+    return Correction(NativeCorrector(corrector, rows), states, pairs)
 
 
 def choose_in_waves(

@@ -161,8 +161,8 @@ class Runner:
         )
 
     def _answer(self, packed: list[Feed]) -> tuple[Tensor, Tensor]:
-        """States [W, H] and logits [W, V] of the wanted tokens, in packed order; K/V of all fed ones
-        go to the cells after each length."""
+        """States [W, H] and logits [W, V] of the wanted tokens, in packed order; K/V of all fed
+        ones go to the cells after each length."""
         wanted, start = [], 0
         for feed in packed:
             wanted += [start + i for i in feed.step.wanted]

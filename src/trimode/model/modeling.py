@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimode.errors import ConfigError
 from trimode.model.adapter import AdapterSwitch
@@ -27,26 +26,11 @@ from trimode.model.linear import Linear
 from trimode.model.masks import TRUNK, dense_mask, fed_mask
 from trimode.model.native import modules as native_modules
 from trimode.model.native.step import NativeNetwork, PackedRows
-
-Weights = Literal["plain", "native"]
-"""How the weights of a model lie in memory; see `TriModeModel.pack`."""
-
-WEIGHTS: tuple[Weights, ...] = ("plain", "native")
+from trimode.model.rotary import Rotary, RotaryAngles
+from trimode.model.weights import Weights, as_weights
 
 Checkpointing = bool | Literal["selective"]
 """What is made again in the backward instead of kept; see `TriModeModel.encode`."""
-
-
-def as_weights(name: str) -> Weights:
-    """A form of the weights by its name.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    for known in WEIGHTS:
-        if name == known:
-            return known
-    raise ConfigError(f"weights is {name!r}; allowed: {', '.join(WEIGHTS)}")
 
 
 class RMSNorm(nn.Module):
@@ -64,82 +48,6 @@ class RMSNorm(nn.Module):
         # bfloat16, beside a float32 weight autocast gives queries and keys in it.
         dtype = torch.promote_types(self.weight.dtype, x.dtype)
         return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
-
-
-class Rotary:
-    """Angles of rotary positions and the query scale. Holds constants only, made from the
-    config."""
-
-    def __init__(self, config: TriModeConfig) -> None:
-        parameters = config.rope_parameters
-        self._config = config
-        self._beta = float(parameters.get("llama_4_scaling_beta") or 0.0)
-        self._original_len = parameters.get(
-            "original_max_position_embeddings", config.max_position_embeddings
-        )
-        self._constants: dict[torch.device, tuple[Tensor, float]] = {}
-
-    def _frequencies(self, device: torch.device) -> tuple[Tensor, float]:
-        """[D/2] float32 inverse frequencies and the attention factor, made once per device."""
-        if device not in self._constants:
-            rope_type = self._config.rope_parameters["rope_type"]
-            if rope_type == "default":
-                theta, dim = self._config.rope_parameters["rope_theta"], self._config.head_dim
-                inverse = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-                factor = 1.0
-            else:
-                inverse, factor = ROPE_INIT_FUNCTIONS[rope_type](self._config, None)
-            self._constants[device] = (inverse.to(device), float(factor))
-        return self._constants[device]
-
-    def table(self, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[P] int64 -> cosines and sines [P, D/2] float32, and the query scale [P] or None.
-
-        Each is rounded from float64, so that it does not depend on how many are made together.
-        """
-        inverse, factor = self._frequencies(position_ids.device)
-        angles = (position_ids[:, None].float() * inverse).double()
-        cos, sin = (angles.cos() * factor).float(), (angles.sin() * factor).float()
-        if not self._beta:
-            return cos, sin, None
-        turns = torch.floor(position_ids.double() / self._original_len)
-        return cos, sin, (1 + self._beta * torch.log(1 + turns)).float()
-
-    def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> RotaryAngles:
-        """position_ids: [...] int64 -> angles for tensors [..., heads, D] of `dtype`."""
-        inverse, factor = self._frequencies(position_ids.device)
-        angles = position_ids[..., None, None].float() * inverse
-        cos, sin = angles.cos(), angles.sin()
-        if factor != 1:
-            cos, sin = cos * factor, sin * factor
-        query_scale = None
-        if self._beta:
-            query_scale = 1 + self._beta * torch.log(
-                1 + torch.floor(position_ids / self._original_len)
-            )
-            query_scale = query_scale[..., None, None].to(dtype)
-        return RotaryAngles(
-            cos=torch.cat((cos, cos), dim=-1).to(dtype),
-            signed_sin=torch.cat((-sin, sin), dim=-1).to(dtype),
-            query_scale=query_scale,
-        )
-
-
-class RotaryAngles:
-    """cos, signed_sin: [..., 1, D]; query_scale: [..., 1, 1] or None. Half-rotation ("neox")
-    layout."""
-
-    __slots__ = ("_half", "cos", "query_scale", "signed_sin")
-
-    def __init__(self, *, cos: Tensor, signed_sin: Tensor, query_scale: Tensor | None) -> None:
-        self.cos = cos
-        self.signed_sin = signed_sin
-        self.query_scale = query_scale
-        self._half = cos.shape[-1] // 2
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """x: [..., heads, D]. rotate_half(x) * sin is roll(x) * signed_sin."""
-        return torch.addcmul(x * self.cos, x.roll(self._half, -1), self.signed_sin)
 
 
 class Attention(nn.Module):
@@ -333,9 +241,9 @@ class TriModeModel(PreTrainedModel):
         plain form.
 
         Args:
-            weights: `native`: for the native step, on the CPU, in the model's dtype; a forward is one
-                call, and every sum has one order (`trimode.model.native`). `plain`: back to what was,
-                layers and head trainable.
+            weights: `native`: for the native step, on the CPU, in the model's dtype. A forward is
+                one call, and every sum has one order (`trimode.model.native`). `plain`: back to
+                what was, layers and head trainable.
 
         Raises:
             ConfigError: no such form; the native step cannot run the model, and why; a part that is
@@ -428,40 +336,16 @@ class TriModeModel(PreTrainedModel):
             [..., H]. `diffusion_head` of any of it gives logits over the vocabulary.
         """
         if self.native is not None:
+            if torch.is_autocast_enabled("cpu"):
+                raise ConfigError("packed weights do not autocast; call model.pack('plain') first")
             assert isinstance(attend, RowAttention), "packed weights run over K/V rows only"
-            hidden, _ = self._run_native(input_ids, position_ids, attend=attend, adapter=adapter)
-            return hidden
+            return native_modules.run(
+                *(self.native, input_ids, position_ids), attend=attend, adapter=adapter
+            )[0]
         if self.leader is None:
             return self._encode(input_ids, position_ids, attend, adapter, checkpointing)
         with self.leader.forward(input_ids, position_ids, attend, adapter):
             return self._encode(input_ids, position_ids, attend, adapter, checkpointing)
-
-    def _run_native(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        *,
-        attend: RowAttention,
-        adapter: AdapterSwitch | None,
-        wanted: Sequence[int] | None = None,
-        wants_logits: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        assert self.native is not None
-        is_on = places = None
-        if adapter is not None:
-            is_on = None if adapter.is_on is None else adapter.is_on.flatten().tolist()
-            places = None if adapter.mask_places is None else adapter.mask_places.tolist()
-        return self.native.forward(
-            input_ids.tolist(),
-            position_ids.tolist(),
-            cache=attend.cache,
-            feeds=attend.feeds,
-            adapter=None if adapter is None else adapter.adapter,
-            is_on=is_on,
-            mask_places=places,
-            wanted=wanted,
-            wants_logits=wants_logits,
-        )
 
     def answer(
         self,
@@ -484,8 +368,8 @@ class TriModeModel(PreTrainedModel):
             Their hidden states [W, H] and logits [W, V].
         """
         if self.native is not None:
-            hidden, logits = self._run_native(
-                *(input_ids, position_ids),
+            hidden, logits = native_modules.run(
+                *(self.native, input_ids, position_ids),
                 attend=attend,
                 adapter=adapter,
                 wanted=wanted,
@@ -586,48 +470,16 @@ class TriModeModel(PreTrainedModel):
         elif position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         if self.native is not None:
-            return CausalLMOutput(
-                logits=self._forward_native(
-                    input_ids, attention_mask, position_ids, pattern=pattern, adapter=adapter
-                )
+            is_real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            logits = native_modules.whole_sequences(
+                *(self, input_ids, is_real.bool(), position_ids.expand_as(input_ids)),
+                is_causal=pattern == "causal",
+                adapter=adapter,
             )
+            return CausalLMOutput(logits=logits)
         attend = DenseAttention(dense_mask(pattern, input_ids, attention_mask))
         hidden = self.encode(input_ids, position_ids, attend=attend, adapter=adapter)
         return CausalLMOutput(logits=self.diffusion_head(hidden))
-
-    def _forward_native(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        *,
-        pattern: str,
-        adapter: AdapterSwitch | None,
-    ) -> Tensor:
-        """[B, T, V]: only real tokens are fed, each sequence as a row; zeros for padding."""
-        num_rows, num_tokens = input_ids.shape
-        is_real = torch.ones_like(input_ids, dtype=torch.bool)
-        if attention_mask is not None:
-            is_real = attention_mask.bool()
-        positions = position_ids.expand_as(input_ids)
-        group = TRUNK if pattern == "causal" else TRUNK + 1
-        feeds = []
-        for row in range(num_rows):
-            own = positions[row, is_real[row]].tolist()
-            if own:
-                anchors = own if group == TRUNK else [-1] * len(own)
-                feeds.append(RowFeed(row, 0, [group] * len(own), own, anchors))
-        switch = None if adapter is None else adapter.of_tokens(is_real)
-        cache = self.new_cache(num_rows=num_rows, num_cells=num_tokens)
-        hidden = self.encode(
-            input_ids[is_real],
-            positions[is_real],
-            attend=RowAttention(cache, feeds),
-            adapter=switch,
-        )
-        logits = torch.zeros(num_rows, num_tokens, self.config.vocab_size)
-        logits[is_real] = self.diffusion_head(hidden)
-        return logits
 
 
 class NemotronLabsDiffusionModel(TriModeModel):

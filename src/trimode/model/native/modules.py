@@ -1,19 +1,22 @@
 """What stands in a model for the parts whose weights are packed: it saves them, and runs no layer.
 
-What is packed cannot be trained, merged into, moved or wrapped; `model.pack("plain")` makes the plain
-parts again.
+What is packed cannot be trained, merged into, moved or wrapped; `model.pack("plain")` makes the
+plain parts again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from trimode.errors import ConfigError
-from trimode.model.adapter import TARGETS
+from trimode.model.adapter import MLP_TARGETS, TARGETS, AdapterSwitch
+from trimode.model.attention import RowAttention, RowFeed
 from trimode.model.linear import Linear
+from trimode.model.masks import TRUNK
 from trimode.model.native import library
 from trimode.model.native.step import FORMS, HEAD, NORMS, NativeNetwork
 
@@ -90,7 +93,7 @@ class PackedLayer(_Packed):
     def tensors(self) -> dict[str, Tensor]:
         found = dict(self._small)
         for target in TARGETS:
-            parent = "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            parent = "mlp" if target in MLP_TARGETS else "self_attn"
             found[f"{parent}.{target}.weight"] = self._network.get(self.layer_index, target)
         return found
 
@@ -148,7 +151,6 @@ def pack(model: TriModeModel) -> NativeNetwork:
     layers: Any = model.encoder.layers
     for index, layer in enumerate(layers):
         layers[index] = PackedLayer(layer, network)
-        del layer
     network.set_norm(HEAD, "", model.encoder.norm.weight)
     network.set(HEAD, "", model.diffusion_head.weight)
     model.diffusion_head = PackedHead(network)  # type: ignore[assignment]
@@ -184,3 +186,68 @@ def unpack(model: TriModeModel) -> None:
         model.encoder.embed_tokens = embedding.eval()
 
 
+def run(
+    network: NativeNetwork,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    *,
+    attend: RowAttention,
+    adapter: AdapterSwitch | None,
+    wanted: Sequence[int] | None = None,
+    wants_logits: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """One forward of packed tokens; see `NativeNetwork.forward` and `TriModeModel.answer`."""
+    is_on = places = None
+    if adapter is not None:
+        is_on = None if adapter.is_on is None else adapter.is_on.flatten().tolist()
+        places = None if adapter.mask_places is None else adapter.mask_places.tolist()
+    return network.forward(
+        input_ids.tolist(),
+        position_ids.tolist(),
+        cache=attend.cache,
+        feeds=attend.feeds,
+        adapter=None if adapter is None else adapter.adapter,
+        is_on=is_on,
+        mask_places=places,
+        wanted=wanted,
+        wants_logits=wants_logits,
+    )
+
+
+def whole_sequences(
+    model: TriModeModel,
+    input_ids: Tensor,
+    is_real: Tensor,
+    position_ids: Tensor,
+    *,
+    is_causal: bool,
+    adapter: AdapterSwitch | None,
+) -> Tensor:
+    """Logits of whole sequences; only real tokens are fed, each sequence over a row of its own.
+
+    Args:
+        model: Packed.
+        input_ids, position_ids: [B, T] int64.
+        is_real: [B, T] bool.
+        is_causal: The AR view; else all tokens of a sequence see each other.
+        adapter: [B, T], as `TriModeModel.encode` has it.
+
+    Returns:
+        [B, T, V] float32; zeros for padding.
+    """
+    num_rows, num_tokens = input_ids.shape
+    feeds = []
+    for row in range(num_rows):
+        own = position_ids[row, is_real[row]].tolist()
+        if own:
+            groups = [TRUNK if is_causal else TRUNK + 1] * len(own)
+            feeds.append(RowFeed(row, 0, groups, own, own if is_causal else [-1] * len(own)))
+    hidden = model.encode(
+        input_ids[is_real],
+        position_ids[is_real],
+        attend=RowAttention(model.new_cache(num_rows=num_rows, num_cells=num_tokens), feeds),
+        adapter=None if adapter is None else adapter.of_tokens(is_real),
+    )
+    logits = torch.zeros(num_rows, num_tokens, model.config.vocab_size)
+    logits[is_real] = model.diffusion_head(hidden)
+    return logits

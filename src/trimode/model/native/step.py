@@ -8,23 +8,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int32, c_void_p
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trimode.errors import CapacityError
+from trimode.errors import CapacityError, ConfigError
 from trimode.model.adapter import TARGETS, DrafterAdapter
 from trimode.model.attention import RowFeed
 from trimode.model.cache import KVCache
 from trimode.model.configuration import TriModeConfig
-from trimode.model.native.library import Library
-
-if TYPE_CHECKING:
-    from trimode.model.modeling import Rotary
+from trimode.model.native.fed import Fed
+from trimode.model.native.library import Library, load
+from trimode.model.rotary import Rotary
 
 FORMS = {torch.float32: 0, torch.bfloat16: 1}
 """Numbers of the forms in source/model.h."""
@@ -70,55 +68,6 @@ class _Forward(Structure):
         ("hidden", c_void_p),
         ("logits", c_void_p),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Fed:
-    """What one forward is fed, as flat arrays: P tokens in packed order.
-
-    Attributes:
-        rows: [P] int32. K/V row of each.
-        cells: [P] int32. Cell that its K/V is written to.
-        prefixes: [P] int32. Cells that it sees from 0 on: the committed ones and trunk tokens.
-        starts, stops: [P] int32. Cells of its own group, which it sees as well; equal if none.
-    """
-
-    rows: np.ndarray
-    cells: np.ndarray
-    prefixes: np.ndarray
-    starts: np.ndarray
-    stops: np.ndarray
-
-    @classmethod
-    def of(cls, feeds: Sequence[RowFeed]) -> Fed:
-        """Lay out what sequences feed. See `masks.fed_mask` for who sees what.
-
-        Raises:
-            AssertionError: trunk tokens are not first and by position, or a group's are no
-                neighbours.
-        """
-        rows: list[int] = []
-        cells: list[int] = []
-        prefixes: list[int] = []
-        starts: list[int] = []
-        stops: list[int] = []
-        for feed in feeds:
-            length, num_tokens = feed.length, len(feed.groups)
-            num_trunk = feed.num_trunk
-            rows += [feed.row] * num_tokens
-            cells += range(length, length + num_tokens)
-            prefixes += range(length + 1, length + num_trunk + 1)
-            starts += [0] * num_trunk
-            stops += [0] * num_trunk
-            if num_trunk < num_tokens:
-                first_position = feed.positions[0]
-                for first, stop in feed.group_runs():
-                    sees = min(max(feed.anchors[first] - first_position + 1, 0), num_trunk)
-                    size = stop - first
-                    prefixes += [length + sees] * size
-                    starts += [length + first] * size
-                    stops += [length + stop] * size
-        return cls(*np.array([rows, cells, prefixes, starts, stops], dtype=np.int32))
 
 
 class PackedRows:
@@ -171,6 +120,7 @@ class NativeNetwork:
         self._model = c_void_p(model)
         finalize(self, self._c.trimode_model_free, self._model)
         self._kept: dict[str, Any] = {}  # what C++ has pointers to
+        self._small: dict[tuple[int, str], Tensor] = {}  # norms and biases, as they were given
         self._num_positions = 0
         self._adapters: WeakKeyDictionary[DrafterAdapter, c_void_p] = WeakKeyDictionary()
 
@@ -187,9 +137,19 @@ class NativeNetwork:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # packed weights never change
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        config, weights = self.config, {}
+        for layer in range(config.num_hidden_layers):
+            for target in TARGETS:
+                weights[layer, target] = self.get(layer, target)
+        weights[HEAD, ""] = self.get(HEAD, "")
+        return _made_again, (config, self.dtype, self._rotary, weights, self._small, self._kept)
+
     def set(self, layer: int, target: str, weight: Tensor, bias: Tensor | None = None) -> None:
         """Pack one weight [out, in], which may be thrown away afterwards."""
         source, kept = _source(weight, bias)
+        if bias is not None:
+            self._small[layer, target] = bias.detach().clone()
         index = TARGETS.index(target) if layer != HEAD else 0
         self._c.trimode_model_set(self._model, layer, index, byref(source))
         del kept
@@ -219,6 +179,7 @@ class NativeNetwork:
     def set_norm(self, layer: int, name: str, weight: Tensor) -> None:
         """Copy the weight of a norm; `name` is from `NORMS`, of no meaning for the last one."""
         which = NORMS.index(name) if layer != HEAD else 0
+        self._small[layer, name] = weight.detach().clone()
         plain = weight.detach().float().contiguous()
         pointer = c_void_p(plain.data_ptr())
         self._c.trimode_model_set_norm(self._model, layer, which, pointer, plain.numel())
@@ -318,9 +279,10 @@ class NativeNetwork:
             self._rotary.table(torch.arange(first, first + _POSITIONS_AT_ONCE))
             for first in range(0, num, _POSITIONS_AT_ONCE)
         ]
-        cos, sin, scale = (
-            None if part[0] is None else torch.cat(part).contiguous() for part in zip(*pieces)
-        )
+        cos = torch.cat([piece[0] for piece in pieces])
+        sin = torch.cat([piece[1] for piece in pieces])
+        scales = [piece[2] for piece in pieces if piece[2] is not None]
+        scale = torch.cat(scales) if scales else None
         with self._lock:
             self._kept["positions"] = cos, sin, scale
             self._c.trimode_model_set_positions(
@@ -361,6 +323,31 @@ class NativeNetwork:
         finalize(adapter, self._c.trimode_adapter_free, found)
         self._adapters[adapter] = found
         return found
+
+
+def _made_again(
+    config: TriModeConfig,
+    dtype: torch.dtype,
+    rotary: Rotary,
+    weights: dict[tuple[int, str], Tensor],
+    small: dict[tuple[int, str], Tensor],
+    kept: dict[str, Any],
+) -> NativeNetwork:
+    """The network that was pickled."""
+    library = load()
+    if library is None:
+        raise ConfigError(
+            "a model with packed weights was pickled, and there is no native step here"
+        )
+    network = NativeNetwork(library, config, dtype=dtype, rotary=rotary)
+    for (layer, name), weight in small.items():
+        if name in NORMS or not name:
+            network.set_norm(layer, name, weight)
+    for (layer, target), weight in weights.items():
+        network.set(layer, target, weight, small.get((layer, target)) if target else None)
+    if "embedding" in kept:
+        network.set_embedding(kept["embedding"])
+    return network
 
 
 def _source(weight: Tensor, bias: Tensor | None) -> tuple[_Source, tuple[Tensor, ...]]:

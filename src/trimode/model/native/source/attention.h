@@ -151,17 +151,21 @@ inline bool has_head_dim(int D) {
     return n <= 8 || n == 10 || n == 12 || n == 14 || n == 16 || n == 24 || n == 32;
 }
 
-// Join spans in their order and divide: out[D].
-inline void join(const Partial* parts, int num_parts, int D, float* out) {
+// Join spans in their order and divide: out[D]. They lie `stride` apart.
+inline void join(const Partial* parts, int num_parts, int stride, int D, float* out) {
     float top = parts[0].top;
-    for (int i = 1; i < num_parts; i++) top = parts[i].top > top ? parts[i].top : top;
+    for (int i = 1; i < num_parts; i++) {
+        const float one = parts[long(i) * stride].top;
+        top = one > top ? one : top;
+    }
     float total = 0;
     for (int d = 0; d < D; d++) out[d] = 0;
     for (int i = 0; i < num_parts; i++) {
+        const Partial& part = parts[long(i) * stride];
         float kept[W];
-        store(kept, exp(set1(parts[i].top - top)));
-        total = total + parts[i].total * kept[0];
-        for (int d = 0; d < D; d++) out[d] = out[d] + parts[i].values[d] * kept[0];
+        store(kept, exp(set1(part.top - top)));
+        total = total + part.total * kept[0];
+        for (int d = 0; d < D; d++) out[d] = out[d] + part.values[d] * kept[0];
     }
     for (int d = 0; d < D; d++) out[d] = out[d] / total;
 }

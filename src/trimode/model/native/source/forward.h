@@ -481,11 +481,7 @@ class Pass {
     void finish_head(int t, int head, int num) {
         const int D = shape_.head_dim;
         float out[MOST_HEAD_DIM];
-        Partial parts[256];
-        Partial* all = num <= 256 ? parts : new Partial[num];
-        for (int i = 0; i < num; i++) all[i] = *partials(items_[t] + i, head);
-        join(all, num, D, out);
-        if (all != parts) delete[] all;
+        join(partials(items_[t], head), num, shape_.num_heads, D, out);
         for (int i = 0; i < D; i += W) {
             const int n = std::min(W, D - i);
             put(attended_, form_, t, head * D + i, load(out + i, n), n);
