@@ -212,13 +212,48 @@ def test_what_is_packed_takes_no_new_weights(tiny_model: Callable[..., TriModeMo
         tiny_model(torch.float32).pack().load_state_dict(state)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 7, 14])
+def test_int8_is_near(tiny_model: Callable[..., TriModeModel], num_tokens: int) -> None:
+    """Prevents: int8 with a scale of the wrong group, an offset left in, a token coloured by its
+    neighbours, an adapter that is dropped."""
+    model = distinct_norms(tiny_model(torch.float32, tie_word_embeddings=True))
+    adapter = disagreeing_adapter(model)
+    switches = [None, AdapterSwitch(adapter, None)]
+    wanted = [answers(model, num_tokens=num_tokens, adapter=one) for one in switches]
+    model.pack("int8")
+    for one, expected in zip(switches, wanted, strict=True):
+        found = answers(model, num_tokens=num_tokens, adapter=one)
+        assert (found - expected).norm() < 0.05 * expected.norm()
+        assert found[:num_tokens].equal(found[num_tokens : 2 * num_tokens])  # alone, and beside
+
+
+def test_int8_says_what_it_cannot(tiny_model: Callable[..., TriModeModel], tmp_path: Path) -> None:
+    """Prevents: rounded weights saved as if they were the model's."""
+    model = tiny_model(torch.float32).pack("int8")
+    for undo in (model.state_dict, model.train, lambda: model.pack("native")):
+        with pytest.raises(ConfigError, match="int8"):
+            undo()
+    assert model.weights == "int8"
+    with pytest.raises(ConfigError, match="float64"):
+        tiny_model(torch.float64).pack("int8")
+
+
+def test_int8_passes_on_what_is_not_finite(tiny_model: Callable[..., TriModeModel]) -> None:
+    """Prevents: a NaN that is rounded to a number, and so a broken sequence that goes on."""
+    model = tiny_model(torch.float32)
+    with torch.no_grad():
+        model.encoder.embed_tokens.weight[5] = torch.nan
+    model.pack("int8")
+    assert model(torch.tensor([[5]])).logits.isnan().all()
+
+
 def test_pack_knows_its_forms(tiny_model: Callable[..., TriModeModel]) -> None:
     """Prevents: whatever is not `native` taken for `plain`; a reason that names no way out."""
     with pytest.raises(
         ConfigError, match="'native'; .* the model is torch.float64; allowed: plain"
     ):
         tiny_model(torch.float64).pack()
-    with pytest.raises(ConfigError, match="'fp8'; allowed: plain, native"):
+    with pytest.raises(ConfigError, match="'fp8'; allowed: plain, native, int8"):
         tiny_model(torch.float32).pack("fp8")  # type: ignore[arg-type]
 
 

@@ -216,7 +216,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, has_drafter: bool = 
     model.add_argument(
         "--weights",
         metavar="FORM",
-        help="plain or native: how weights lie in memory (default: native where that can run,"
+        help="plain, native or int8: how weights lie in memory (default: native where that can run,"
         " which is on a CPU in float32 or bfloat16)",
     )
     add_threads_argument(model)

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--device", metavar="D", help="cpu, cuda, ...")
     model.add_argument("--dtype", metavar="D", help="float32, bfloat16, ...")
-    model.add_argument("--weights", metavar="FORM", help="plain or native")
+    model.add_argument("--weights", metavar="FORM", help="plain, native or int8")
     add_threads_argument(model)
     model.add_argument(
         "--generation-config",

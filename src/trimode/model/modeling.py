@@ -232,7 +232,7 @@ class TriModeModel(PreTrainedModel):
     @property
     def weights(self) -> Weights:
         """The form of the weights."""
-        return "plain" if self.native is None else "native"
+        return "plain" if self.native is None else self.native.weights
 
     def pack(self, weights: Weights = "native") -> Self:
         """Bring the weights into a form for decoding, in place; they are not held twice.
@@ -242,12 +242,14 @@ class TriModeModel(PreTrainedModel):
 
         Args:
             weights: `native`: for the native step, on the CPU, in the model's dtype. A forward is
-                one call, and every sum has one order (`trimode.model.native`). `plain`: back to
-                what was, layers and head trainable.
+                one call, and every sum has one order (`trimode.model.native`). `int8`: the same, all
+                matrices rounded to 8 bits, embedding and head too where these are tied; quicker, at
+                a price in quality, and the original weights are gone. `plain`: back to what was,
+                layers and head trainable.
 
         Raises:
-            ConfigError: no such form; the native step cannot run the model, and why; a part that is
-                not ours (PEFT's, say), whose share would be lost; or weights that are shared out
+            ConfigError: no such form; the native step cannot run the model, and why; another form
+                after int8; a part that is not ours (PEFT's, say), whose share would be lost; or weights that are shared out
                 over ranks.
             CapacityError: the packed weights do not fit into memory.
         """
@@ -255,13 +257,13 @@ class TriModeModel(PreTrainedModel):
             return self
         if self.num_ranks > 1:
             raise ConfigError(f"weights is {weights!r}; a model shared out over ranks is plain")
-        if weights == "native":
-            self._refuse_foreign_parts()
-            self.eval()
-            self.native = native_modules.pack(self)
-        else:
+        if self.native is not None:
             native_modules.unpack(self)
             self.native = None
+        if weights != "plain":
+            self._refuse_foreign_parts()
+            self.eval()
+            self.native = native_modules.pack(self, weights)
         return self
 
     def _refuse_foreign_parts(self) -> None:

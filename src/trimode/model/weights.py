@@ -6,10 +6,10 @@ from typing import Literal
 
 from trimode.errors import ConfigError
 
-Weights = Literal["plain", "native"]
+Weights = Literal["plain", "native", "int8"]
 """How the weights of a model lie in memory; see `TriModeModel.pack`."""
 
-WEIGHTS: tuple[Weights, ...] = ("plain", "native")
+WEIGHTS: tuple[Weights, ...] = ("plain", "native", "int8")
 
 
 def as_weights(name: str) -> Weights:

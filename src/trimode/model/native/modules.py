@@ -19,6 +19,7 @@ from trimode.model.linear import Linear
 from trimode.model.masks import TRUNK
 from trimode.model.native import library
 from trimode.model.native.step import FORMS, HEAD, NORMS, NativeNetwork
+from trimode.model.weights import Weights
 
 if TYPE_CHECKING:
     from trimode.model.modeling import Layer, TriModeModel
@@ -39,8 +40,8 @@ def refusal(model: TriModeModel) -> str | None:
     if not status.library.c.trimode_has_head_dim(status.library.kernels, config.head_dim):
         return f"the native step has no heads of {config.head_dim}"
     sizes = (config.hidden_size, config.intermediate_size)
-    if dtype is torch.bfloat16 and any(size % 2 for size in sizes):
-        return "the native step takes even sizes in bfloat16"
+    if any(size % 2 for size in sizes):
+        return f"the native step takes even sizes, and the model's are {sizes}"
     return None
 
 
@@ -48,7 +49,11 @@ class _Packed(nn.Module):
     """A part without modules or parameters inside, saved as the plain one it was made from."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state of the plain part, bit for bit."""
+        """The state of the plain part, bit for bit.
+
+        Raises:
+            ConfigError: the weights are int8.
+        """
         raise NotImplementedError
 
     def _save_to_state_dict(
@@ -135,7 +140,7 @@ class PackedHead(_Packed):
         destination[prefix + "weight"] = tied if is_tied else self.tensors()["weight"]
 
 
-def pack(model: TriModeModel) -> NativeNetwork:
+def pack(model: TriModeModel, weights: Weights) -> NativeNetwork:
     """Pack a plain model's weights, part by part; each plain part goes when its copy is made.
 
     Raises:
@@ -144,10 +149,12 @@ def pack(model: TriModeModel) -> NativeNetwork:
     """
     reason = refusal(model)
     if reason is not None:
-        raise ConfigError(f"weights is 'native'; {reason}; allowed: plain")
+        raise ConfigError(f"weights is {weights!r}; {reason}; allowed: plain")
     found = library.load()
     assert found is not None
-    network = NativeNetwork(found, model.config, dtype=model.dtype, rotary=model.rotary)
+    network = NativeNetwork(
+        *(found, model.config), dtype=model.dtype, weights=weights, rotary=model.rotary
+    )
     layers: Any = model.encoder.layers
     for index, layer in enumerate(layers):
         layers[index] = PackedLayer(layer, network)

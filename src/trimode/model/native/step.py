@@ -23,9 +23,13 @@ from trimode.model.configuration import TriModeConfig
 from trimode.model.native.fed import Fed
 from trimode.model.native.library import Library, load
 from trimode.model.rotary import Rotary
+from trimode.model.weights import Weights
 
 FORMS = {torch.float32: 0, torch.bfloat16: 1}
 """Numbers of the forms in source/model.h."""
+
+INT8 = 2
+"""The form of weights that are rounded to 8 bits."""
 
 HEAD = -1
 """Stands for the head where a layer's index is asked for, and for the last norm."""
@@ -92,7 +96,8 @@ class NativeNetwork:
     Args:
         library: Compiled.
         config: Of the network.
-        dtype: Form of the weights: float32 or bfloat16.
+        dtype: Of the original: float32 or bfloat16, which `native` keeps.
+        weights: `native` or `int8`.
         rotary: Makes angles of positions.
 
     Raises:
@@ -100,10 +105,17 @@ class NativeNetwork:
     """
 
     def __init__(
-        self, library: Library, config: TriModeConfig, *, dtype: torch.dtype, rotary: Rotary
+        self,
+        library: Library,
+        config: TriModeConfig,
+        *,
+        dtype: torch.dtype,
+        weights: Weights = "native",
+        rotary: Rotary,
     ) -> None:
         self.config = config
         self.dtype = dtype
+        self.weights = weights
         self._c = library.c
         self._library = library
         self._rotary = rotary
@@ -111,7 +123,8 @@ class NativeNetwork:
         shape = _Shape(
             *(config.vocab_size, config.hidden_size, config.intermediate_size),
             *(config.num_hidden_layers, config.num_attention_heads),
-            *(config.num_key_value_heads, config.head_dim, FORMS[dtype]),
+            *(config.num_key_value_heads, config.head_dim),
+            INT8 if weights == "int8" else FORMS[dtype],
             *(int(config.tie_word_embeddings), config.rms_norm_eps),
         )
         model = self._c.trimode_model_new(library.kernels, library.threads, byref(shape))
@@ -155,7 +168,16 @@ class NativeNetwork:
         del kept
 
     def get(self, layer: int, target: str) -> Tensor:
-        """[out, in]: a weight as it was given, bit for bit."""
+        """[out, in]: a weight as it was given, bit for bit.
+
+        Raises:
+            ConfigError: it was rounded to int8.
+        """
+        if self.weights == "int8":
+            raise ConfigError(
+                "the weights are int8 and the original ones are gone; load with weights='native' or"
+                " 'plain' to save, convert, copy or move the model"
+            )
         index = TARGETS.index(target) if layer != HEAD else 0
         out = torch.empty(self._shape_of(layer, target), dtype=torch.float32)
         self._c.trimode_model_get(self._model, layer, index, c_void_p(out.data_ptr()))

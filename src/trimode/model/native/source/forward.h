@@ -18,10 +18,13 @@ using namespace trimode;
 
 constexpr int ROWS_AT_ONCE = 8;  // a thread's share of what is done row by row
 
-// What a product reads: rows of floats, or of bfloat16 where the CPU multiplies these in pairs.
+// What a product reads: rows of floats, or of bfloat16 where the CPU multiplies these in pairs. For
+// weights in 8 bits the floats are written first, then rounded (`Pass::round`).
 struct Input {
     char* data;
-    long stride;  // in elements
+    long stride;             // in elements
+    char* rounded = nullptr;  // rows in 8 bits
+    long rounded_stride = 0;  // in bytes
 };
 
 inline bool is_rounded(int form) { return form == BFLOAT16 && HAS_PAIRS; }
@@ -39,6 +42,13 @@ inline void tile(const Weight& weight, int panel, const Input& x, int first, int
     if (weight.form == FLOAT32) {
         const float* from = (const float*)x.data + first * x.stride;
         TILE(tile_float32, rows, from, x.stride, weight.in, (const float*)data, y);
+    } else if (weight.form == INT8) {
+        const char* from = x.rounded + first * x.rounded_stride;
+        for (int r = 0; r < rows; r += MOST_ROWS_INT8) {
+            const int some = std::min(MOST_ROWS_INT8, rows - r);
+            TILE_INT8(tile_int8, some, from + r * x.rounded_stride, x.rounded_stride, weight.in, data,
+                      y + r * PANEL);
+        }
     } else {
         const Bf16Input* from = (const Bf16Input*)x.data + first * x.stride;
         TILE(tile_bfloat16, rows, from, x.stride, weight.in, (const bf16*)data, y);
@@ -88,7 +98,7 @@ class Pass {
   public:
     Pass(Model& model, const Forward& forward)
         : model_(model), shape_(model.shape), f_(forward), threads_(*model.threads),
-          form_(model.shape.form), num_rows_(forward.num_tokens) {}
+          form_(model.shape.form), lora_form_(form_ == FLOAT32 ? FLOAT32 : BFLOAT16), num_rows_(forward.num_tokens) {}
 
     void run() {
         Workspace workspace(model_.workspace);
@@ -121,6 +131,7 @@ class Pass {
     const Forward& f_;
     Threads& threads_;
     const int form_;
+    const int lora_form_;  // of the adapter
     const int num_rows_;
 
     float *x_, *q_, *k_, *v_;
@@ -136,9 +147,22 @@ class Pass {
     int kv_size() const { return shape_.num_kv_heads * shape_.head_dim; }
     int seen(int t) const { return f_.prefixes[t] + f_.stops[t] - f_.starts[t]; }
 
-    Input input(Workspace& w, int rows, int size) {
+    Input input(Workspace& w, int rows, int size, int form) {
         const long stride = (size + 15) / 16 * 16;
-        return {w.take<char>(rows * stride * element_bytes(form_)), stride};
+        Input found{w.take<char>(rows * stride * element_bytes(form)), stride};
+        if (form == INT8) {
+            found.rounded_stride = quantized_bytes(size);
+            found.rounded = w.take<char>(rows * found.rounded_stride);
+        }
+        return found;
+    }
+
+    // Have the rows of an input in 8 bits too, if the weights are.
+    void round(const Input& x, int size, int count) {
+        if (form_ != INT8) return;
+        rows(count, [&](int t) {
+            quantize((const float*)x.data + t * x.stride, size, x.rounded + t * x.rounded_stride);
+        });
     }
 
     void take(Workspace& w) {
@@ -147,10 +171,10 @@ class Pass {
         q_ = w.take<float>(long(P) * q_size());
         k_ = w.take<float>(long(P) * kv_size());
         v_ = w.take<float>(long(P) * kv_size());
-        in_ = input(w, P, H);
-        attended_ = input(w, P, q_size());
-        inner_ = input(w, P, I);
-        head_in_ = input(w, f_.num_wanted, H);
+        in_ = input(w, P, H, form_);
+        attended_ = input(w, P, q_size(), form_);
+        inner_ = input(w, P, I, form_);
+        head_in_ = input(w, f_.num_wanted, H, form_);
         items_ = w.take<int>(P + 1);
         on_rows_ = w.take<int>(P);
         num_spans_ = num_on_ = 0;
@@ -166,8 +190,8 @@ class Pass {
             for (const Pair& pair : f_.adapter->pairs)
                 most_rank_ = pair.down.out > most_rank_ ? pair.down.out : most_rank_;
             const int widest = std::max(std::max(H, I), q_size());
-            gathered_ = input(w, num_on_, widest);
-            for (Input& one : lora_) one = input(w, P, most_rank_);
+            gathered_ = input(w, num_on_, widest, lora_form_);
+            for (Input& one : lora_) one = input(w, P, most_rank_, lora_form_);
         }
     }
 
@@ -283,9 +307,16 @@ class Pass {
         for (int i = 0; i < num; i++) total += pairs[i]->down.num_panels;
         if (total == 0) return;
         const long bytes = element_bytes(form_);
-        for (int i = 0; i < num_on_; i++)
-            std::memcpy(gathered_.data + i * gathered_.stride * bytes,
-                        x.data + on_rows_[i] * x.stride * bytes, size * bytes);
+        for (int i = 0; i < num_on_; i++) {
+            const char* from = x.data + on_rows_[i] * x.stride * bytes;
+            if (form_ != INT8) {
+                std::memcpy(gathered_.data + i * gathered_.stride * bytes, from, size * bytes);
+                continue;
+            }
+            for (int at = 0; at < size; at += W)
+                put(gathered_, lora_form_, i, at, load((const float*)from + at, size - at),
+                    std::min(W, size - at));
+        }
         threads_.each(total, [&](int panel) {
             int i = 0;
             while (panel >= pairs[i]->down.num_panels) panel -= pairs[i++]->down.num_panels;
@@ -294,7 +325,7 @@ class Pass {
                 tile(pairs[i]->down, panel, gathered_, first, rows, y);
                 for (int r = 0; r < rows; r++)
                     for (int j = 0; j < PANEL; j += W)
-                        put(lora_[i], form_, on_rows_[first + r], panel * PANEL + j,
+                        put(lora_[i], lora_form_, on_rows_[first + r], panel * PANEL + j,
                             load(y + r * PANEL + j) * set1(pairs[i]->scale), W);
             });
         });
@@ -309,6 +340,7 @@ class Pass {
         const Weight* w = layer.weights;
         const int H = shape_.hidden_size, P = num_rows_;
         norm(layer.attn_norm.data());
+        round(in_, H, P);
 
         const Pair* qkv_pairs[] = {pair(index, Q), pair(index, K), pair(index, V)};
         const Weight* qkv[] = {&w[Q], &w[K], &w[V]};
@@ -321,6 +353,7 @@ class Pass {
         });
         rows(P, [&](int t) { place_heads(layer, index, t); });
         attend_all(index);
+        round(attended_, q_size(), P);
 
         const Pair* o_pair[] = {pair(index, O)};
         const Weight* o[] = {&w[O]};
@@ -329,6 +362,7 @@ class Pass {
             add_to_x(panel, first, rows, y);
         });
         norm(layer.mlp_norm.data());
+        round(in_, H, P);
 
         const Pair* gate_up_pairs[] = {pair(index, GATE), pair(index, UP)};
         reduce(gate_up_pairs, 2, in_, H);
@@ -349,6 +383,7 @@ class Pass {
             });
         });
 
+        round(inner_, shape_.intermediate_size, P);
         const Pair* down_pair[] = {pair(index, DOWN)};
         const Weight* down[] = {&w[DOWN]};
         reduce(down_pair, 1, inner_, shape_.intermediate_size);
@@ -502,6 +537,7 @@ class Pass {
     }
 
     void head(const Input& x, int num_rows, float* logits) {
+        round(x, shape_.hidden_size, num_rows);
         const Weight* weights[] = {&model_.head};
         const int V = model_.head.out;
         product(weights, 1, nullptr, x, num_rows, [&](int, int panel, int first, int rows, float* y) {

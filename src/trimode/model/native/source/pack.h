@@ -1,6 +1,7 @@
 // Weights into the order in which products read them, and back.
 #pragma once
 
+#include "int8.h"
 #include "model.h"
 #include "products.h"
 
@@ -15,6 +16,7 @@ INLINE float source_at(const Source& source, long i) {
 }
 
 inline int64_t panel_bytes(int32_t form, int32_t in) {
+    if (form == trimode::INT8) return num_groups(in) * GROUP_BYTES;
     int64_t bytes = form == trimode::FLOAT32 ? int64_t(in) * PANEL * 4
                                              : int64_t((in + 1) / 2) * PANEL * 4;
     return (bytes + 63) / 64 * 64;
@@ -35,6 +37,12 @@ inline void pack(const Source& source, Weight& weight, int panel) {
     const int first = panel * PANEL;
     const int num = weight.out - first < PANEL ? weight.out - first : PANEL;
     char* target = weight.data + panel * weight.panel_bytes;
+    if (weight.form == trimode::INT8) {
+        quantize_panel(target, num, weight.in, [&](int j, int k) {
+            return source_at(source, long(first + j) * weight.in + k);
+        });
+        return;
+    }
     constexpr int STRIP = 64;  // inputs at a time, so that reads and writes stay in the cache
     for (int k0 = 0; k0 < weight.in; k0 += STRIP) {
         const int k1 = k0 + STRIP < weight.in ? k0 + STRIP : weight.in;
@@ -54,12 +62,14 @@ inline void pack(const Source& source, Weight& weight, int panel) {
     }
 }
 
-// One row [in] of the original, in float32.
+// One row [in] in float32: of the original, or as rounded to 8 bits.
 inline void unpack_row(const Weight& weight, int row, float* out) {
     const char* panel = weight.data + (row / PANEL) * weight.panel_bytes;
     const int j = row % PANEL;
     if (weight.form == trimode::FLOAT32) {
         for (int k = 0; k < weight.in; k++) out[k] = ((const float*)panel)[long(k) * PANEL + j];
+    } else if (weight.form == trimode::INT8) {
+        for (int k = 0; k < weight.in; k++) out[k] = quantized_at(panel, j, k);
     } else {
         for (int k = 0; k < weight.in; k++)
             out[k] = widen(((const bf16*)panel)[(long(k / 2) * PANEL + j) * 2 + k % 2]);

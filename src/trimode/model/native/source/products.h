@@ -183,4 +183,14 @@ void tile_bfloat16(const float* x, long stride, int K, const bf16* panel, float*
     }
 #endif
 
+#define TILE_INT8(kernel, rows, ...)            \
+    switch (rows) {                             \
+        case 1: kernel<1>(__VA_ARGS__); break;  \
+        case 2: kernel<2>(__VA_ARGS__); break;  \
+        case 3: kernel<3>(__VA_ARGS__); break;  \
+        case 4: kernel<4>(__VA_ARGS__); break;  \
+        case 5: kernel<5>(__VA_ARGS__); break;  \
+        default: kernel<6>(__VA_ARGS__); break; \
+    }
+
 }  // namespace TRIMODE_ISA
