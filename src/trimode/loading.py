@@ -44,8 +44,8 @@ def load(
             default model. If a tokenizer lies beside it, that one is used.
         drafter: On for drafts, or for all that its files say it serves, and never in the AR view;
             e.g. `linear_spec_lora`.
-        weights: `plain`, `native` or `int8`; see `TriModeModel.pack`. Default: native where the native step
-            can run the model, else plain; always plain with `tensor_parallel`.
+        weights: `plain`, `native` or `int8`; see `TriModeModel.pack`. Default: native where the
+            native step can run the model, else plain; always plain with `tensor_parallel`.
         tensor_parallel: Share the network out over the ranks that torchrun has started; all of them
             load it. Then rank 0 generates and calls `.ranks.close()`, the others `.ranks.follow()`.
 

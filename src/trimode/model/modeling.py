@@ -242,15 +242,15 @@ class TriModeModel(PreTrainedModel):
 
         Args:
             weights: `native`: for the native step, on the CPU, in the model's dtype. A forward is
-                one call, and every sum has one order (`trimode.model.native`). `int8`: the same, all
-                matrices rounded to 8 bits, embedding and head too where these are tied; quicker, at
-                a price in quality, and the original weights are gone. `plain`: back to what was,
-                layers and head trainable.
+                one call, and every sum has one order (`trimode.model.native`). `int8`: the same,
+                all matrices rounded to 8 bits, a tied embedding too; quicker, at a price in
+                quality, and the original weights are gone. `plain`: back to what was, layers and
+                head trainable.
 
         Raises:
             ConfigError: no such form; the native step cannot run the model, and why; another form
-                after int8; a part that is not ours (PEFT's, say), whose share would be lost; or weights that are shared out
-                over ranks.
+                after int8; a part that is not ours (PEFT's, say), whose share would be lost; or
+                weights that are shared out over ranks.
             CapacityError: the packed weights do not fit into memory.
         """
         if as_weights(weights) == self.weights:
