@@ -220,7 +220,7 @@ def test_int8_is_near(tiny_model: Callable[..., TriModeModel], num_tokens: int) 
     adapter = disagreeing_adapter(model)
     switches = [None, AdapterSwitch(adapter, None)]
     wanted = [answers(model, num_tokens=num_tokens, adapter=one) for one in switches]
-    assert (wanted[0] - wanted[1]).norm() > 0.5 * wanted[0].norm()
+    assert (wanted[0] - wanted[1]).norm() > 0.4 * wanted[0].norm()
     model.pack("int8")
     for one, expected in zip(switches, wanted, strict=True):
         found = answers(model, num_tokens=num_tokens, adapter=one)
