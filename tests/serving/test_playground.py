@@ -437,6 +437,33 @@ def test_auto_races_like_any_other(visit: Visit) -> None:
     assert page.locator(".badge").all_text_contents()[:2] in (["done"] * 2, ["ended itself"] * 2)
 
 
+def test_a_late_refusal_of_an_earlier_key_is_ignored(browser: Any, served: Served) -> None:
+    """Prevents: the field for a key back on a page that is connected."""
+    context = browser.new_context()
+    page = context.new_page()
+    late: list[Any] = []
+
+    def hold(route: Any) -> None:
+        if route.request.headers.get("authorization") == "Bearer a-wrong-one":
+            late.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/v1/models", hold)
+    page.goto(served.guarded_url)
+    for key in ("a-wrong-one", KEY):
+        expect(page.locator("#key")).to_be_focused()
+        page.fill("#key", key)
+        page.keyboard.press("Enter")
+    expect(page.locator("#model")).to_contain_text("pocket")
+    with page.expect_response(lambda response: response.status == 401):
+        late[0].continue_()
+    page.wait_for_timeout(200)
+    expect(page.locator("#key-form")).to_be_hidden()
+    expect(page.locator("#banner")).to_be_hidden()
+    context.close()
+
+
 def test_a_server_with_keys_asks_for_one(browser: Any, served: Served) -> None:
     """Prevents: a playground that is useless behind keys, or a key that outlives its tab."""
     context = browser.new_context()

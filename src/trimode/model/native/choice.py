@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from trimode.errors import CapacityError
 from trimode.model.corrector import Corrector
 from trimode.model.native.library import ENVIRONMENT, Library, load
 from trimode.model.native.step import PackedRows
@@ -270,7 +271,9 @@ def choose(
         batch.corrector = ctypes.pointer(correction.corrector.view)
         batch.states = states.data_ptr()
     library = loaded(isa)
-    library.c.trimode_choose(library.kernels, workers or library.threads, ctypes.byref(batch))
+    threads = workers or library.threads
+    if not library.c.trimode_choose(library.kernels, threads, ctypes.byref(batch)):
+        raise CapacityError(f"choosing {num_rows} tokens at once does not fit into memory")
     return NativeChoice(
         list(token_ids),
         [found != 0 for found in is_finite],

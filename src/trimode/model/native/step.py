@@ -226,9 +226,11 @@ class NativeNetwork:
         flat = states.reshape(-1, states.shape[-1]).float().contiguous()
         out = torch.empty(len(flat), self.config.vocab_size)
         with self._lock:
-            self._c.trimode_head(
+            is_done = self._c.trimode_head(
                 *(self._model, c_void_p(flat.data_ptr()), len(flat), c_void_p(out.data_ptr()))
             )
+        if not is_done:
+            raise CapacityError(f"the head of {len(flat)} tokens at once does not fit into memory")
         return out.view(*states.shape[:-1], -1)
 
     def forward(
@@ -258,6 +260,9 @@ class NativeNetwork:
 
         Returns:
             [W, H] float32 and [W, V] float32 or None.
+
+        Raises:
+            CapacityError: the tokens' intermediate values do not fit into memory.
         """
         fed = Fed.of(feeds)
         tokens = np.array([token_ids, positions], dtype=np.int32)
@@ -289,7 +294,9 @@ class NativeNetwork:
             None if logits is None else logits.data_ptr(),
         )
         with self._lock:
-            self._c.trimode_forward(self._model, byref(forward))
+            is_done = self._c.trimode_forward(self._model, byref(forward))
+        if not is_done:
+            raise CapacityError(f"a forward of {num_tokens} tokens does not fit into memory")
         return hidden, logits
 
     def _know_positions(self, count: int) -> None:

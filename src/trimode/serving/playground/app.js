@@ -32,11 +32,17 @@ const infill = new Infill({
 
 // What is served.
 
+let lastAttempt = 0;
+
+// Only the latest attempt counts: an answer to an earlier key may come after that to a later one.
 async function connect() {
+  const attempt = ++lastAttempt;
   try {
     const { data } = await (await request("v1/models")).json();
+    if (attempt !== lastAttempt) return;
     card = { name: data[0].id, ...data[0].trimode };
   } catch (error) {
+    if (attempt !== lastAttempt) return;
     if (!askForKey(error)) showBanner(error.message);
     find("model").textContent = "not connected";
     return;

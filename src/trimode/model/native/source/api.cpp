@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <cstring>
+#include <new>
 
 #include "choice_batch.h"
 #include "cpu.h"
@@ -73,6 +74,18 @@ void plain_row(const void* self, int32_t token_id, float* out) {
         uint32_t bits = uint32_t(row[i]) << 16;
         std::memcpy(out + i, &bits, 4);
     }
+}
+
+// No exception may leave C: whether the work was done, which takes memory that may not be there.
+template <class Work>
+bool is_done(Work work) {
+    FloatMode mode;
+    try {
+        work();
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
+    return true;
 }
 
 }  // namespace
@@ -235,20 +248,17 @@ void trimode_model_rows(Model* model, const int32_t* ids, int num, float* out) {
         model->kernels->unpack_row(model->head, ids[i], out + long(i) * model->head.in);
 }
 
-// states: [num, H]; logits: [num, V].
-void trimode_head(Model* model, const float* states, int num, float* logits) {
-    FloatMode mode;
-    model->kernels->head(*model, states, num, logits);
+// states: [num, H]; logits: [num, V]. This and the next two are false where memory does not suffice.
+bool trimode_head(Model* model, const float* states, int num, float* logits) {
+    return is_done([&] { model->kernels->head(*model, states, num, logits); });
 }
 
-void trimode_forward(Model* model, const Forward* forward) {
-    FloatMode mode;
-    model->kernels->forward(*model, *forward);
+bool trimode_forward(Model* model, const Forward* forward) {
+    return is_done([&] { model->kernels->forward(*model, *forward); });
 }
 
-void trimode_choose(const Kernels* kernels, Threads* threads, const ChoiceBatch* batch) {
-    FloatMode mode;
-    kernels->choose(*threads, *batch);
+bool trimode_choose(const Kernels* kernels, Threads* threads, const ChoiceBatch* batch) {
+    return is_done([&] { kernels->choose(*threads, *batch); });
 }
 
 // Sizes of the three structures that Python mirrors.

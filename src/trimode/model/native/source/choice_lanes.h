@@ -124,20 +124,20 @@ INLINE F complements(uint64_t state) {
     for (int i = 0; i < W; i++) bits |= Mask(bool(condition)) << i;      \
     return bits
 
-INLINE Mask at_most(F a, F b) { BITS(a.v[i] <= b.v[i]); }
-INLINE Mask above(F a, F b) { BITS(a.v[i] > b.v[i]); }
-INLINE Mask equal(F a, F b) { BITS(a.v[i] == b.v[i]); }
-INLINE Mask unordered(F a, F b) { BITS(a.v[i] != a.v[i] || b.v[i] != b.v[i]); }
+INLINE Mask at_most(F a, F b) { BITS(a[i] <= b[i]); }
+INLINE Mask above(F a, F b) { BITS(a[i] > b[i]); }
+INLINE Mask equal(F a, F b) { BITS(a[i] == b[i]); }
+INLINE Mask unordered(F a, F b) { BITS(a[i] != a[i] || b[i] != b[i]); }
 #undef BITS
 INLINE void store_whole(int32_t* p, F x) {
-    for (int i = 0; i < W; i++) p[i] = int32_t(x.v[i]);
+    for (int i = 0; i < W; i++) p[i] = int32_t(x[i]);
 }
 
 struct Doubles {
     double v[W] = {};
 };
 INLINE void add(Doubles& sum, F x) {
-    for (int i = 0; i < W; i++) sum.v[i] += double(x.v[i]);
+    for (int i = 0; i < W; i++) sum.v[i] += double(x[i]);
 }
 INLINE void store(double* p, const Doubles& x) {
     for (int i = 0; i < W; i++) p[i] = x.v[i];
@@ -145,7 +145,7 @@ INLINE void store(double* p, const Doubles& x) {
 
 INLINE F complements(uint64_t state) {
     F y;
-    for (int i = 0; i < W; i++) y.v[i] = float(int32_t(~mix(state + uint64_t(i) * GAMMA) >> 33));
+    for (int i = 0; i < W; i++) y[i] = float(int32_t(~mix(state + uint64_t(i) * GAMMA) >> 33));
     return y;
 }
 

@@ -122,8 +122,8 @@ INLINE void split_pairs(const bf16* p, F& first, F& second) {
 #else
 INLINE void split_pairs(const bf16* p, F& first, F& second) {
     for (int i = 0; i < W; i++) {
-        first.v[i] = widen(p[2 * i]);
-        second.v[i] = widen(p[2 * i + 1]);
+        first[i] = widen(p[2 * i]);
+        second[i] = widen(p[2 * i + 1]);
     }
 }
 #endif

@@ -178,48 +178,48 @@ INLINE F sums(const F x[8]) {
 
 #else
 
+// A vector of GCC and Clang: arithmetic by lane is theirs, in the registers that there are. All
+// is inlined, so none is passed from one function to another.
 constexpr int W = 8;
 
-struct F {
-    float v[W];
-};
+typedef float F __attribute__((vector_size(W * 4)));
 
-#define EACH(expression)                        \
-    F y;                                        \
-    for (int i = 0; i < W; i++) y.v[i] = (expression); \
+#define EACH(expression)                             \
+    F y;                                             \
+    for (int i = 0; i < W; i++) y[i] = (expression); \
     return y
 
-INLINE F zero() { EACH(0.0f); }
-INLINE F set1(float x) { EACH(x); }
-INLINE F load(const float* p) { EACH(p[i]); }
-INLINE F load(const float* p, int n) { EACH(i < n ? p[i] : 0.0f); }
-INLINE void store(float* p, F x) {
-    for (int i = 0; i < W; i++) p[i] = x.v[i];
+INLINE F zero() { return F{}; }
+INLINE F set1(float x) { return F{} + x; }
+INLINE F load(const float* p) {
+    F y;
+    std::memcpy(&y, p, sizeof y);
+    return y;
 }
-INLINE void store(float* p, F x, int n) {
-    for (int i = 0; i < W && i < n; i++) p[i] = x.v[i];
+INLINE F load(const float* p, int n) {
+    F y{};
+    std::memcpy(&y, p, n < W ? n * 4ul : sizeof y);
+    return y;
 }
-INLINE F fma(F a, F b, F c) { EACH(a.v[i] * b.v[i] + c.v[i]); }  // two roundings, here only
-INLINE F operator+(F a, F b) { EACH(a.v[i] + b.v[i]); }
-INLINE F operator-(F a, F b) { EACH(a.v[i] - b.v[i]); }
-INLINE F operator*(F a, F b) { EACH(a.v[i] * b.v[i]); }
-INLINE F operator/(F a, F b) { EACH(a.v[i] / b.v[i]); }
-INLINE F max(F a, F b) { EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-INLINE F min(F a, F b) { EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-INLINE F round_even(F a) { EACH(std::nearbyint(a.v[i])); }
-INLINE F abs(F a) { EACH(std::fabs(a.v[i])); }
-INLINE F sqrt(F a) { EACH(std::sqrt(a.v[i])); }
+INLINE void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+INLINE void store(float* p, F x, int n) { std::memcpy(p, &x, n < W ? n * 4ul : sizeof x); }
+INLINE F fma(F a, F b, F c) { return a * b + c; }  // two roundings, here only
+INLINE F max(F a, F b) { return a > b ? a : b; }
+INLINE F min(F a, F b) { return a < b ? a : b; }
+INLINE F round_even(F a) { EACH(std::nearbyint(a[i])); }
+INLINE F abs(F a) { return a < 0.0f ? -a : a; }
+INLINE F sqrt(F a) { EACH(std::sqrt(a[i])); }
 INLINE float power_of_2(float n) {
     uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
     float y;
     std::memcpy(&y, &bits, 4);
     return y;
 }
-INLINE F exp2_whole(F n) { EACH(power_of_2(n.v[i])); }
+INLINE F exp2_whole(F n) { EACH(power_of_2(n[i])); }
 INLINE F load_bf16(const bf16* p) { EACH(widen(p[i])); }
 INLINE F load_bf16(const bf16* p, int n) { EACH(i < n ? widen(p[i]) : 0.0f); }
 INLINE void store_bf16(bf16* p, F x, int n = W) {
-    for (int i = 0; i < W && i < n; i++) p[i] = narrow(x.v[i]);
+    for (int i = 0; i < W && i < n; i++) p[i] = narrow(x[i]);
 }
 #undef EACH
 
@@ -237,7 +237,7 @@ INLINE float sum(F x) {
 #if !TRIMODE_AVX512 && !TRIMODE_AVX2
 INLINE F sums(const F x[W]) {
     F y;
-    for (int j = 0; j < W; j++) y.v[j] = sum(x[j]);
+    for (int j = 0; j < W; j++) y[j] = sum(x[j]);
     return y;
 }
 #endif
