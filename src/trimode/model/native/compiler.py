@@ -76,7 +76,7 @@ class Compiler:
     compile_flags: tuple[str, ...] = ()
     link_flags: tuple[tuple[str, ...], ...] = ((),)
     environment: tuple[tuple[str, str], ...] = ()
-    takes: str = "some seconds"
+    takes: str = "about half a minute"
 
 
 def machine() -> str:

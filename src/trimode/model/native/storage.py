@@ -20,6 +20,7 @@ from pathlib import Path
 
 from trimode.model.native.compilation import SOURCE, compile_library, source_hash
 from trimode.model.native.compiler import BuildError, Compiler
+from trimode.model.native.threads import num_cpus
 from trimode.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -98,8 +99,7 @@ def _build(compiler: Compiler, folder: Path, name: str) -> Path:
                 *(compiler.identity, compiler.takes),
             )
             with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
-                num_jobs = len(os.sched_getaffinity(0))  # compilers are no threads of ours
-                made = compile_library(compiler, Path(scratch), num_jobs=num_jobs)
+                made = compile_library(compiler, Path(scratch), num_jobs=num_cpus())
                 made.chmod(0o755)
                 with made.open("rb") as file:
                     os.fsync(file.fileno())  # else a power cut may leave the name of an empty file
