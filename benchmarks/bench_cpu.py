@@ -1,25 +1,30 @@
-"""Speed on a CPU against its limits: transformers, llama.cpp, the memory, and speculation's own.
+"""Speed on a CPU against its limits: the memory, llama.cpp, transformers, and torch itself.
 
     python benchmarks/bench_cpu.py --output benchmarks/results/speed_cpu_202611 \\
         --llama-python LLAMA/bin/python
 
-float32, batch 1, greedy. Measured on 2 cores of an AMD EPYC (AVX-512). LLAMA is an environment with
-`llama-cpp-python` and `gguf` from PyPI; without it llama.cpp is left out. Every contestant is
-measured in turn, several times over; the table gives medians. Models: the default one, and two of
-random weights (29M: 8 layers of 512; 348M: 24 layers of 1024). Writes OUTPUT.json and OUTPUT.md.
+Batch 1, greedy unless said otherwise. LLAMA is an environment with `llama-cpp-python` and `gguf`
+from PyPI; without it llama.cpp is left out. Every contestant of a precision is measured in turn,
+several times over; the tables give medians. Models: SmolLM2-135M-Instruct, the default one, and
+two of random weights (29M: 8 layers of 512; 348M: 24 layers of 1024). A step is everything between
+two tokens: forward, head and choice, through the engine's runner. Writes OUTPUT.json and OUTPUT.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +34,20 @@ from bench_decode import environment, transformers_twin
 
 import trimode
 from trimode.checkpoint.io import DEFAULT_MODEL
-from trimode.decoding.step import BLOCK
-from trimode.model import KVCache, RowAttention, TriModeConfig, TriModeModel
-from trimode.model.attention import RowFeed
-from trimode.model.masks import TRUNK
+from trimode.decoding import GenerationParams, Sequence
+from trimode.decoding.step import Group, Step, causal_step, group_step
+from trimode.engine.runner import Feed, Runner
+from trimode.model import TriModeConfig, TriModeModel
+from trimode.model.adapter import PUBLISHED_FORM, TARGETS, DrafterAdapter, new_adapter
 
-LENGTHS = (1, 2, 4, 8, 16, 32)
+LENGTHS = (1, 2, 4, 8, 12, 16, 32)
 CONTEXT = 128
-"""Committed tokens before a forward that is timed."""
+"""Committed tokens before a step that is timed."""
 
 PROMPT_LEN = 16
 """Short, for its forward counts in every contestant's time."""
+
+PREFILL = 512
 
 SHAPES: dict[str, dict[str, int]] = {
     "29M": {
@@ -59,6 +67,9 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 22528,
     },
 }
+MODELS = ("smollm2", "pocket", *SHAPES)
+FORMS = ("float32", "bfloat16", "int8")
+LLAMA_KINDS = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}
 
 
 def random_model(shape: dict[str, int]) -> TriModeModel:
@@ -81,7 +92,19 @@ def random_model(shape: dict[str, int]) -> TriModeModel:
 class Llama:
     """llama.cpp with the weights of a model, in a process of its own."""
 
-    def __init__(self, python: Path, model: TriModeModel, kind: str, folder: Path) -> None:
+    def __init__(self, python: Path, gguf: Path) -> None:
+        worker = [str(python), str(Path(__file__).parent / "llama_cpp_worker.py")]
+        self._process = subprocess.Popen(
+            [*worker, "serve", str(gguf), str(torch.get_num_threads())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._read()
+
+    @classmethod
+    def of(cls, python: Path, model: TriModeModel, kind: str, folder: Path) -> Llama:
+        """The same weights, in one of llama.cpp's forms."""
         config = model.config
         names = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
@@ -96,13 +119,7 @@ class Llama:
         arguments = [str(weights), str(folder / "shape.json"), kind, str(output)]
         subprocess.run([*worker, "convert", *arguments], check=True)
         weights.unlink()
-        self._process = subprocess.Popen(
-            [*worker, "serve", str(output), str(torch.get_num_threads())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._read()
+        return cls(python, output)
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -113,265 +130,406 @@ class Llama:
         return found
 
     def ask(self, **request: Any) -> dict[str, Any]:
+        """The worker's answer to one line."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return self._read()
 
     def close(self) -> None:
+        """End it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
 
 @dataclass
-class Forwards:
-    """Times forwards of one network at a context of `CONTEXT` tokens."""
+class Steps:
+    """Times steps of one network behind a text of `CONTEXT` tokens."""
 
     model: TriModeModel
+    adapter: DrafterAdapter | None = None
+    sampled: dict[str, Any] = field(default_factory=dict)
 
-    def seconds(self, num_tokens: int, *, group: int = TRUNK) -> float:
-        """One forward with logits for all its tokens, K/V written."""
-        cache, config = self._cache(), self.model.config
-        groups, positions = [group] * num_tokens, range(CONTEXT, CONTEXT + num_tokens)
-        ids = torch.arange(num_tokens) + config.vocab_size // 2
-        with torch.inference_mode():
-            started_s = time.perf_counter()
-            anchors = positions if group == TRUNK else [CONTEXT - 1] * num_tokens
-            feeds = [RowFeed(0, CONTEXT, groups, positions, anchors)]
-            attend = RowAttention(cache, feeds)
-            hidden = self.model.encode(ids, torch.tensor(positions), attend=attend)
-            self.model.diffusion_head(hidden)
-            return time.perf_counter() - started_s
+    def __post_init__(self) -> None:
+        self._cache = self.model.new_cache(num_rows=1, num_cells=CONTEXT + PREFILL)
+        self._runner = Runner(self.model, self._cache, adapter=self.adapter)
+        self.form = PUBLISHED_FORM if self.adapter is None else self.adapter.form
 
-    def _cache(self) -> KVCache:
-        if not hasattr(self, "cache"):
-            self.cache = KVCache(
-                self.model.config, num_rows=1, num_cells=512, device="cpu", dtype=torch.float32
-            )
-        return self.cache
+    def _sequence(self, length: int) -> Sequence:
+        options = {"mode": "linear", "max_new_tokens": 1, "block_length": 32, "seed": 0}
+        params = GenerationParams(**options, **self.sampled)
+        mask = self.model.config.mask_token_id
+        seq = Sequence([0], params, mask_token_id=mask, form=self.form)
+        seq.length = length
+        return seq
 
-
-def read_bandwidth() -> float:
-    """Bytes per second: sums of 256 MiB of float32, read once each, the best of ten."""
-    big, seconds = torch.ones(1 << 26), []
-    for _ in range(10):
+    def _run(self, seq: Sequence, step: Step) -> float:
         started_s = time.perf_counter()
-        big.sum()
-        seconds.append(time.perf_counter() - started_s)
-    return big.numel() * 4 / min(seconds)
+        self._runner.run([Feed(seq, 0, step)])
+        return time.perf_counter() - started_s
+
+    def trunk(self, num_tokens: int) -> float:
+        """Seconds of a step that feeds tokens of the AR view and wants an answer of each."""
+        seq = self._sequence(CONTEXT)
+        ids = [(7 + i) % self.model.config.vocab_size for i in range(num_tokens)]
+        return self._run(seq, causal_step("verify", ids, start=CONTEXT, wanted=range(num_tokens)))
+
+    def fused(self) -> float:
+        """4 tokens of the AR view and 8 masks of the other."""
+        seq = self._sequence(CONTEXT)
+        trunk = causal_step("verify", [7, 8, 9, 10], start=CONTEXT, wanted=range(4))
+        masks = [seq.mask_token_id] * 8
+        group = Group(masks, [True] * 8, CONTEXT + 4, CONTEXT + 3, range(8))
+        return self._run(seq, group_step("verify", [group], form=self.form, trunk=trunk))
+
+    def prefill(self) -> float:
+        """A prompt of `PREFILL` tokens, of which the last is answered."""
+        ids = [(7 + i) % self.model.config.vocab_size for i in range(PREFILL)]
+        return self._run(
+            self._sequence(0), causal_step("prefill", ids, start=0, wanted=[-1 + PREFILL])
+        )
+
+
+class Bandwidth:
+    """Reads 1 GiB once, on all threads; built like the native step."""
+
+    def __init__(self, folder: Path) -> None:
+        source, library = Path(__file__).parent / "read_memory.cpp", folder / "read_memory.so"
+        flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
+        command = [os.environ.get("CXX", "c++"), *flags, str(source), "-o", str(library)]
+        subprocess.run(command, check=True)
+        self._read = ctypes.CDLL(str(library)).read_once
+        self._read.restype = ctypes.c_double
+        self._read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+
+    def best(self) -> float:
+        """Bytes a second, the best of ten."""
+        data = np.ones((1 << 27) + 8, dtype=np.uint64)  # pages that are there
+        address = (data.ctypes.data + 63) // 64 * 64
+        threads = torch.get_num_threads()
+        return float(1 << 30) / min(self._read(address, 1 << 27, threads) for _ in range(10))
+
+
+def models(names: list[str]) -> Iterator[tuple[str, TriModeModel]]:
+    """Each in float32, as plain layers."""
+    for name in names:
+        if name in SHAPES:
+            yield name, random_model(SHAPES[name])
+        else:
+            yield name, trimode.load(name, dtype=torch.float32, weights="plain").model
+
+
+def rank_32(model: TriModeModel) -> DrafterAdapter:
+    """Of random pairs on all linear layers."""
+    adapter = new_adapter(model.encoder.layers, rank=32, alpha=32, targets=TARGETS, seed=0)
+    with torch.no_grad():
+        for _, _, pair in adapter.items():
+            pair.up.normal_(std=0.01)
+    return adapter.to(model.encoder.embed_tokens.weight.dtype).eval()
+
+
+def weight_bytes(model: TriModeModel, form: str) -> int:
+    """Read by a forward: each weight once, of the input embedding a row."""
+    count = sum(p.numel() for p in model.parameters())
+    if not model.config.tie_word_embeddings:
+        count -= model.encoder.embed_tokens.weight.numel()
+    # int8: 32 weights have a scale of 2 bytes
+    return int(count * {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 32}[form])
 
 
 def measure(
     model: TriModeModel,
+    form: str,
     prompts: list[list[int]],
     *,
     new_tokens: int,
     repeats: int,
-    llama_python: Path | None,
+    llama: Llama | None,
+    has_torch: bool,
 ) -> dict[str, Any]:
-    """All contestants on one model, in turn, once for every prompt and repeat."""
-    plain = trimode.TriModeLM(model, None)
-    twin = transformers_twin(plain)
-    packed = trimode.TriModeLM(copy.deepcopy(model).pack("packed"), None)
-    int8 = trimode.TriModeLM(copy.deepcopy(model).pack("int8"), None)
-    ours = {"plain": plain, "packed": packed, "int8": int8}
-    forwards = {name: Forwards(lm.model) for name, lm in ours.items()}
-    weight_bytes = 4 * sum(p.numel() for p in model.parameters())
-    weight_bytes -= 4 * model.encoder.embed_tokens.weight.numel()  # one row of it is read
+    """All contestants of one precision on one model, in turn, once for every prompt and repeat.
+
+    Returns:
+        Median seconds, all seconds, and the tokens of the last turn.
+    """
+    dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
+    plain = copy.deepcopy(model).to(dtype)
+    adapter = rank_32(plain)
+    native = copy.deepcopy(plain).pack("int8" if form == "int8" else "native")
+    lm = trimode.TriModeLM(native, None)
+    steps, drafting = Steps(native), Steps(native, adapter)
+    sampling = Steps(native, None, {"temperature": 0.7, "top_p": 0.95})
+    sampling_drafts = Steps(native, adapter, {"temperature": 0.7, "top_p": 0.95})
+    torch_lm = trimode.TriModeLM(plain, None) if has_torch else None
+    torch_steps = Steps(plain) if has_torch else None
+    compiled = copy.copy(plain) if has_torch else None
+    if compiled is not None:
+        compiled.answer = torch.compile(plain.answer)  # type: ignore[method-assign]
+    compiled_steps = Steps(compiled) if compiled is not None else None
+    twin = transformers_twin(torch_lm).to(dtype) if torch_lm is not None else None
     seconds: dict[str, list[float]] = {}
     texts: dict[str, list[int]] = {}
-    lengths: list[int] = []
-    bandwidths = []
 
-    def note(name: str, value: float) -> None:
-        seconds.setdefault(name, []).append(value)
+    def note(name: str, measured: Callable[[], float], times: int = 1) -> None:
+        for _ in range(times):
+            seconds.setdefault(name, []).append(measured())
 
-    with tempfile.TemporaryDirectory() as folder:
-        llamas = {
-            f"llama.cpp {kind}": Llama(llama_python, model, kind, Path(folder))
-            for kind in (("f32", "q8_0") if llama_python else ())
-        }
-        for turn in range(-1, repeats):  # the first is for warming up
-            if turn == 0:
-                seconds.clear()
-                lengths.clear()
-                bandwidths.clear()
-            ids = prompts[turn % len(prompts)]
-            inputs = torch.tensor([ids])
-            bandwidths.append(read_bandwidth())
-            started_s = time.perf_counter()
-            found = twin.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                suppress_tokens=[model.config.mask_token_id],
-            )
-            note("ar transformers", (time.perf_counter() - started_s) / new_tokens)
-            texts["transformers"] = found[0, len(ids) :].tolist()
-            for name, lm in ours.items():
-                for mode in ("ar", "linear"):
-                    started_s = time.perf_counter()
-                    result = lm.generate(
-                        ids, mode=mode, max_new_tokens=new_tokens, seed=0, ignore_eos=True
-                    )
-                    note(f"{mode} {name}", (time.perf_counter() - started_s) / new_tokens)
-                    texts[f"{mode} {name}"] = result.token_ids
-                    if (mode, name) == ("linear", "packed"):
-                        lengths += result.stats.acceptance_lengths
-            for name, llama in llamas.items():
-                answer = llama.ask(ids=ids, new_tokens=new_tokens)
-                note(f"ar {name}", answer["seconds"] / new_tokens)
-                texts[name] = answer["token_ids"]
-            for num_tokens in LENGTHS:
-                for name, one in forwards.items():
-                    for _ in range(3):
-                        note(f"forward {name} {num_tokens}", one.seconds(num_tokens))
-                for name, llama in llamas.items():
-                    request = {"length": CONTEXT, "num_tokens": num_tokens, "repeats": 3}
-                    note(f"forward {name} {num_tokens}", llama.ask(**request)["seconds"])
-            for name in ("packed", "plain"):
-                block = model.config.block_size
-                for _ in range(3):
-                    note(f"draft {name}", forwards[name].seconds(block, group=BLOCK))
-        for llama in llamas.values():
-            llama.close()
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    def ours(one: trimode.TriModeLM, name: str, ids: list[int]) -> float:
+        started_s = time.perf_counter()
+        found = one.generate(ids, mode="ar", max_new_tokens=new_tokens, seed=0, ignore_eos=True)
+        texts[name] = found.token_ids
+        return (time.perf_counter() - started_s) / new_tokens
+
+    def theirs(ids: list[int]) -> float:
+        assert twin is not None
+        inputs = torch.tensor([ids])
+        started_s = time.perf_counter()
+        found = twin.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            suppress_tokens=[model.config.mask_token_id],
+        )
+        texts["transformers"] = found[0, len(ids) :].tolist()
+        return (time.perf_counter() - started_s) / new_tokens
+
+    def llamas(ids: list[int]) -> float:
+        assert llama is not None
+        answer = llama.ask(ids=ids, new_tokens=new_tokens)
+        texts["llama.cpp"] = answer["token_ids"]
+        return float(answer["seconds"]) / new_tokens
+
+    for turn in range(-1, repeats):  # the first is for warming up
+        if turn == 0:
+            seconds.clear()
+        ids = prompts[turn % len(prompts)]
+        note("ar native", lambda: ours(lm, "native", ids))  # noqa: B023
+        if llama is not None:
+            note("ar llama.cpp", lambda: llamas(ids))  # noqa: B023
+        if torch_lm is not None:
+            note("ar torch", lambda: ours(torch_lm, "torch", ids))  # noqa: B023
+            note("ar transformers", lambda: theirs(ids))  # noqa: B023
+        for n in LENGTHS:
+            note(f"step native {n}", lambda: steps.trunk(n), 5)  # noqa: B023
+            if n == 12:
+                note("fused native", drafting.fused, 5)
+                note("sampled native 12", lambda: sampling.trunk(12), 5)
+                note("sampled native 1", lambda: sampling.trunk(1), 5)
+                note("sampled fused native", sampling_drafts.fused, 5)
+            if llama is not None:
+                request = {"length": CONTEXT, "num_tokens": n, "repeats": 5}
+                note(f"step llama.cpp {n}", lambda: llama.ask(**request)["seconds"])  # noqa: B023
+            if torch_steps is not None and n in (1, 12):
+                note(f"step torch {n}", lambda: torch_steps.trunk(n), 3)  # noqa: B023
+            if compiled_steps is not None and n in (1, 12):
+                note(f"step torch.compile {n}", lambda: compiled_steps.trunk(n), 3)  # noqa: B023
+        note("prefill native", steps.prefill)
+        if llama is not None:
+            request = {"length": 0, "num_tokens": PREFILL, "repeats": 1}
+            note("prefill llama.cpp", lambda: llama.ask(**request)["seconds"])  # noqa: B023
+        if torch_steps is not None:
+            note("prefill torch", torch_steps.prefill)
     return {
-        "weight_bytes": weight_bytes,
-        "bytes_per_second": statistics.median(bandwidths),
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "shape": {k: getattr(model.config, k) for k in SHAPES["29M"]},
+        "weight_bytes": weight_bytes(model, form),
+        "packed_bytes": native.native.num_bytes if native.native is not None else 0,
         "new_tokens": new_tokens,
         "repeats": repeats,
-        "acceptance_length": sum(lengths) / len(lengths),
-        "seconds": medians,
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "all_seconds": seconds,
-        "num_equal": {
-            name: sum(a == b for a, b in zip(text, texts["ar plain"], strict=True))
-            for name, text in texts.items()
-        },
+        "texts": texts,
     }
 
 
-def quality(num_texts: int) -> dict[str, float]:
-    """Mean negative log-likelihood in nats a token of the default model's held-out texts."""
-    path = DEFAULT_MODEL / "heldout_prompts.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()[:num_texts]
-    found = {}
-    for weights in ("plain", "packed", "int8"):
-        lm, total, count = trimode.load(weights=weights), 0.0, 0
-        for line in lines:
-            ids = torch.tensor([lm.encode(json.loads(line)["prompt"])])
-            with torch.inference_mode():
-                logits = lm.model(ids).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-            count += ids.shape[1] - 1
-        found[weights] = total / count
-    return found | {"num_tokens": count}
+def quality(model: TriModeModel, form: str, texts: list[list[int]]) -> dict[str, Any]:
+    """Nats a token of texts, and the token that is likeliest at each place."""
+    dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
+    packed = copy.deepcopy(model).to(dtype).pack("int8" if form == "int8" else "native")
+    nats, best = 0.0, []
+    with torch.inference_mode():
+        for ids in texts:
+            logits = packed(torch.tensor([ids])).logits[0, :-1].float()
+            wanted = torch.tensor(ids[1:])
+            nats += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
+            best += logits.argmax(-1).tolist()
+    return {"nats": nats / len(best), "best": best}
 
 
-def section(name: str, found: dict[str, Any]) -> list[str]:
-    """The tables of one model."""
-    seconds, base = found["seconds"], found["seconds"]["ar transformers"]
-    least_s = found["weight_bytes"] / found["bytes_per_second"]
-    lines = [
-        f"## {name}: {found['num_parameters'] / 1e6:.1f}M parameters, {found['shape']}",
-        "",
-        f"{found['weight_bytes'] / 1e6:.0f} MB read a forward at"
-        f" {found['bytes_per_second'] / 1e9:.0f} GB/s (measured): {1e3 * least_s:.2f} ms."
-        f" {found['new_tokens']} new tokens,"
-        f" {found['repeats']} turns.",
-        "",
-        "| | AR tokens/s | over transformers | linear tokens/s | ms per forward of "
-        + " | ".join(map(str, LENGTHS))
-        + " tokens | 8 over 1 |",
-        "|---|" + "---|" * (4 + len(LENGTHS)),
-    ]
-    contestants = [key[3:] for key in seconds if key.startswith("ar ")]
-    for one in contestants:
-        ar_s, linear_s = seconds[f"ar {one}"], seconds.get(f"linear {one}")
-        forwards = [seconds.get(f"forward {one} {n}") for n in LENGTHS]
-        cells = [one, f"{1 / ar_s:.1f}", f"{base / ar_s:.2f}x"]
-        cells.append(f"{1 / linear_s:.1f}" if linear_s else "-")
-        cells += [f"{1e3 * s:.2f}" if s else "-" for s in forwards]
-        cells.append(f"{forwards[3] / forwards[0]:.2f}" if forwards[0] else "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    ar_s, one_s = seconds["ar packed"], seconds["forward packed 1"]
-    draft, verify = (
-        seconds["draft packed"] / one_s,
-        seconds["forward packed 8"] / one_s,
-    )
-    length = found["acceptance_length"]
-    reached = ar_s / seconds["linear packed"]
-    could = length / (draft + verify)
-    lines += [
-        "",
-        f"* packed reads its weights at {100 * least_s / one_s:.0f} % of the measured bandwidth in"
-        f" a forward of one token, at {100 * least_s / ar_s:.0f} % in a whole AR step"
-        " (target 70 % at 348M).",
-        f"* Speculation (linear, packed, block 8, no drafter): acceptance length A = {length:.2f},"
-        f" c_draft {draft:.2f}, c_verify {verify:.2f} forwards of one token: A / (c_draft +"
-        f" c_verify) = {could:.2f} of AR; measured {reached:.2f}, {100 * reached / could:.0f} % of"
-        " it (target 90 %).",
-    ]
-    for kind in ("f32", "q8_0"):
-        if f"ar llama.cpp {kind}" in seconds:
-            mine = "packed" if kind == "f32" else "int8"
-            ratio = seconds[f"ar {mine}"] / seconds[f"ar llama.cpp {kind}"]
-            lines.append(f"* AR, {mine}: {ratio:.2f} times the time of llama.cpp {kind}.")
-    equal = ", ".join(f"{who} {n}" for who, n in found["num_equal"].items())
-    lines += [
-        f"* Of the last turn's {found['new_tokens']} tokens, equal to our plain AR's at the same"
-        f" place: {equal}.",
-        "",
-    ]
+LOADING = """
+import sys, time, torch, resource, trimode
+from pathlib import Path
+def rss(key):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key): return int(line.split()[1]) * 1024
+before = rss("VmRSS")
+started_s = time.perf_counter()
+weights = {"int8": "int8"}.get(sys.argv[2])
+dtype = torch.bfloat16 if sys.argv[2] == "bfloat16" else torch.float32
+lm = trimode.load(sys.argv[1], dtype=dtype, weights=weights)
+loaded_s = time.perf_counter() - started_s
+lm.generate([5, 6, 7, 8], mode="ar", max_new_tokens=1, seed=0)
+first_s = time.perf_counter() - started_s
+print(loaded_s, first_s, rss("VmRSS") - before, rss("VmHWM") - before, lm.model.native.num_bytes)
+"""
+
+
+def loading(name: str, form: str) -> dict[str, float]:
+    """Seconds from `load` to the first token without imports, and memory, in a new process."""
+    found = []
+    for _ in range(3):
+        command = [sys.executable, "-c", LOADING, name, form]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found.append([float(part) for part in text.split()])
+    names = ("load_s", "first_token_s", "resident_bytes", "peak_bytes", "packed_bytes")
+    return dict(zip(names, map(statistics.median, zip(*found, strict=True)), strict=True))
+
+
+def ratio(seconds: dict[str, float], over: str, under: str) -> str:
+    """Of two medians, where both are there."""
+    return f"{seconds[over] / seconds[under]:.2f}" if {over, under} <= set(seconds) else "-"
+
+
+def section(name: str, forms: dict[str, Any], bytes_per_second: float) -> list[str]:
+    """The table of one model."""
+    head = ["ar tokens/s", "share of the bandwidth", *(f"ms, {n}" for n in LENGTHS)]
+    head += ["12 over 1", "4 + 8 masks over 1", "12 at 0.7 over 1", "4 + 8 at 0.7 over 1"]
+    head += [f"prefill {PREFILL}, ms"]
+    lines = [f"## {name}", "", "| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for form, found in forms.items():
+        seconds = found["seconds"]
+        for who in ("native", "llama.cpp", "torch", "torch.compile", "transformers"):
+            ar_s = seconds.get(f"ar {who}")
+            if ar_s is None and f"step {who} 1" not in seconds:
+                continue
+            least_s = found["weight_bytes"] / bytes_per_second
+            cells = [f"{1 / ar_s:.0f}" if ar_s else "-", f"{least_s / ar_s:.2f}" if ar_s else "-"]
+            times = [seconds.get(f"step {who} {n}") for n in LENGTHS]
+            cells += [f"{1e3 * s:.2f}" if s else "-" for s in times]
+            one = f"step {who} 1"
+            cells += [
+                ratio(seconds, f"step {who} 12", one),
+                ratio(seconds, f"fused {who}", one),
+                ratio(seconds, f"sampled {who} 12", one),
+                ratio(seconds, f"sampled fused {who}", one),
+            ]
+            prefill_s = seconds.get(f"prefill {who}")
+            cells.append(f"{1e3 * prefill_s:.0f}" if prefill_s else "-")
+            lines.append(f"| {form}, {who} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"* {line}" for line in verdicts(forms)), ""]
     return lines
+
+
+def verdicts(forms: dict[str, Any]) -> Iterator[str]:
+    """Ratios that there are aims for."""
+    for form, found in forms.items():
+        seconds, parts = found["seconds"], []
+        for other in ("llama.cpp", "transformers", "torch"):
+            if f"ar {other}" in seconds:
+                parts.append(f"AR {seconds[f'ar {other}'] / seconds['ar native']:.2f} of {other}'s")
+        if "prefill llama.cpp" in seconds:
+            found_ratio = seconds["prefill llama.cpp"] / seconds["prefill native"]
+            parts.append(f"prefill {found_ratio:.2f} of llama.cpp's speed")
+        texts = found["texts"]
+        for other in set(texts) - {"native"}:
+            equal = sum(a == b for a, b in zip(texts["native"], texts[other], strict=True))
+            parts.append(f"{equal} of {found['new_tokens']} tokens equal to {other}'s")
+        yield f"{form}: " + "; ".join(parts) + "."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["default", *SHAPES])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     parser.add_argument("--llama-python", type=Path, default=None)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    text = (DEFAULT_MODEL / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    default = trimode.load(weights="plain")
-    prompts = [
-        default.encode(json.loads(line)["prompt"])[:PROMPT_LEN]
-        for line in text[: arguments.repeats]
-    ]
-    env, results = environment(arguments), {}
-    losses = quality(20)
+    heldout = (DEFAULT_MODEL / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    chat = (Path(__file__).parent / "chat_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    record: dict[str, Any] = {"environment": environment(arguments), "models": {}, "quality": {}}
+    record |= {"loading": {}, "load_average": [os.getloadavg()]}
+    with tempfile.TemporaryDirectory() as folder:
+        bandwidth = Bandwidth(Path(folder))
+        record["bytes_per_second"] = [bandwidth.best()]
+        for name, model in models(arguments.models):
+            if name in SHAPES:
+                rng = np.random.default_rng(0)
+                prompts = rng.integers(3, 4000, (arguments.repeats, PROMPT_LEN)).tolist()
+                texts: list[list[int]] = []
+            else:
+                lm = trimode.load(name, weights="plain")
+                texts = [lm.encode(json.loads(line)["prompt"]) for line in heldout]
+                source = chat if name == "smollm2" else heldout
+                prompts = [lm.encode(json.loads(line)["prompt"])[:PROMPT_LEN] for line in source]
+                del lm
+            found = record["models"].setdefault(name, {})
+            for form in arguments.forms:
+                llama = None
+                if arguments.llama_python is not None:
+                    kind = LLAMA_KINDS[form]
+                    llama = Llama.of(arguments.llama_python, model, kind, Path(folder))
+                found[form] = measure(
+                    model,
+                    form,
+                    prompts[: arguments.repeats],
+                    new_tokens=24 if name == "348M" else 64,
+                    repeats=min(arguments.repeats, 3) if name == "348M" else arguments.repeats,
+                    llama=llama,
+                    has_torch=form != "int8",
+                )
+                if texts:
+                    qualities = record["quality"].setdefault(name, {})
+                    qualities[f"native {form}"] = quality(model, form, texts)
+                    if llama is not None:
+                        qualities[f"llama.cpp {LLAMA_KINDS[form]}"] = llama.ask(texts=texts)
+                if llama is not None:
+                    llama.close()
+                gc.collect()
+                record["bytes_per_second"].append(bandwidth.best())
+                record["load_average"].append(os.getloadavg())
+                if name not in SHAPES:
+                    record["loading"].setdefault(name, {})[form] = loading(name, form)
+                _write(arguments.output, record)
+
+
+def _write(output: Path, record: dict[str, Any]) -> None:
+    env, speed = record["environment"], max(record["bytes_per_second"])
     lines = [
-        f"float32, greedy, batch 1, {env['machine']}, {env['threads']} threads. {env['date']},"
-        f" torch {env['torch']}, transformers {env['transformers']}, commit {env['commit']}."
-        f" Medians of contestants measured in turn; forwards at a context of {CONTEXT} tokens,"
-        " logits for all"
-        f" their tokens (llama.cpp: for the last); prompts of {PROMPT_LEN} tokens, whose forward"
-        " counts.",
-        "",
-        "Held-out texts of the default model, nats a token: "
-        + ", ".join(f"{name} {losses[name]:.4f}" for name in ("plain", "packed", "int8"))
-        + f" ({losses['num_tokens']} tokens).",
+        f"Batch 1, {env['machine']}, {env['threads']} threads. {env['date']}, torch {env['torch']},"
+        f" transformers {env['transformers']}, commit {env['commit']}. Medians of contestants"
+        f" measured in turn; steps behind {CONTEXT} tokens, with an answer for each token fed"
+        f" (llama.cpp: for the last alone); prompts of {PROMPT_LEN} tokens, whose forward counts in"
+        f" AR. Memory is read at {speed / 1e9:.1f} GB/s (best of ten reads of 1 GiB, and of all"
+        f" moments; worst {min(record['bytes_per_second']) / 1e9:.1f}). Load averages (1 min)"
+        f" {', '.join(f'{one[0]:.1f}' for one in record['load_average'])}.",
         "",
     ]
-    for name in arguments.models:
-        model = default.model if name == "default" else random_model(SHAPES[name])
-        results[name] = measure(
-            model,
-            prompts,
-            new_tokens=24 if name == "348M" else 64,
-            repeats=min(arguments.repeats, 3) if name == "348M" else arguments.repeats,
-            llama_python=arguments.llama_python,
-        )
-        lines += section(name, results[name])
-        record = {"environment": env, "quality": losses, "models": results}
-        arguments.output.with_suffix(".json").write_text(json.dumps(record) + "\n")
-        arguments.output.with_suffix(".md").write_text("\n".join(lines))
-        print("\n".join(lines[-12:]), file=sys.stderr, flush=True)
+    for name, forms in record["models"].items():
+        lines += section(name, forms, speed)
+    for name, found in record["quality"].items():
+        base = found.get("native float32")
+        lines += [f"## Quality of {name}, held-out texts", ""]
+        lines += ["| | nats a token | likeliest token as float32's |", "|---|---|---|"]
+        for who, one in found.items():
+            equal = "-"
+            if base is not None:
+                pairs = list(zip(one["best"], base["best"], strict=True))
+                equal = f"{100 * sum(a == b for a, b in pairs) / len(pairs):.2f} %"
+            lines.append(f"| {who} | {one['nats']:.4f} | {equal} |")
+        lines.append("")
+    lines += ["## Loading, in a process of its own", ""]
+    lines += ["| | s to loaded | s to the first token | packed MB | resident MB | peak MB |"]
+    lines += ["|---" * 6 + "|"]
+    for name, by_form in record["loading"].items():
+        for form, one in by_form.items():
+            sizes = [one["packed_bytes"], one["resident_bytes"], one["peak_bytes"]]
+            cells = [f"{one['load_s']:.2f}", f"{one['first_token_s']:.2f}"]
+            cells += [f"{size / 1e6:.0f}" for size in sizes]
+            lines.append(f"| {name}, {form} | " + " | ".join(cells) + " |")
+    output.with_suffix(".json").write_text(json.dumps(record) + "\n")
+    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """llama.cpp as a contestant of `bench_cpu.py`, in a Python of its own (llama-cpp-python, gguf).
 
-    python benchmarks/llama_cpp_worker.py convert WEIGHTS.npz SHAPE.json f32|q8_0 OUT.gguf
+    python benchmarks/llama_cpp_worker.py convert WEIGHTS.npz SHAPE.json f32|bf16|q8_0 OUT.gguf
     python benchmarks/llama_cpp_worker.py serve MODEL.gguf NUM_THREADS
 
 `serve` answers one JSON object a line: {"ids": [...], "new_tokens": n} continues greedily,
-{"length": L, "num_tokens": T, "repeats": n} times a forward of T tokens after L committed ones.
+{"length": L, "num_tokens": T, "repeats": n} times a forward of T tokens after L committed ones, {"texts": [[...], ...]} gives their
+nats a token and the likeliest token at each place.
 """
 
 from __future__ import annotations
@@ -57,14 +58,15 @@ def convert(weights: str, shape: str, kind: str, output: str) -> None:
     writer.add_token_list([f"<t{i}>" for i in range(config["vocab_size"])])
     writer.add_token_scores([0.0] * config["vocab_size"])
     writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
-    quantized = gguf.GGMLQuantizationType.Q8_0
+    kinds = gguf.GGMLQuantizationType
+    quantized = {"q8_0": kinds.Q8_0, "bf16": kinds.BF16}.get(kind)
     for name, tensor in np.load(weights).items():
         array = np.ascontiguousarray(tensor, dtype=np.float32)
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if part in name:  # llama.cpp rotates neighbours, not halves
                 halves = array.reshape(config[heads], 2, config["head_dim"] // 2, -1)
                 array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
-        if kind == "q8_0" and array.ndim == 2:
+        if quantized is not None and array.ndim == 2:
             packed = gguf.quants.quantize(array, quantized)
             writer.add_tensor(_their_name(name), packed, raw_dtype=quantized)
         else:
@@ -92,7 +94,12 @@ def serve(model: str, num_threads: int) -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        found = _continue(llama, **request) if "ids" in request else _forward(llama, **request)
+        if "ids" in request:
+            found = _continue(llama, **request)
+        elif "texts" in request:
+            found = _score(llama, **request)
+        else:
+            found = _forward(llama, **request)
         print(json.dumps(found), flush=True)
 
 
@@ -123,6 +130,20 @@ def _forward(llama: Any, length: int, num_tokens: int, repeats: int) -> dict[str
         _best(llama)
         seconds.append(time.perf_counter() - started_s)
     return {"seconds": statistics.median(seconds)}
+
+
+def _score(llama: Any, texts: list[list[int]]) -> dict[str, Any]:
+    nats, best = 0.0, []
+    for ids in texts:
+        llama.n_tokens = 0
+        for place, token_id in enumerate(ids[:-1]):  # one by one: only the last has logits
+            llama.eval([token_id])
+            logits = np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),))
+            wide = logits.astype(np.float64)
+            top = wide.max()
+            nats += top + np.log(np.exp(wide - top).sum()) - wide[ids[place + 1]]
+            best.append(int(wide.argmax()))
+    return {"nats": nats / len(best), "best": best}
 
 
 if __name__ == "__main__":

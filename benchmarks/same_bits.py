@@ -31,9 +31,9 @@ from torch import Tensor
 import trimode
 from trimode.decoding import GenerationParams, Sequence
 from trimode.decoding.choice import Choice
-from trimode.engine.engine import cells_needed
 from trimode.decoding.setting import Setting
 from trimode.engine import Engine
+from trimode.engine.engine import cells_needed
 from trimode.engine.runner import Feed, Runner
 from trimode.model.masks import TRUNK
 from trimode.model.native.library import load
