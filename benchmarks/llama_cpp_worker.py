@@ -4,8 +4,8 @@
     python benchmarks/llama_cpp_worker.py serve MODEL.gguf NUM_THREADS
 
 `serve` answers one JSON object a line: {"ids": [...], "new_tokens": n} continues greedily,
-{"length": L, "num_tokens": T, "repeats": n} times a forward of T tokens after L committed ones, {"texts": [[...], ...]} gives their
-nats a token and the likeliest token at each place.
+{"length": L, "num_tokens": T, "repeats": n} times a forward of T tokens after L committed ones,
+{"texts": [[...], ...]} gives their nats a token and the likeliest token at each place.
 """
 
 from __future__ import annotations
