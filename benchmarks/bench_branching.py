@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    lm = trimode.load(arguments.model, drafter=arguments.drafter)
+    lm = trimode.load(arguments.model, dtype="float32", drafter=arguments.drafter)
     lines = arguments.prompts.read_text(encoding="utf-8").splitlines()[: arguments.num_prompts]
     prompts = [lm.encode(json.loads(line)["prompt"]) for line in lines]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in settings()}

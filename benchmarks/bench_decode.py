@@ -204,8 +204,7 @@ def verdicts(
         f" with the weights alone take {1e3 * products_s:.2f} ms a token here, of transformers'"
         f" {1e3 * theirs_s:.2f} ms and our {1e3 * ours_s:.2f} ms, so all else costs"
         f" {1e3 * (theirs_s - products_s):.2f} and {1e3 * (ours_s - products_s):.2f} ms. (These are"
-        " the products of plain weights, as `trimode.model.linear` does them; `ar` runs packed"
-        " ones.)",
+        " the products of plain weights, as PyTorch does them; `ar` runs the native step.)",
         f"* linear, target TPF (total) 1.2 for a model trained on CPU: {linear:.2f},"
         f" {_verdict(linear, 1.2)}.",
     ]
@@ -308,13 +307,13 @@ def main() -> None:
     parser.add_argument("--drafter", type=Path, default=None, help="measure linear with it too")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    lm = trimode.load(arguments.model)
+    lm = trimode.load(arguments.model, dtype="float32")
     twin = transformers_twin(lm)
     lines = arguments.prompts.read_text(encoding="utf-8").splitlines()[: arguments.num_prompts]
     prompts = [lm.encode(json.loads(line)["prompt"]) for line in lines]
     contestants = [Contestant(mode, lm, mode) for mode in MODES]
     if arguments.drafter is not None:
-        with_drafter = trimode.load(arguments.model, drafter=arguments.drafter)
+        with_drafter = trimode.load(arguments.model, dtype="float32", drafter=arguments.drafter)
         contestants.append(Contestant("linear, drafter", with_drafter, "linear"))
     for prompt in prompts[:2]:  # warm up
         measure(contestants, twin, prompt, 16)
@@ -323,7 +322,7 @@ def main() -> None:
     for name in ("transformers", *(one.name for one in contestants)):
         base = rows[0]["tokens_per_second"] if rows else 0.0
         rows.append(summarise(name, [run[name] for run in runs], base))
-    limits = speed_limits(trimode.load(arguments.model, weights="plain"))
+    limits = speed_limits(trimode.load(arguments.model, dtype="float32", weights="plain"))
     for row in rows:
         per_token_s = limits["weight_bytes"] / limits["bytes_per_second"]
         forwards = 1 / row.get("tpf_total", 1.0)

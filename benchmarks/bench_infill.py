@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--num-cases", type=int, default=160)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    lm = trimode.load(arguments.model)
+    lm = trimode.load(arguments.model, dtype="float32")
     lines = arguments.cases.read_text(encoding="utf-8").splitlines()[: arguments.num_cases]
     runs = [measure(lm, json.loads(line)) for line in lines]
     forwards = sum(sum(run["forwards"].values()) for run in runs) / len(runs)

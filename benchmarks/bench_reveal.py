@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     logging.getLogger("trimode").setLevel(logging.ERROR)  # the slowest settings are meant
-    lm = trimode.load(arguments.model)
+    lm = trimode.load(arguments.model, dtype="float32")
     lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines[: arguments.num_prompts]]
     runs: dict[str, list[dict[str, Any]]] = {}

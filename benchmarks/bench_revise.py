@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=50)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    lm = trimode.load()
+    lm = trimode.load(dtype="float32")
     lines = arguments.prompts.read_text(encoding="utf-8").splitlines()[: arguments.num_prompts]
     prompts = [lm.encode(json.loads(line)["prompt"]) for line in lines]
     runs = {"both views propose": measure(lm, prompts)}

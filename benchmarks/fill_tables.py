@@ -119,36 +119,43 @@ def infill_table() -> str:
 
 
 def speed_table() -> str:
-    """Tokens a second of AR by model, engine and form of the weights; forwards of 8 over 1."""
+    """Tokens a second of AR by model, precision and engine; steps of 12 tokens over one."""
     path = newest("speed_cpu")
     found = read(path)
     models = found["models"]
-    lines = [
-        "| AR tokens/s | " + " | ".join(models) + " |",
-        "|---" * (len(models) + 1) + "|",
+    lines = ["| AR tokens/s | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    contestants = [
+        (form, who)
+        for form in ("float32", "bfloat16", "int8")
+        for who in ("native", "llama.cpp", "torch", "transformers")
+        if form != "int8" or who in ("native", "llama.cpp")
     ]
-    for name in ("transformers", "plain", "packed", "int8", "llama.cpp f32", "llama.cpp q8_0"):
-        seconds = [model["seconds"].get(f"ar {name}") for model in models.values()]
+
+    def row(name: str, figure: Callable[[dict[str, float]], str], form: str) -> str:
         cells = [
-            "-" if s is None else f"{1 / s:.0f}" if s < 0.1 else f"{1 / s:.1f}" for s in seconds
+            figure(forms[form]["seconds"]) if form in forms else "-" for forms in models.values()
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    for name in ("plain", "packed"):
-        ratios = [
-            model["seconds"][f"forward {name} 8"] / model["seconds"][f"forward {name} 1"]
-            for model in models.values()
-        ]
-        cells = [f"{ratio:.2f}x" for ratio in ratios]
-        lines.append(f"| {name}: a forward of 8 tokens over one of 1 | " + " | ".join(cells) + " |")
-    quality = ", ".join(
-        f"{name} {found['quality'][name]:.4f}" for name in ("plain", "packed", "int8")
-    )
+        return f"| {name} | " + " | ".join(cells) + " |"
+
+    for form, who in contestants:
+        if any(
+            f"ar {who}" in forms.get(form, {"seconds": {}})["seconds"] for forms in models.values()
+        ):
+            lines.append(
+                row(f"{form}, {who}", lambda s: f"{1 / s[f'ar {who}']:.0f}", form)  # noqa: B023
+            )
+    for form in ("float32", "bfloat16", "int8"):
+        name = f"{form}, native: a step of 12 tokens over one of 1"
+        lines.append(row(name, lambda s: f"{s['step native 12'] / s['step native 1']:.2f}x", form))
+    env = found["environment"]
     lines += [
         "",
-        f"{found['environment']['machine']}, {found['environment']['threads']} threads, batch 1;"
-        f" held-out nats a token of the default model: {quality}"
+        f"{env['machine']}, {env['threads']} threads, batch 1"
         f" (`benchmarks/results/{path.stem}.md`).",
     ]
+    for name, forms in found["quality"].items():
+        nats = ", ".join(f"{who} {one['nats']:.4f}" for who, one in forms.items())
+        lines.append(f"Held-out nats a token of {name}: {nats}.")
     return "\n".join(lines)
 
 

@@ -211,7 +211,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, has_drafter: bool = 
     model.add_argument(
         "--dtype",
         metavar="D",
-        help="float32, bfloat16, ... (default: bfloat16 on cuda, else float32)",
+        help="float32, bfloat16, ... (default: bfloat16 on cuda and in the native step, else"
+        " float32)",
     )
     model.add_argument(
         "--weights",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trimode.errors import ConfigError
 from trimode.model.adapter import MLP_TARGETS, TARGETS, AdapterSwitch
 from trimode.model.attention import RowAttention, RowFeed
+from trimode.model.configuration import TriModeConfig
 from trimode.model.linear import Linear
 from trimode.model.masks import TRUNK
 from trimode.model.native import library
@@ -29,9 +30,13 @@ FIXED = "the weights are packed for decoding and cannot change; call model.pack(
 
 def refusal(model: TriModeModel) -> str | None:
     """Why the native step cannot run this model, for a reader; None if it can."""
-    config, dtype = model.config, model.dtype
-    if model.device.type != "cpu":
-        return f"the native step runs on the CPU, and the model is on {model.device}"
+    return refusal_of(model.config, device=model.device, dtype=model.dtype)
+
+
+def refusal_of(config: TriModeConfig, *, device: torch.device, dtype: torch.dtype) -> str | None:
+    """As `refusal`, before there is a model."""
+    if device.type != "cpu":
+        return f"the native step runs on the CPU, and the model is on {device}"
     if dtype not in FORMS:
         return f"the native step runs float32 and bfloat16, and the model is {dtype}"
     status = library.status()
