@@ -172,6 +172,7 @@ def pack(model: TriModeModel, weights: Weights) -> NativeNetwork:
         parameter.data = parameter.data.clone()
     if not model.config.tie_word_embeddings:
         network.set_embedding(model.encoder.embed_tokens.weight)
+    found.c.trimode_model_is_packed()
     return network
 
 

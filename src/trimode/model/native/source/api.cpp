@@ -2,6 +2,9 @@
 #include "api.h"
 
 #include <sys/mman.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <cstring>
 #include <new>
@@ -144,6 +147,13 @@ Model* trimode_model_new(const Kernels* kernels, Threads* threads, const Shape* 
 void trimode_model_free(Model* model) {
     munmap(model->arena, model->arena_bytes);
     delete model;
+}
+
+// Give the system back what was freed: glibc keeps the plain weights, to be used again.
+void trimode_model_is_packed() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }
 
 int64_t trimode_model_bytes(const Model* model) { return model->arena_bytes; }
