@@ -83,6 +83,7 @@ class Digests:
     """Of logits of the AR view, by sequence, text before them, and length of that text."""
 
     rows: dict[Sequence, dict[int, dict[bytes, bytes]]] = field(default_factory=dict)
+    num_changed: int = 0
 
     def note(self, packed: list[Feed], logits: Tensor) -> None:
         """The wanted logits of one forward, before the choice."""
@@ -95,7 +96,9 @@ class Digests:
                 if step.groups[i] == TRUNK:
                     before = text + [step.token_ids[t] for t in trunk if t <= i]
                     known = self.rows.setdefault(seq, {}).setdefault(len(before), {})
-                    known[_text_digest(before)] = blake2b(rows[at].tobytes()).digest()
+                    digest = blake2b(rows[at].tobytes()).digest()
+                    first = known.setdefault(_text_digest(before), digest)
+                    self.num_changed += first != digest  # answered again, and not the same
                 at += 1
 
     def along(self, seq: Sequence) -> dict[int, bytes]:
@@ -214,7 +217,7 @@ def compare(
     expected: dict[tuple[int, str], tuple[list[int], dict[int, bytes]]] = {}
     lengths: dict[str, Counter[int]] = {}
     found = {"texts": 0, "unequal_texts": 0, "logits": 0, "unequal_logits": 0, "preemptions": 0}
-    found["reused_tokens"] = 0
+    found |= {"reused_tokens": 0, "missing_logits": 0}
     by_condition: Counter[str] = Counter()
 
     def params_of(mode: dict[str, Any], law: str, index: int) -> GenerationParams:
@@ -245,9 +248,11 @@ def compare(
             if seq.new_ids != tokens:
                 found["unequal_texts"] += 1
                 print(f"prompt {index}, {mode}, {law}, {condition}: another text", flush=True)
-            for length, digest in digests.along(seq).items():
-                found["logits"] += 1
-                found["unequal_logits"] += digest != logits[length]
+            along = digests.along(seq)
+            found["missing_logits"] += len(logits.keys() - along.keys())
+            found["logits"] += len(along)
+            found["unequal_logits"] += sum(one != logits[i] for i, one in along.items())
+        found["unequal_logits"] += digests.num_changed
         print(f"{condition}, {threads} threads: {found}", file=sys.stderr, flush=True)
     found["conditions"] = by_condition
     found["accepted_lengths"] = {
@@ -259,7 +264,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="pocket")
-    parser.add_argument("--adapter", default=None)
+    parser.add_argument("--drafter", default=None)
     parser.add_argument("--forms", nargs="+", default=["float32", "bfloat16", "int8"])
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--prompt-tokens", type=int, default=48)
@@ -269,7 +274,7 @@ def main() -> None:
     arguments = parser.parse_args()
     record: dict[str, Any] = {"environment": environment(arguments), "forms": {}}
     for form in arguments.forms:
-        options = {"adapter": arguments.adapter} if arguments.adapter else {}
+        options = {"drafter": arguments.drafter} if arguments.drafter else {}
         dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
         weights = "int8" if form == "int8" else "native"
         lm = trimode.load(arguments.model, dtype=dtype, weights=weights, **options)
@@ -281,7 +286,11 @@ def main() -> None:
     failed = [
         form
         for form, found in record["forms"].items()
-        if found["unequal_texts"] or found["unequal_logits"] or not found["logits"]
+        if found["unequal_texts"]
+        or found["unequal_logits"]
+        or found["missing_logits"]
+        or not all(found[name] for name in ("texts", "preemptions", "reused_tokens"))
+        or set(found["conditions"]) != set(CONDITIONS)
     ]
     if failed:
         sys.exit(f"not the same bits: {', '.join(failed)}")

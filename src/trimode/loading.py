@@ -41,7 +41,7 @@ def load(
         device: Default: CUDA where there is one, else the CPU.
         dtype: Default: bfloat16 on CUDA, and on a CPU where the native step runs the model, in half
             of the memory and with no loss of quality that could be measured; else float32, in which
-            PyTorch is quick on any CPU.
+            PyTorch is quick on any CPU, and from which `int8` is rounded.
         lora: Merged into the weights, so that every mode sees it, e.g. `instruct_lora` of the
             default model. If a tokenizer lies beside it, that one is used.
         drafter: On for drafts, or for all that its files say it serves, and never in the AR view;
@@ -72,6 +72,8 @@ def load(
 
 def _load(folder: Path, ranks: Ranks | None, *, device: torch.device, **options: Any) -> TriModeLM:
     dtype, lora, drafter, weights = (options[n] for n in ("dtype", "lora", "drafter", "weights"))
+    if weights is not None:
+        weights = as_weights(weights)  # refused before all is read
     if dtype is None:
         can_native = ranks is None and weights in (None, "native")
         dtype = _default_dtype(folder, device, can_native=can_native)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,3 +332,91 @@ def test_the_file_is_let_go_of(tiny_checkpoint: Callable[..., Path]) -> None:
     assert lm.model.weights == "native"
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     assert str(folder) not in maps
+
+
+def test_what_is_no_token_is_refused(tiny_model: Callable[..., TriModeModel]) -> None:
+    model = tiny_model(torch.float32).pack("native")
+    size = model.config.vocab_size
+    with pytest.raises(IndexError, match=f"token id {size}; allowed: 0 to {size - 1}"):
+        model(torch.tensor([[1, size]]))
+    with pytest.raises(IndexError, match="token id -100"):
+        model(torch.tensor([[-100, 1]]))
+    assert model.native is not None
+    cache = KVCache(model.config, num_rows=1, num_cells=8, device="cpu", dtype=torch.float32)
+    feeds = [RowFeed(0, 6, [0] * 4, range(6, 10), range(6, 10))]
+    with pytest.raises(IndexError, match="cell 9; allowed: 0 to 7"):
+        model.native.forward([1] * 4, range(6, 10), cache=cache, feeds=feeds)
+    assert not cache.keys.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_torchs_default_dtype_does_not_matter(
+    tiny_model: Callable[..., TriModeModel], dtype: torch.dtype
+) -> None:
+    model = tiny_model(torch.float32)
+    adapter = disagreeing_adapter(model)
+    switch = AdapterSwitch(adapter, None)
+    other = copy.deepcopy(model)
+    wanted = answers(model.pack("native"), num_tokens=9, adapter=switch)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = answers(other.pack("native"), num_tokens=9, adapter=switch)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, wanted)
+
+
+def test_a_foreign_adapter_is_refused(tiny_model: Callable[..., TriModeModel]) -> None:
+    model = tiny_model(torch.float32).pack("native")
+    foreign = disagreeing_adapter(tiny_model(torch.float32, intermediate_size=48))
+    with pytest.raises(ConfigError, match=r"pair of layer 0, gate_proj is for a weight of \(48,"):
+        answers(model, num_tokens=3, adapter=AdapterSwitch(foreign, None))
+
+
+def test_training_the_original_leaves_a_copy_alone(
+    tiny_model: Callable[..., TriModeModel],
+) -> None:
+    model = tiny_model(torch.float32, tie_word_embeddings=False).pack("native")
+    twin = copy.deepcopy(model)
+    ids = torch.arange(5)[None]
+    wanted = twin(ids).logits
+    model.pack("plain")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(twin(ids).logits, wanted)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_int8_keeps_what_is_no_number(
+    tiny_model: Callable[..., TriModeModel], value: float
+) -> None:
+    model = tiny_model(torch.float32)
+    weight = model.encoder.layers[0].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[0, 3] = value
+    logits = model.pack("int8")(torch.arange(5)[None]).logits
+    assert not logits.isfinite().any()
+
+
+def test_two_threads_of_one_model(tiny_model: Callable[..., TriModeModel]) -> None:
+    model = tiny_model(torch.float32, max_position_embeddings=8192).pack("native")
+    assert model.native is not None
+    network = model.native
+    found: dict[int, Tensor] = {}
+
+    def forward(position: int) -> None:
+        cache = KVCache(model.config, num_rows=1, num_cells=4, device="cpu", dtype=torch.float32)
+        feeds = [RowFeed(0, 0, [0], [position], [position])]
+        for _ in range(50):
+            found[position] = network.forward([7], [position], cache=cache, feeds=feeds)[0]
+
+    threads = [threading.Thread(target=forward, args=(at,)) for at in (1500, 5000, 3, 8000)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for position, states in found.items():
+        forward(position)
+        assert torch.equal(found[position], states)

@@ -26,10 +26,11 @@ from trimode.model.native.modules import refusal
 from trimode.model.native.step import NativeNetwork
 
 FORMS = ("float32", "bfloat16", "int8")
-NUM_TOKENS, NUM_ALONE = 200, 40
+NUM_TOKENS, NUM_ALONE = 1096, 136
 IDS = [3 + (7 * i) % 90 for i in range(NUM_TOKENS)]
 SHAPE = {"hidden_size": 96, "intermediate_size": 200, "head_dim": 24}
-"""No size is a whole number of vectors on every CPU."""
+"""No size is a whole number of vectors on every CPU. The last tokens see two spans of attention and
+then three."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def ways(
     """Logits of the last tokens of the text: one by one, then in other ways."""
 
     def new_cache() -> KVCache:
-        return KVCache(native.config, num_rows=2, num_cells=256, device="cpu", dtype=dtype)
+        return KVCache(native.config, num_rows=2, num_cells=1100, device="cpu", dtype=dtype)
 
     def threads(count: int) -> None:
         of.c.trimode_threads_resize(of.threads, count)
@@ -179,9 +180,7 @@ def ways(
             return
         cache = new_cache()
         feed(native, cache, 1, 0, first)
-        rest = [
-            feed(native, cache, 1, i, i + 10, beside=True) for i in range(first, NUM_TOKENS, 10)
-        ]
+        rest = [feed(native, cache, 1, i, i + 8, beside=True) for i in range(first, NUM_TOKENS, 8)]
         yield torch.cat(rest)
     finally:
         threads(before)

@@ -43,6 +43,8 @@ class Fed:
         for feed in feeds:
             length, num_tokens = feed.length, len(feed.groups)
             num_trunk = feed.num_trunk
+            if num_trunk and feed.positions[num_trunk - 1] - feed.positions[0] != num_trunk - 1:
+                raise AssertionError(f"trunk tokens at {list(feed.positions)[:num_trunk]}")
             rows += [feed.row] * num_tokens
             cells += range(length, length + num_tokens)
             prefixes += range(length + 1, length + num_trunk + 1)
@@ -50,7 +52,10 @@ class Fed:
             stops += [0] * num_trunk
             if num_trunk < num_tokens:
                 first_position = feed.positions[0]
-                for first, stop in feed.group_runs():
+                runs = list(feed.group_runs())
+                if len(runs) != len({feed.groups[first] for first, _ in runs}):
+                    raise AssertionError(f"groups in pieces: {list(feed.groups)}")
+                for first, stop in runs:
                     sees = min(max(feed.anchors[first] - first_position + 1, 0), num_trunk)
                     size = stop - first
                     prefixes += [length + sees] * size

@@ -32,6 +32,14 @@ OFF = "off"
 _lock = threading.Lock()
 
 
+def _forked() -> None:
+    global _lock
+    _lock = threading.Lock()  # a thread of the parent may hold the other
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """The loaded library with the kernels of one instruction set.

@@ -197,6 +197,9 @@ def unpack(model: TriModeModel) -> None:
     if config.tie_word_embeddings:
         embedding.weight = new_head.weight
         model.encoder.embed_tokens = embedding.eval()
+    else:  # a copy of the packed model may read the one that there was
+        parameter = model.encoder.embed_tokens.weight
+        model.encoder.embed_tokens.weight = nn.Parameter(parameter.detach().clone())
 
 
 def run(
@@ -261,6 +264,7 @@ def whole_sequences(
         attend=RowAttention(model.new_cache(num_rows=num_rows, num_cells=num_tokens), feeds),
         adapter=None if adapter is None else adapter.of_tokens(is_real),
     )
-    logits = torch.zeros(num_rows, num_tokens, model.config.vocab_size)
+    shape = num_rows, num_tokens, model.config.vocab_size
+    logits = torch.zeros(shape, dtype=torch.float32, device="cpu")
     logits[is_real] = model.diffusion_head(hidden)
     return logits

@@ -5,11 +5,12 @@ Nothing here is torch's but the tensors that come in and go out; source/forward.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int32, c_void_p
 from typing import Any, Self
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakKeyDictionary, WeakSet, finalize
 
 import numpy as np
 import torch
@@ -46,7 +47,6 @@ class _Shape(Structure):
         *[(name, c_int32) for name in ("vocab_size", "hidden_size", "intermediate_size")],
         *[(name, c_int32) for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim")],
         ("form", c_int32),
-        ("is_tied", c_int32),
         ("eps", c_float),
     )
 
@@ -91,7 +91,7 @@ class PackedRows:
 class NativeNetwork:
     """A network whose weights are packed, in memory of its own.
 
-    Not meant for two threads at once; a lock makes the second one wait.
+    A lock makes a second thread wait.
 
     Args:
         library: Compiled.
@@ -119,19 +119,20 @@ class NativeNetwork:
         self._c = library.c
         self._library = library
         self._rotary = rotary
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        _networks.add(self)
         shape = _Shape(
             *(config.vocab_size, config.hidden_size, config.intermediate_size),
             *(config.num_hidden_layers, config.num_attention_heads),
             *(config.num_key_value_heads, config.head_dim),
             INT8 if weights == "int8" else FORMS[dtype],
-            *(int(config.tie_word_embeddings), config.rms_norm_eps),
+            config.rms_norm_eps,
         )
         model = self._c.trimode_model_new(library.kernels, library.threads, byref(shape))
         if not model:
             raise CapacityError("the packed weights do not fit into memory")
         self._model = c_void_p(model)
-        finalize(self, self._c.trimode_model_free, self._model)
+        _freed_with(self, self._c.trimode_model_free, self._model)
         self._kept: dict[str, Any] = {}  # what C++ has pointers to
         self._small: dict[tuple[int, str], Tensor] = {}  # norms and biases, as they were given
         self._num_positions = 0
@@ -146,6 +147,11 @@ class NativeNetwork:
     def num_bytes(self) -> int:
         """Of the packed weights."""
         return int(self._c.trimode_model_bytes(self._model))
+
+    def is_forked(self) -> None:
+        """Make it usable in a child, whatever the parent's threads were doing."""
+        self._lock = threading.RLock()
+        self._c.trimode_model_is_forked(self._model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # packed weights never change
@@ -164,8 +170,10 @@ class NativeNetwork:
         if bias is not None:
             self._small[layer, target] = bias.detach().clone()
         index = TARGETS.index(target) if layer != HEAD else 0
-        self._c.trimode_model_set(self._model, layer, index, byref(source))
+        is_done = self._c.trimode_model_set(self._model, layer, index, byref(source))
         del kept
+        if not is_done:
+            raise CapacityError("the packed weights do not fit into memory")
 
     def get(self, layer: int, target: str) -> Tensor:
         """[out, in]: a weight as it was given, bit for bit.
@@ -179,7 +187,7 @@ class NativeNetwork:
                 " 'plain' to save, convert, copy or move the model"
             )
         index = TARGETS.index(target) if layer != HEAD else 0
-        out = torch.empty(self._shape_of(layer, target), dtype=torch.float32)
+        out = _empty(*self._shape_of(layer, target))
         self._c.trimode_model_get(self._model, layer, index, c_void_p(out.data_ptr()))
         return out.to(self.dtype)
 
@@ -204,7 +212,8 @@ class NativeNetwork:
         self._small[layer, name] = weight.detach().clone()
         plain = weight.detach().float().contiguous()
         pointer = c_void_p(plain.data_ptr())
-        self._c.trimode_model_set_norm(self._model, layer, which, pointer, plain.numel())
+        if not self._c.trimode_model_set_norm(self._model, layer, which, pointer, plain.numel()):
+            raise CapacityError("the packed weights do not fit into memory")
 
     def set_embedding(self, weight: Tensor) -> None:
         """Read input embeddings from this [V, H]; without it they are the head's rows."""
@@ -215,7 +224,8 @@ class NativeNetwork:
     def rows_of(self, ids: Tensor) -> Tensor:
         """[..., H] float32: input embeddings of tokens where the head's rows are these."""
         flat = ids.reshape(-1).to(torch.int32).contiguous()
-        out = torch.empty(len(flat), self.config.hidden_size)
+        _check("token id", flat.numpy(), self.config.vocab_size)
+        out = _empty(len(flat), self.config.hidden_size)
         self._c.trimode_model_rows(
             *(self._model, c_void_p(flat.data_ptr()), len(flat), c_void_p(out.data_ptr()))
         )
@@ -223,8 +233,10 @@ class NativeNetwork:
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., H] -> [..., V] float32: the head alone."""
+        if states.shape[-1] != self.config.hidden_size:
+            raise IndexError(f"states of {states.shape[-1]}; allowed: {self.config.hidden_size}")
         flat = states.reshape(-1, states.shape[-1]).float().contiguous()
-        out = torch.empty(len(flat), self.config.vocab_size)
+        out = _empty(len(flat), self.config.vocab_size)
         with self._lock:
             is_done = self._c.trimode_head(
                 *(self._model, c_void_p(flat.data_ptr()), len(flat), c_void_p(out.data_ptr()))
@@ -263,37 +275,44 @@ class NativeNetwork:
 
         Raises:
             CapacityError: the tokens' intermediate values do not fit into memory.
+            IndexError: a token id, position, row or cell that is none.
         """
         fed = Fed.of(feeds)
         tokens = np.array([token_ids, positions], dtype=np.int32)
         num_tokens = tokens.shape[1]
-        self._know_positions(int(tokens[1].max()) + 1 if num_tokens else 0)
         index = np.arange(num_tokens, dtype=np.int32)
         if wanted is not None:
             index = np.array(wanted, dtype=np.int32)
-        hidden = torch.empty(len(index), self.config.hidden_size)
-        logits = torch.empty(len(index), self.config.vocab_size) if wants_logits else None
+        _check("token id", tokens[0], self.config.vocab_size)
+        _check("position", tokens[1], None)
+        _check("row", fed.rows, cache.num_rows)
+        _check("cell", fed.cells, cache.num_cells)
+        _check("wanted token", index, num_tokens)
+        hidden = _empty(len(index), self.config.hidden_size)
+        logits = _empty(len(index), self.config.vocab_size) if wants_logits else None
         handle, on, places = None, None, None
         if adapter is not None:
-            handle = self._adapter(adapter)
             on = np.ones(num_tokens, dtype=np.uint8)
             if is_on is not None:
                 on = np.array(is_on, dtype=np.uint8).reshape(-1)
             if mask_places is not None:
                 places = np.array(mask_places, dtype=np.int32)
-        forward = _Forward(
-            *(num_tokens, len(index), tokens.ctypes.data, tokens[1:].ctypes.data),
-            *(fed.rows.ctypes.data, fed.cells.ctypes.data, fed.prefixes.ctypes.data),
-            *(fed.starts.ctypes.data, fed.stops.ctypes.data),
-            None if places is None else places.ctypes.data,
-            None if on is None else on.ctypes.data,
-            index.ctypes.data,
-            *(handle, cache.keys.data_ptr(), cache.values.data_ptr()),
-            *(FORMS[cache.keys.dtype], cache.num_rows, cache.num_cells),
-            hidden.data_ptr(),
-            None if logits is None else logits.data_ptr(),
-        )
         with self._lock:
+            self._know_positions(int(tokens[1].max()) + 1 if num_tokens else 0)
+            if adapter is not None:
+                handle = self._adapter(adapter)
+            forward = _Forward(
+                *(num_tokens, len(index), tokens.ctypes.data, tokens[1:].ctypes.data),
+                *(fed.rows.ctypes.data, fed.cells.ctypes.data, fed.prefixes.ctypes.data),
+                *(fed.starts.ctypes.data, fed.stops.ctypes.data),
+                None if places is None else places.ctypes.data,
+                None if on is None else on.ctypes.data,
+                index.ctypes.data,
+                *(handle, cache.keys.data_ptr(), cache.values.data_ptr()),
+                *(FORMS[cache.keys.dtype], cache.num_rows, cache.num_cells),
+                hidden.data_ptr(),
+                None if logits is None else logits.data_ptr(),
+            )
             is_done = self._c.trimode_forward(self._model, byref(forward))
         if not is_done:
             raise CapacityError(f"a forward of {num_tokens} tokens does not fit into memory")
@@ -305,21 +324,19 @@ class NativeNetwork:
             return
         num = max(-(-count // _POSITIONS_AT_ONCE) * _POSITIONS_AT_ONCE, 2 * self._num_positions)
         pieces = [
-            self._rotary.table(torch.arange(first, first + _POSITIONS_AT_ONCE))
+            self._rotary.table(torch.arange(first, first + _POSITIONS_AT_ONCE, device="cpu"))
             for first in range(0, num, _POSITIONS_AT_ONCE)
         ]
         cos = torch.cat([piece[0] for piece in pieces])
         sin = torch.cat([piece[1] for piece in pieces])
         scales = [piece[2] for piece in pieces if piece[2] is not None]
         scale = torch.cat(scales) if scales else None
-        with self._lock:
-            self._kept["positions"] = cos, sin, scale
-            self._c.trimode_model_set_positions(
-                *(self._model, c_void_p(cos.data_ptr()), c_void_p(sin.data_ptr())),
-                None if scale is None else c_void_p(scale.data_ptr()),
-                num,
-            )
-            self._num_positions = num
+        self._kept["positions"] = cos, sin, scale
+        self._c.trimode_model_set_positions(
+            *(self._model, c_void_p(cos.data_ptr()), c_void_p(sin.data_ptr())),
+            None if scale is None else c_void_p(scale.data_ptr()),
+        )
+        self._num_positions = num
 
     def _adapter(self, adapter: DrafterAdapter) -> c_void_p:
         """The adapter, packed when it is first used; it must not change afterwards."""
@@ -328,30 +345,82 @@ class NativeNetwork:
             return known
         ranks = np.zeros((self.config.num_hidden_layers, len(TARGETS)), dtype=np.int32)
         for layer, target, pair in adapter.items():
+            found = pair.up.shape[0], pair.down.shape[1]
+            if found != self._shape_of(layer, target):
+                raise ConfigError(
+                    f"the adapter's pair of layer {layer}, {target} is for a weight of {found};"
+                    f" allowed: {self._shape_of(layer, target)}"
+                )
             rank = -(-len(pair.down) // _RANK_UNIT) * _RANK_UNIT
             ranks[layer, TARGETS.index(target)] = rank
+        masks = adapter.mask_embeddings
+        if masks is not None and masks.shape[1] != self.config.hidden_size:
+            raise ConfigError(
+                f"the adapter's mask embeddings are of {masks.shape[1]}; allowed:"
+                f" {self.config.hidden_size}"
+            )
         handle = self._c.trimode_adapter_new(self._model, c_void_p(ranks.ctypes.data))
         if not handle:
             raise CapacityError("the packed adapter does not fit into memory")
-        found = c_void_p(handle)
+        packed = c_void_p(handle)
+        _freed_with(adapter, self._c.trimode_adapter_free, packed)
         for layer, target, pair in adapter.items():
             index = TARGETS.index(target)
             rank, size = len(pair.down), int(ranks[layer, index])
-            down = torch.zeros(size, pair.down.shape[1])
+            down = _empty(size, pair.down.shape[1]).zero_()
             down[:rank] = pair.down.detach()
-            up = torch.zeros(pair.up.shape[0], size)
+            up = _empty(pair.up.shape[0], size).zero_()
             up[:, :rank] = pair.up.detach()
             sources = _source(down, None), _source(up, None)
-            self._c.trimode_adapter_set(
-                *(self._model, found, layer, index, byref(sources[0][0]), byref(sources[1][0])),
+            is_done = self._c.trimode_adapter_set(
+                *(self._model, packed, layer, index, byref(sources[0][0]), byref(sources[1][0])),
                 c_float(pair.scale),
             )
-        if adapter.mask_embeddings is not None:
-            masks = adapter.mask_embeddings.detach().float().contiguous()
-            self._c.trimode_adapter_set_masks(found, c_void_p(masks.data_ptr()), *masks.shape)
-        finalize(adapter, self._c.trimode_adapter_free, found)
-        self._adapters[adapter] = found
-        return found
+            if not is_done:
+                raise CapacityError("the packed adapter does not fit into memory")
+        if masks is not None:
+            plain = masks.detach().float().contiguous()
+            pointer = c_void_p(plain.data_ptr())
+            if not self._c.trimode_adapter_set_masks(packed, pointer, *plain.shape):
+                raise CapacityError("the packed adapter does not fit into memory")
+        self._adapters[adapter] = packed
+        return packed
+
+
+_networks: WeakSet[NativeNetwork] = WeakSet()
+
+
+def _forked() -> None:
+    """In a child: another thread of the parent may have been in a forward."""
+    for network in _networks:
+        network.is_forked()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def _freed_with(owner: object, free: Any, handle: c_void_p) -> None:
+    """Not at exit, when a daemon thread may still be in a forward."""
+    finalize(owner, free, handle).atexit = False
+
+
+def _empty(*shape: int) -> Tensor:
+    """Float32 on the CPU, whatever torch's defaults are."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
+
+
+def _check(what: str, numbers: np.ndarray, stop: int | None) -> None:
+    """C++ checks nothing.
+
+    Raises:
+        IndexError: one is below 0, or not below `stop`.
+    """
+    if not numbers.size:
+        return
+    least, most = int(numbers.min()), int(numbers.max())
+    if least < 0 or (stop is not None and most >= stop):
+        wrong = least if least < 0 else most
+        raise IndexError(f"{what} {wrong}; allowed: 0 to {'...' if stop is None else stop - 1}")
 
 
 def _made_again(

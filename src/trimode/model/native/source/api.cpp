@@ -7,6 +7,8 @@
 #endif
 
 #include <cstring>
+#include <exception>
+#include <memory>
 #include <new>
 
 #include "choice_batch.h"
@@ -85,10 +87,17 @@ bool is_done(Work work) {
     FloatMode mode;
     try {
         work();
-    } catch (const std::bad_alloc&) {
+    } catch (const std::exception&) {
         return false;
     }
     return true;
+}
+
+// What was made, or null where memory does not suffice.
+template <class T, class Make>
+T* made(Make make) {
+    std::unique_ptr<T> found;
+    return is_done([&] { make(found); }) ? found.release() : nullptr;
 }
 
 }  // namespace
@@ -99,9 +108,10 @@ extern "C" {
 // The kernels for this CPU, or those of a name; null if the CPU lacks what they need.
 const Kernels* trimode_kernels(const char* name) { return find(name); }
 const char* trimode_kernels_name(const Kernels* kernels) { return kernels->name; }
-int trimode_kernels_has_pairs(const Kernels* kernels) { return kernels->has_pairs; }
 
-Threads* trimode_threads_new(int num_threads) { return new Threads(num_threads); }
+Threads* trimode_threads_new(int num_threads) {
+    return made<Threads>([&](auto& found) { found.reset(new Threads(num_threads)); });
+}
 void trimode_threads_free(Threads* threads) { delete threads; }
 void trimode_threads_resize(Threads* threads, int num_threads) { threads->resize(num_threads); }
 int trimode_threads_size(Threads* threads) { return threads->size(); }
@@ -113,35 +123,33 @@ bool trimode_has_head_dim(const Kernels* kernels, int size) { return kernels->ha
 
 // A network without weights yet. Null where the memory does not suffice.
 Model* trimode_model_new(const Kernels* kernels, Threads* threads, const Shape* shape) {
-    auto* model = new Model;
-    model->kernels = kernels;
-    model->threads = threads;
-    model->shape = *shape;
-    model->layers.resize(shape->num_layers);
-    const int H = shape->hidden_size, I = shape->intermediate_size, D = shape->head_dim;
-    const int outs[] = {shape->num_heads * D, shape->num_kv_heads * D, shape->num_kv_heads * D,
-                        H, I, I, H};
-    const int ins[] = {H, H, H, shape->num_heads * D, H, H, I};
-    int64_t bytes = 0;
-    for (Layer& layer : model->layers)
-        for (int t = 0; t < NUM_TARGETS; t++)
-            bytes += kernels->plan(layer.weights[t], shape->form, outs[t], ins[t]);
-    bytes += kernels->plan(model->head, shape->form, shape->vocab_size, H);
-    model->arena = map(bytes);
-    model->arena_bytes = bytes;
-    if (model->arena == nullptr) {
-        delete model;
-        return nullptr;
-    }
-    char* at = model->arena;
-    auto give = [&](Weight& weight) {
-        weight.data = at;
-        at += weight.num_panels * weight.panel_bytes;
-    };
-    for (Layer& layer : model->layers)
-        for (Weight& weight : layer.weights) give(weight);
-    give(model->head);
-    return model;
+    return made<Model>([&](auto& model) {
+        model.reset(new Model);
+        model->kernels = kernels;
+        model->threads = threads;
+        model->shape = *shape;
+        model->layers.resize(shape->num_layers);
+        const int H = shape->hidden_size, I = shape->intermediate_size, D = shape->head_dim;
+        const int outs[] = {shape->num_heads * D, shape->num_kv_heads * D, shape->num_kv_heads * D,
+                            H, I, I, H};
+        const int ins[] = {H, H, H, shape->num_heads * D, H, H, I};
+        int64_t bytes = 0;
+        for (Layer& layer : model->layers)
+            for (int t = 0; t < NUM_TARGETS; t++)
+                bytes += kernels->plan(layer.weights[t], shape->form, outs[t], ins[t]);
+        bytes += kernels->plan(model->head, shape->form, shape->vocab_size, H);
+        model->arena = map(bytes);
+        model->arena_bytes = bytes;
+        if (model->arena == nullptr) throw std::bad_alloc();
+        char* at = model->arena;
+        auto give = [&](Weight& weight) {
+            weight.data = at;
+            at += weight.num_panels * weight.panel_bytes;
+        };
+        for (Layer& layer : model->layers)
+            for (Weight& weight : layer.weights) give(weight);
+        give(model->head);
+    });
 }
 
 void trimode_model_free(Model* model) {
@@ -156,11 +164,16 @@ void trimode_model_is_packed() {
 #endif
 }
 
+// In a forked child, whose parent may have been in a forward: forget its memory, half made.
+void trimode_model_is_forked(Model* model) { new (&model->workspace) std::vector<char>; }
+
 int64_t trimode_model_bytes(const Model* model) { return model->arena_bytes; }
 
-// layer -1 is the head.
-void trimode_model_set(Model* model, int layer, int target, const Source* source) {
-    fill(*model->kernels, *model->threads, *source, weight_of(*model, layer, target));
+// layer -1 is the head. This and all that return bool: false where memory does not suffice.
+bool trimode_model_set(Model* model, int layer, int target, const Source* source) {
+    return is_done([&] {
+        fill(*model->kernels, *model->threads, *source, weight_of(*model, layer, target));
+    });
 }
 
 // [out, in] float32.
@@ -173,15 +186,19 @@ void trimode_model_get(Model* model, int layer, int target, float* out) {
 }
 
 // which: 0 attention, 1 MLP, 2 queries, 3 keys; layer -1 is the last norm.
-void trimode_model_set_norm(Model* model, int layer, int which, const float* weight, int size) {
-    std::vector<float> norm(weight, weight + size);
-    if (layer < 0) {
-        model->norm = norm;
-        return;
-    }
-    Layer& one = model->layers[layer];
-    (which == 0 ? one.attn_norm : which == 1 ? one.mlp_norm : which == 2 ? one.q_norm : one.k_norm) =
-        norm;
+bool trimode_model_set_norm(Model* model, int layer, int which, const float* weight, int size) {
+    return is_done([&] {
+        std::vector<float> norm(weight, weight + size);
+        if (layer < 0) {
+            model->norm = norm;
+            return;
+        }
+        Layer& one = model->layers[layer];
+        (which == 0   ? one.attn_norm
+         : which == 1 ? one.mlp_norm
+         : which == 2 ? one.q_norm
+                      : one.k_norm) = norm;
+    });
 }
 
 void trimode_model_set_embedding(Model* model, const void* embedding, int form) {
@@ -190,39 +207,36 @@ void trimode_model_set_embedding(Model* model, const void* embedding, int form) 
 }
 
 void trimode_model_set_positions(Model* model, const float* cos, const float* sin,
-                                 const float* query_scale, int64_t num_positions) {
+                                 const float* query_scale) {
     model->cos = cos;
     model->sin = sin;
     model->query_scale = query_scale;
-    model->num_positions = num_positions;
 }
 
 // ranks: [layers * targets], 0 where there is no pair; a multiple of 32 else.
 Adapter* trimode_adapter_new(const Model* model, const int32_t* ranks) {
-    auto* adapter = new Adapter;
-    adapter->pairs.resize(model->layers.size() * NUM_TARGETS);
-    const int form = model->shape.form == FLOAT32 ? FLOAT32 : BFLOAT16;
-    int64_t bytes = 0;
-    for (size_t i = 0; i < adapter->pairs.size(); i++) {
-        if (ranks[i] == 0) continue;
-        Pair& pair = adapter->pairs[i];
-        const Weight& base = model->layers[i / NUM_TARGETS].weights[i % NUM_TARGETS];
-        bytes += model->kernels->plan(pair.down, form, ranks[i], base.in);
-        bytes += model->kernels->plan(pair.up, form, base.out, ranks[i]);
-    }
-    adapter->arena_bytes = bytes;
-    if (bytes > 0 && (adapter->arena = map(bytes)) == nullptr) {
-        delete adapter;
-        return nullptr;
-    }
-    char* at = adapter->arena;
-    for (Pair& pair : adapter->pairs)
-        for (Weight* weight : {&pair.down, &pair.up})
-            if (weight->num_panels > 0) {
-                weight->data = at;
-                at += weight->num_panels * weight->panel_bytes;
-            }
-    return adapter;
+    return made<Adapter>([&](auto& adapter) {
+        adapter.reset(new Adapter);
+        adapter->pairs.resize(model->layers.size() * NUM_TARGETS);
+        const int form = model->shape.form == FLOAT32 ? FLOAT32 : BFLOAT16;
+        int64_t bytes = 0;
+        for (size_t i = 0; i < adapter->pairs.size(); i++) {
+            if (ranks[i] == 0) continue;
+            Pair& pair = adapter->pairs[i];
+            const Weight& base = model->layers[i / NUM_TARGETS].weights[i % NUM_TARGETS];
+            bytes += model->kernels->plan(pair.down, form, ranks[i], base.in);
+            bytes += model->kernels->plan(pair.up, form, base.out, ranks[i]);
+        }
+        adapter->arena_bytes = bytes;
+        if (bytes > 0 && (adapter->arena = map(bytes)) == nullptr) throw std::bad_alloc();
+        char* at = adapter->arena;
+        for (Pair& pair : adapter->pairs)
+            for (Weight* weight : {&pair.down, &pair.up})
+                if (weight->num_panels > 0) {
+                    weight->data = at;
+                    at += weight->num_panels * weight->panel_bytes;
+                }
+    });
 }
 
 void trimode_adapter_free(Adapter* adapter) {
@@ -230,17 +244,21 @@ void trimode_adapter_free(Adapter* adapter) {
     delete adapter;
 }
 
-void trimode_adapter_set(Model* model, Adapter* adapter, int layer, int target, const Source* down,
+bool trimode_adapter_set(Model* model, Adapter* adapter, int layer, int target, const Source* down,
                          const Source* up, float scale) {
-    Pair& pair = adapter->pairs[layer * NUM_TARGETS + target];
-    fill(*model->kernels, *model->threads, *down, pair.down);
-    fill(*model->kernels, *model->threads, *up, pair.up);
-    pair.scale = scale;
+    return is_done([&] {
+        Pair& pair = adapter->pairs[layer * NUM_TARGETS + target];
+        fill(*model->kernels, *model->threads, *down, pair.down);
+        fill(*model->kernels, *model->threads, *up, pair.up);
+        pair.scale = scale;
+    });
 }
 
-void trimode_adapter_set_masks(Adapter* adapter, const float* embeddings, int places, int size) {
-    adapter->mask_embeddings.assign(embeddings, embeddings + long(places) * size);
-    adapter->num_places = places;
+bool trimode_adapter_set_masks(Adapter* adapter, const float* embeddings, int places, int size) {
+    return is_done([&] {
+        adapter->mask_embeddings.assign(embeddings, embeddings + long(places) * size);
+        adapter->num_places = places;
+    });
 }
 
 // Rows of the head as input embeddings, for as long as the model lives.
@@ -258,7 +276,7 @@ void trimode_model_rows(Model* model, const int32_t* ids, int num, float* out) {
         model->kernels->unpack_row(model->head, ids[i], out + long(i) * model->head.in);
 }
 
-// states: [num, H]; logits: [num, V]. This and the next two are false where memory does not suffice.
+// states: [num, H]; logits: [num, V].
 bool trimode_head(Model* model, const float* states, int num, float* logits) {
     return is_done([&] { model->kernels->head(*model, states, num, logits); });
 }

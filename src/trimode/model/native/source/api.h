@@ -14,7 +14,6 @@ struct ChoiceBatch;  // choice_batch.h
 struct Kernels {
     const char* name;
     int panel;       // outputs of a panel
-    bool has_pairs;  // whether bfloat16 inputs are multiplied in pairs, rounded
     bool (*has_head_dim)(int size);
     int64_t (*plan)(Weight& weight, int32_t form, int32_t out, int32_t in);
     void (*pack)(const Source& source, Weight& weight, int panel);

@@ -83,12 +83,21 @@ class Workspace {
     }
     // What was taken is counted; take it all again for the real thing.
     void commit() {
-        if (int64_t(memory_.size()) < used_ + 64) memory_.resize(used_ + used_ / 4 + 64);
+        if (int64_t(memory_.size()) < used_ + 64) {
+            std::vector<char>().swap(memory_);  // old and new are not held together
+            memory_.resize(used_ + used_ / 4 + 64);
+        }
         base_ = (char*)((uintptr_t(memory_.data()) + 63) / 64 * 64);
         used_ = 0;
     }
 
+    // A rare large forward does not keep its memory.
+    ~Workspace() {
+        if (int64_t(memory_.size()) > MOST_KEPT) std::vector<char>().swap(memory_);
+    }
+
   private:
+    static constexpr int64_t MOST_KEPT = 256 << 20;
     std::vector<char>& memory_;
     char* base_ = nullptr;
     int64_t used_ = 0;
@@ -138,13 +147,20 @@ class Pass {
     Input in_, attended_, inner_, gathered_, lora_[3], head_in_;
     int* on_rows_;    // [num_on] rows that the adapter is on for
     int num_on_ = 0, most_rank_ = 0;
-    int* items_;      // first item of each token, and their number at the end
-    int num_spans_ = 0;  // of all tokens
+    int* items_;      // first span of each token, and their number at the end
+    int num_spans_ = 0;  // at most, of tokens that attend together
+    int first_span_ = 0;  // of the tokens that attend now
     float* partial_values_;
     Partial* partials_;
 
     int q_size() const { return shape_.num_heads * shape_.head_dim; }
     int kv_size() const { return shape_.num_kv_heads * shape_.head_dim; }
+    int num_spans(int t) const { return (seen(t) + SPAN - 1) / SPAN; }
+    // Of tokens that attend together, if one alone has not more: their scratch stays small.
+    int most_spans() const {
+        const long bytes = long(shape_.num_heads) * (shape_.head_dim + W) * 4;
+        return int(std::max(1L, (16L << 20) / bytes));
+    }
     int seen(int t) const { return f_.prefixes[t] + f_.stops[t] - f_.starts[t]; }
 
     Input input(Workspace& w, int rows, int size, int form) {
@@ -178,8 +194,11 @@ class Pass {
         items_ = w.take<int>(P + 1);
         on_rows_ = w.take<int>(P);
         num_spans_ = num_on_ = 0;
+        int piece = 0;
         for (int t = 0; t < P; t++) {
-            num_spans_ += (seen(t) + SPAN - 1) / SPAN;
+            const int spans = num_spans(t);
+            piece = piece + spans > most_spans() ? spans : piece + spans;
+            num_spans_ = std::max(num_spans_, piece);
             num_on_ += f_.adapter != nullptr && f_.is_on[t];
         }
         const long num_partials = long(num_spans_) * shape_.num_heads;
@@ -200,10 +219,10 @@ class Pass {
         for (int t = 0; t < num_rows_; t++) {
             if (num_on_ > 0 && f_.is_on[t]) on_rows_[on++] = t;
             items_[t] = span;
-            span += (seen(t) + SPAN - 1) / SPAN;
+            span += num_spans(t);
         }
         items_[num_rows_] = span;
-        for (long i = 0; i < long(span) * shape_.num_heads; i++)
+        for (long i = 0; i < long(num_spans_) * shape_.num_heads; i++)
             partials_[i].values = partial_values_ + i * (shape_.head_dim + W);
     }
 
@@ -467,32 +486,41 @@ class Pass {
     }
 
     void attend_all(int index) {
-        const int G = shape_.num_kv_heads, P = num_rows_;
+        for (int first = 0, stop; first < num_rows_; first = stop) {
+            stop = first + 1;
+            while (stop < num_rows_ && items_[stop + 1] - items_[first] <= most_spans()) stop++;
+            attend_some(index, first, stop);
+        }
+    }
+
+    void attend_some(int index, int first, int last) {
+        const int G = shape_.num_kv_heads, num_items = (items_[last] - items_[first]) * G;
+        first_span_ = items_[first];
         // One item: a token, a head of keys, a span. Tokens that see more come later; whoever is
         // free takes the next.
-        const int at_once = std::max(1, num_spans_ * G / (threads_.size() * 32));
-        const int num_items = num_spans_ * G;
+        const int at_once = std::max(1, num_items / (threads_.size() * 32));
         threads_.each((num_items + at_once - 1) / at_once, [&](int chunk) {
             int item = chunk * at_once, stop = std::min(num_items, item + at_once);
-            int t = int(std::upper_bound(items_, items_ + P + 1, item / G) - items_) - 1;
+            int span = first_span_ + item / G;
+            int t = int(std::upper_bound(items_ + first, items_ + last + 1, span) - items_) - 1;
             for (; item < stop; item++) {
-                const int span = item / G;
+                span = first_span_ + item / G;
                 while (span >= items_[t + 1]) t++;
                 attend_span(index, t, item % G, span);
             }
         });
         bool is_long = false;
-        for (int t = 0; t < P; t++) is_long |= items_[t + 1] - items_[t] > 1;
+        for (int t = first; t < last; t++) is_long |= items_[t + 1] - items_[t] > 1;
         if (!is_long) return;
-        rows(P, [&](int t) {
-            const int num = items_[t + 1] - items_[t];
+        rows(last - first, [&](int i) {
+            const int t = first + i, num = items_[t + 1] - items_[t];
             if (num == 1) return;
             for (int h = 0; h < shape_.num_heads; h++) finish_head(t, h, num);
         });
     }
 
     Partial* partials(int span, int head) {  // spans of one head lie side by side
-        return partials_ + long(span) * shape_.num_heads + head;
+        return partials_ + long(span - first_span_) * shape_.num_heads + head;
     }
 
     void attend_span(int index, int t, int g, int span) {

@@ -20,7 +20,7 @@ constexpr int MOST_ROWS_INT8 = 4;
 
 inline int num_groups(int K) { return (K + GROUP - 1) / GROUP; }
 
-// Bytes of a row: inputs, then the scale of every group, then 128 times its sum.
+// Bytes of a row: inputs, then the scale of every group, then -128 times its sum.
 inline long quantized_bytes(int K) { return (long(num_groups(K)) * (GROUP + 8) + 63) / 64 * 64; }
 
 constexpr long GROUP_BYTES = PANEL * 2 + PANEL * GROUP;
@@ -35,7 +35,8 @@ inline void quantize(const float* x, int K, char* row) {
         F most = zero();
         for (int i = 0; i < n; i += W) most = max(most, abs(load(x + g * GROUP + i, n - i)));
         const float top = largest(most);
-        const F by = set1(top > 0 ? 127.0f / top : 0.0f);
+        const float inverse = 127.0f / top;
+        const F by = set1(std::isfinite(inverse) ? inverse : 0.0f);
         float rounded[GROUP];
         for (int i = 0; i < GROUP; i += W)
             store(rounded + i, i < n ? round_even(load(x + g * GROUP + i, n - i) * by) : zero());
@@ -48,7 +49,7 @@ inline void quantize(const float* x, int K, char* row) {
         scales[g] = top / 127.0f;
         offsets[g] = -128 * sum;
         // What is not finite must not come out as a number.
-        if (!(top <= 3.4e38f)) scales[g] = top - top;
+        if (!std::isfinite(top)) scales[g] = top - top;
         for (int i = 0; i < n; i++)
             if (!(x[g * GROUP + i] == x[g * GROUP + i])) scales[g] = x[g * GROUP + i];
     }
@@ -167,11 +168,21 @@ void quantize_panel(char* panel, int num, int K, At at) {
         std::memset(panel + PANEL * 2, 128, PANEL * GROUP);
         for (int j = 0; j < num; j++) {
             float top = 0;
-            for (int k = 0; k < n; k++) top = std::fmax(top, std::fabs(at(j, g * GROUP + k)));
+            bool is_finite = true;
+            for (int k = 0; k < n; k++) {
+                const float one = std::fabs(at(j, g * GROUP + k));
+                is_finite &= std::isfinite(one);
+                top = one > top ? one : top;
+            }
+            if (!is_finite) {  // must not come out as a number
+                ((bf16*)panel)[j] = 0x7fc0;
+                continue;
+            }
             bf16 scale = narrow(top / 127.0f);
             if (widen(scale) * 127.0f < top) scale++;  // so that no weight is cut off
             ((bf16*)panel)[j] = scale;
-            const float by = top > 0 ? 1.0f / widen(scale) : 0.0f;
+            const float inverse = 1.0f / widen(scale);
+            const float by = std::isfinite(inverse) ? inverse : 0.0f;
             for (int k = 0; k < n; k++) {
                 const float q = std::nearbyint(at(j, g * GROUP + k) * by);
                 panel[PANEL * 2 + (k / 4 * PANEL + j) * 4 + k % 4] = char(uint8_t(int(q) + 128));

@@ -14,7 +14,6 @@ namespace trimode {
 const Kernels NAMED(TRIMODE_ISA) = {
     QUOTED(TRIMODE_ISA),
     TRIMODE_ISA::PANEL,
-    TRIMODE_ISA::HAS_PAIRS,
     TRIMODE_ISA::has_head_dim,
     TRIMODE_ISA::plan,
     TRIMODE_ISA::pack,

@@ -54,7 +54,6 @@ struct Shape {
     int32_t vocab_size, hidden_size, intermediate_size, num_layers;
     int32_t num_heads, num_kv_heads, head_dim;
     int32_t form;
-    int32_t is_tied;  // the embedding is the head
     float eps;
 };
 
@@ -72,7 +71,6 @@ struct Model {
     const float* cos = nullptr;  // [positions, D / 2], Python's own
     const float* sin = nullptr;
     const float* query_scale = nullptr;  // [positions] or null
-    int64_t num_positions = 0;
     EmbeddingView embedding_view{};  // of a tied head
     std::vector<char> workspace;
     char* arena = nullptr;  // all packed weights, one after the other in the order of reading

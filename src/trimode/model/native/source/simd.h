@@ -250,10 +250,10 @@ INLINE float largest(F x) {
     return m;
 }
 
-// e^x, error below 2 ulp; 0 below -87.3. Polynomial of Cephes (expf).
+// e^x, error below 2 ulp; at least 1.2e-38, and NaN of NaN. Polynomial of Cephes (expf).
 INLINE F exp(F x) {
     F low = set1(-87.33654f), high = set1(88.37626f);
-    F y = min(max(x, low), high);
+    F y = min(high, max(low, x));  // the second where one is NaN
     F n = round_even(y * set1(1.44269504088896341f));
     F r = fma(n, set1(-0.693359375f), y);
     r = fma(n, set1(2.12194440e-4f), r);
