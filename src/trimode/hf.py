@@ -317,8 +317,7 @@ class TriModeModel(modeling.TriModeModel):
         """The attached adapter, following the network to wherever it was moved since."""
         if self.drafter is None:
             return None
-        weight = self.encoder.embed_tokens.weight
-        return self.drafter.to(device=weight.device, dtype=weight.dtype)
+        return self.drafter.to(device=self.device, dtype=self.dtype)
 
 
 class NemotronLabsDiffusionModel(TriModeModel, modeling.NemotronLabsDiffusionModel):

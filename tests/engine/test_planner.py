@@ -348,7 +348,7 @@ def measured(
 
     monkeypatch.setattr(costs, "measure", measure_calmly)
     monkeypatch.setattr(costs, "LIMIT_S", 0.05)
-    model = tiny_model(torch.float32)
+    model = tiny_model(torch.float32, tie_word_embeddings=True)
     find_costs(model, folder=tmp_path / "new")
     [path] = (tmp_path / "new").iterdir()
     return model, path

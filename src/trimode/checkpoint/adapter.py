@@ -123,7 +123,6 @@ def load_adapter(
         raise CheckpointError(
             f"{folder}: target_modules is {named}, but there are tensors of {sorted(found)}"
         )
-    weight = model.encoder.embed_tokens.weight
     form, num_candidates = _read_view(folder)
     tensors = _read_view_tensors(folder, model=model, has_corrector=num_candidates is not None)
     corrector = None
@@ -139,7 +138,7 @@ def load_adapter(
         mask_embeddings=tensors.get("mask_embeddings"),
         corrector=corrector,
     )
-    adapter = adapter.to(device=weight.device, dtype=dtype or weight.dtype)
+    adapter = adapter.to(device=model.device, dtype=dtype or model.dtype)
     return adapter.eval().requires_grad_(False)
 
 

@@ -266,7 +266,7 @@ def _key(model: TriModeModel, adapter: DrafterAdapter | None) -> dict[str, Any]:
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
         " num_key_value_heads head_dim"
     ).split()
-    device = model.encoder.embed_tokens.weight.device
+    device = model.device
     is_cuda = device.type == "cuda"
     return {
         **{name: getattr(config, name) for name in names},
