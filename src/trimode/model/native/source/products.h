@@ -147,6 +147,16 @@ void tile_bfloat16(const float* x, long stride, int K, const bf16* panel, float*
 #endif
 
 // `kernel<R>` for a number of rows known when it runs: TILE(tile_float32, R, arguments).
+#define UP_TO_6(kernel, rows, ...)              \
+    switch (rows) {                             \
+        case 1: kernel<1>(__VA_ARGS__); break;  \
+        case 2: kernel<2>(__VA_ARGS__); break;  \
+        case 3: kernel<3>(__VA_ARGS__); break;  \
+        case 4: kernel<4>(__VA_ARGS__); break;  \
+        case 5: kernel<5>(__VA_ARGS__); break;  \
+        default: kernel<6>(__VA_ARGS__); break; \
+    }
+
 #if TRIMODE_AVX512
 #define TILE(kernel, rows, ...)                            \
     switch (rows) {                                        \
@@ -164,15 +174,7 @@ void tile_bfloat16(const float* x, long stride, int K, const bf16* panel, float*
         default: kernel<12>(__VA_ARGS__); break;           \
     }
 #elif TRIMODE_AVX2
-#define TILE(kernel, rows, ...)                            \
-    switch (rows) {                                        \
-        case 1: kernel<1>(__VA_ARGS__); break;             \
-        case 2: kernel<2>(__VA_ARGS__); break;             \
-        case 3: kernel<3>(__VA_ARGS__); break;             \
-        case 4: kernel<4>(__VA_ARGS__); break;             \
-        case 5: kernel<5>(__VA_ARGS__); break;             \
-        default: kernel<6>(__VA_ARGS__); break;            \
-    }
+#define TILE UP_TO_6
 #else
 #define TILE(kernel, rows, ...)                            \
     switch (rows) {                                        \
@@ -183,14 +185,6 @@ void tile_bfloat16(const float* x, long stride, int K, const bf16* panel, float*
     }
 #endif
 
-#define TILE_INT8(kernel, rows, ...)            \
-    switch (rows) {                             \
-        case 1: kernel<1>(__VA_ARGS__); break;  \
-        case 2: kernel<2>(__VA_ARGS__); break;  \
-        case 3: kernel<3>(__VA_ARGS__); break;  \
-        case 4: kernel<4>(__VA_ARGS__); break;  \
-        case 5: kernel<5>(__VA_ARGS__); break;  \
-        default: kernel<6>(__VA_ARGS__); break; \
-    }
+#define TILE_INT8 UP_TO_6
 
 }  // namespace TRIMODE_ISA
