@@ -58,10 +58,10 @@ MUTANTS: dict[str, tuple[str, list[Mutant]]] = {
         [
             Mutant(
                 "attention.h",
-                "parts[j] = q.dot(keys + sight.cell(block + j0 + j) * D, tail, zero());",
-                "{ const long at = sight.cell(block + j0 + j); parts[j] = at >= fresh_cell"
-                " ? q.dot(fresh_keys + (at - fresh_cell) * fresh_stride, tail, zero())"
-                " : q.dot(keys + at * D, tail, zero()); }",
+                "F a = q_a.dot(key, tail, zero());",
+                "const long at = sight.cell(block + j0 + j); F a = at >= fresh_cell"
+                " ? q_a.dot(fresh_keys + (at - fresh_cell) * fresh_stride, tail, zero())"
+                " : q_a.dot(key, tail, zero());",
             ),
             Mutant(
                 "attention.h",
@@ -71,9 +71,9 @@ MUTANTS: dict[str, tuple[str, list[Mutant]]] = {
             ),
             Mutant(
                 "forward.h",
-                "        for (int h = g * per_group; h < (g + 1) * per_group; h++) {",
+                "        const bool is_whole = ",
                 "        fresh_keys = k_ + g * D, fresh_cell = f_.cells[0], fresh_stride ="
-                " kv_size();\n        for (int h = g * per_group; h < (g + 1) * per_group; h++) {",
+                " kv_size();\n        const bool is_whole = ",
             ),
         ],
     ),
@@ -82,8 +82,8 @@ MUTANTS: dict[str, tuple[str, list[Mutant]]] = {
         [
             Mutant(
                 "int8.h",
-                "const float top = largest(most);",
-                "const float top = largest(most) > of_tile ? largest(most) : of_tile;",
+                "const float top = largest(most) + sum(odd);",
+                "const float top = std::max(largest(most) + sum(odd), of_tile);",
             ),
             Mutant(
                 "int8.h",
@@ -96,6 +96,18 @@ MUTANTS: dict[str, tuple[str, list[Mutant]]] = {
                 "            of_tile = std::fabs(((const float*)x.data)[t / 4 * 4 * x.stride]);\n"
                 "            quantize((const float*)x.data + t * x.stride, size,",
             ),
+        ],
+    ),
+    "pieces of a panel are summed apart": (
+        "float32",
+        [
+            Mutant(
+                "products.h",
+                "        a = goes_on ? load(y) : zero();",
+                "        before = goes_on ? load(y) : zero();\n        a = zero();",
+            ),
+            Mutant("products.h", "    F a, b;", "    F a, b, before;"),
+            Mutant("products.h", "        store(y, a);", "        store(y, before + a);"),
         ],
     ),
     "the last row of a tile rounds twice": (

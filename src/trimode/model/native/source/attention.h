@@ -88,55 +88,96 @@ struct Head<0, IS_EVEN> {
     INLINE void scale(F) {}
 };
 
-template <int N, bool IS_EVEN, class T>
-void attend(const float* query, const T* keys, const T* values, int D, Sight sight, int first,
-            int last, Partial& result) {
-    const int tail = D - (N - 1) * W;
-    Head<N, IS_EVEN> q, sum_v;
-    q.read(query, tail);
-    sum_v.clear();
-    float top = -std::numeric_limits<float>::infinity(), total = 0;
-    for (int block = first; block < last; block += BLOCK) {
-        const int n = last - block < BLOCK ? last - block : BLOCK;
-        float scores[BLOCK];
-        for (int j0 = 0; j0 < n; j0 += W) {
-            F parts[W];
-            const int num = n - j0 < W ? n - j0 : W;
-            for (int j = 0; j < num; j++)
-                parts[j] = q.dot(keys + sight.cell(block + j0 + j) * D, tail, zero());
-            for (int j = num; j < W; j++) parts[j] = zero();
-            store(scores + j0, sums(parts));
-        }
-        float best = scores[0];
-        for (int j = 1; j < n; j++) best = scores[j] > best ? scores[j] : best;
-        const float new_top = best > top ? best : top;
-        float kept[W];
-        store(kept, exp(set1(top - new_top)));
-        F sum_p = zero();
-        for (int j0 = 0; j0 < n; j0 += W) {
-            store(scores + j0, exp(load(scores + j0) - set1(new_top)));
-            sum_p = sum_p + load(scores + j0, n - j0);
-        }
-        total = total * kept[0] + sum(sum_p);
-        sum_v.scale(set1(kept[0]));
-        for (int j = 0; j < n; j++)
-            sum_v.add(set1(scores[j]), values + sight.cell(block + j) * D, tail);
-        top = new_top;
+// Heads that read the same keys and values side by side: a sum of products waits for the one
+// before, so a few vectors alone would leave the CPU idle.
+inline int heads_at_once(int D) { return D <= 4 * W ? 2 : 1; }
+
+// One head's scores of a block -> its weights, and what is kept of the sums before.
+INLINE float soften(float* scores, int n, Partial& so_far) {
+    F most = load(scores);
+    for (int j = W; j < n; j += W) most = max(most, load(scores + j));
+    const float best = largest(most);
+    const float top = best > so_far.top ? best : so_far.top;
+    float kept[W];
+    store(kept, exp(set1(so_far.top - top)));
+    F total = zero();
+    for (int j = 0; j < n; j += W) {
+        store(scores + j, exp(load(scores + j) - set1(top)));
+        total = total + load(scores + j, n - j);
     }
-    result.top = top;
-    result.total = total;
-    sum_v.write(result.values, tail);
+    so_far.top = top;
+    so_far.total = so_far.total * kept[0] + sum(total);
+    return kept[0];
 }
 
+// queries: [H][D]. results: [H], of which `values` says where to write.
+template <int H, int N, bool IS_EVEN, class T>
+void attend(const float* queries, const T* keys, const T* values, int D, Sight sight, int first,
+            int last, Partial* results) {
+    static_assert(H == 1 || H == 2);
+    constexpr int B = H - 1;  // the second head, or the first again
+    const int tail = D - (N - 1) * W;
+    constexpr float LEAST = -std::numeric_limits<float>::infinity();
+    Head<N, IS_EVEN> q_a, q_b, sum_a, sum_b;
+    q_a.read(queries, tail);
+    if (H == 2) q_b.read(queries + D, tail);
+    sum_a.clear();
+    sum_b.clear();
+    for (int h = 0; h < H; h++) results[h].top = LEAST, results[h].total = 0;
+    for (int block = first; block < last; block += BLOCK) {
+        const int n = last - block < BLOCK ? last - block : BLOCK;
+        float scores[H][BLOCK];
+        for (int j0 = 0; j0 < n; j0 += W) {
+            F parts[H][W];
+            const int num = n - j0 < W ? n - j0 : W;
+            for (int j = 0; j < num; j++) {
+                const T* key = keys + sight.cell(block + j0 + j) * D;
+                F a = q_a.dot(key, tail, zero());
+                if (H == 2) parts[B][j] = q_b.dot(key, tail, zero());
+                parts[0][j] = a;
+            }
+            for (int h = 0; h < H; h++) {
+                for (int j = num; j < W; j++) parts[h][j] = zero();
+                store(scores[h] + j0, sums(parts[h]));
+                for (int j = num; j < W; j++) scores[h][j0 + j] = LEAST;
+            }
+        }
+        sum_a.scale(set1(soften(scores[0], n, results[0])));
+        if (H == 2) sum_b.scale(set1(soften(scores[B], n, results[B])));
+        for (int j = 0; j < n; j++) {
+            const T* value = values + sight.cell(block + j) * D;
+            sum_a.add(set1(scores[0][j]), value, tail);
+            if (H == 2) sum_b.add(set1(scores[B][j]), value, tail);
+        }
+    }
+    sum_a.write(results[0].values, tail);
+    if (H == 2) sum_b.write(results[B].values, tail);
+}
+
+template <int N, class T>
+void attend(const float* queries, int num_heads, const T* keys, const T* values, int D, Sight sight,
+            int first, int last, Partial* results) {
+    if constexpr (N <= 4)
+        if (num_heads == 2) {
+            if (D % W == 0)
+                attend<2, N, true, T>(queries, keys, values, D, sight, first, last, results);
+            else
+                attend<2, N, false, T>(queries, keys, values, D, sight, first, last, results);
+            return;
+        }
+    if (D % W == 0)
+        attend<1, N, true, T>(queries, keys, values, D, sight, first, last, results);
+    else
+        attend<1, N, false, T>(queries, keys, values, D, sight, first, last, results);
+}
+
+// Of `heads_at_once(D)` heads at most.
 template <class T>
-void attend(const float* query, const T* keys, const T* values, int D, Sight sight, int first,
-            int last, Partial& result) {
-#define CASE(n)                                                                  \
-    case n:                                                                      \
-        if (D % W == 0)                                                          \
-            attend<n, true, T>(query, keys, values, D, sight, first, last, result);  \
-        else                                                                     \
-            attend<n, false, T>(query, keys, values, D, sight, first, last, result); \
+void attend(const float* queries, int num_heads, const T* keys, const T* values, int D, Sight sight,
+            int first, int last, Partial* results) {
+#define CASE(n)                                                                                \
+    case n:                                                                                    \
+        attend<n, T>(queries, num_heads, keys, values, D, sight, first, last, results);        \
         break;
     switch ((D + W - 1) / W) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)

@@ -37,22 +37,36 @@ INLINE void put(const Input& input, int form, int row, int at, F x, int n) {
         store((float*)input.data + row * input.stride + at, x, n);
 }
 
-inline void tile(const Weight& weight, int panel, const Input& x, int first, int rows, float* y) {
-    const char* data = weight.data + panel * weight.panel_bytes;
+// Sums of inputs k .. k+num-1 for a tile of rows, added to y [rows][PANEL] unless k is 0.
+inline void piece_of(const Weight& weight, const char* data, const Input& x, int first, int rows, int k,
+                     int num, float* y) {
+    const bool goes_on = k > 0;
     if (weight.form == FLOAT32) {
-        const float* from = (const float*)x.data + first * x.stride;
-        TILE(tile_float32, rows, from, x.stride, weight.in, (const float*)data, y);
+        const float* from = (const float*)x.data + first * x.stride + k;
+        TILE(tile_float32, rows, from, x.stride, num, (const float*)data, y, goes_on);
     } else if (weight.form == INT8) {
         const char* from = x.rounded + first * x.rounded_stride;
-        for (int r = 0; r < rows; r += MOST_ROWS_INT8) {
-            const int some = std::min(MOST_ROWS_INT8, rows - r);
-            TILE_INT8(tile_int8, some, from + r * x.rounded_stride, x.rounded_stride, weight.in, data,
-                      y + r * PANEL);
-        }
+        const int start = k / GROUP, stop = num_groups(k + num), groups = num_groups(weight.in);
+        TILE_INT8(tile_int8, rows, from, x.rounded_stride, groups, start, stop, data, y);
     } else {
-        const Bf16Input* from = (const Bf16Input*)x.data + first * x.stride;
-        TILE(tile_bfloat16, rows, from, x.stride, weight.in, (const bf16*)data, y);
+        const Bf16Input* from = (const Bf16Input*)x.data + first * x.stride + k;
+        TILE(tile_bfloat16, rows, from, x.stride, num, (const bf16*)data, y, goes_on);
     }
+}
+
+// A panel's sums for a band of rows: y [rows][PANEL].
+inline void band(const Weight& weight, int panel, const Input& x, int first, int rows, float* y) {
+    const int most = weight.form == INT8 ? MOST_ROWS_INT8 : MOST_ROWS;
+    const int num_tiles = (rows + most - 1) / most;
+    const int piece = num_tiles == 1 ? weight.in : piece_inputs(weight.form);
+    const long bytes = panel_bytes(weight.form, piece);
+    const char* data = weight.data + panel * weight.panel_bytes;
+    for (int k = 0; k < weight.in; k += piece, data += bytes)
+        for (int i = 0; i < num_tiles; i++) {
+            const int r = rows * i / num_tiles, num_rows = rows * (i + 1) / num_tiles - r;
+            piece_of(weight, data, x, first + r, num_rows, k, std::min(piece, weight.in - k),
+                     y + r * PANEL);
+        }
 }
 
 // y[at] = x[at] / rms(x) * weight[at]
@@ -269,8 +283,8 @@ class Pass {
         deal(total, [&](int panel) {
             int i = 0;
             while (panel >= weights[i]->num_panels) panel -= weights[i++]->num_panels;
-            float y[MOST_ROWS * PANEL];
-            each_tile(num_rows, [&](int first, int rows) {
+            float y[BAND_ROWS * PANEL];
+            each_band(num_rows, [&](int first, int rows) {
                 sums(*weights[i], pairs == nullptr ? nullptr : pairs[i], i, panel, x, first, rows, y);
                 store(i, panel, first, rows, y);
             });
@@ -288,18 +302,18 @@ class Pass {
     }
 
     template <class Each>
-    INLINE void each_tile(int num_rows, Each each) {
-        const int num_tiles = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
-        for (int i = 0; i < num_tiles; i++) {
-            const int first = int(long(num_rows) * i / num_tiles);
-            each(first, int(long(num_rows) * (i + 1) / num_tiles) - first);
+    INLINE void each_band(int num_rows, Each each) {
+        const int num_bands = (num_rows + BAND_ROWS - 1) / BAND_ROWS;
+        for (int i = 0; i < num_bands; i++) {
+            const int first = int(long(num_rows) * i / num_bands);
+            each(first, int(long(num_rows) * (i + 1) / num_bands) - first);
         }
     }
 
-    // A tile's sums with bias, and with the adapter's share where it is on.
+    // A band's sums with bias, and with the adapter's share where it is on.
     INLINE void sums(const Weight& weight, const Pair* pair, int lora, int panel, const Input& x,
                      int first, int rows, float* y) {
-        tile(weight, panel, x, first, rows, y);
+        band(weight, panel, x, first, rows, y);
         if (!weight.bias.empty()) {
             const float* bias = weight.bias.data() + panel * PANEL;
             for (int r = 0; r < rows; r++)
@@ -307,12 +321,12 @@ class Pass {
                     store(y + r * PANEL + j, load(y + r * PANEL + j) + load(bias + j));
         }
         if (pair == nullptr || pair->up.data == nullptr || num_on_ == 0) return;
-        float added[MOST_ROWS * PANEL];
+        float added[BAND_ROWS * PANEL];
         for (int r = 0; r < rows; r++) {
             if (!f_.is_on[first + r]) continue;
             int stop = r + 1;
             while (stop < rows && f_.is_on[first + stop]) stop++;
-            tile(pair->up, panel, lora_[lora], first + r, stop - r, added);
+            band(pair->up, panel, lora_[lora], first + r, stop - r, added);
             for (int i = 0; i < (stop - r) * PANEL; i += W)
                 store(y + r * PANEL + i, load(y + r * PANEL + i) + load(added + i));
             r = stop;
@@ -339,9 +353,9 @@ class Pass {
         threads_.each(total, [&](int panel) {
             int i = 0;
             while (panel >= pairs[i]->down.num_panels) panel -= pairs[i++]->down.num_panels;
-            float y[MOST_ROWS * PANEL];
-            each_tile(num_on_, [&](int first, int rows) {
-                tile(pairs[i]->down, panel, gathered_, first, rows, y);
+            float y[BAND_ROWS * PANEL];
+            each_band(num_on_, [&](int first, int rows) {
+                band(pairs[i]->down, panel, gathered_, first, rows, y);
                 for (int r = 0; r < rows; r++)
                     for (int j = 0; j < PANEL; j += W)
                         put(lora_[i], lora_form_, on_rows_[first + r], panel * PANEL + j,
@@ -386,8 +400,8 @@ class Pass {
         const Pair* gate_up_pairs[] = {pair(index, GATE), pair(index, UP)};
         reduce(gate_up_pairs, 2, in_, H);
         deal(w[GATE].num_panels, [&](int panel) {
-            float gate[MOST_ROWS * PANEL], up[MOST_ROWS * PANEL];
-            each_tile(P, [&](int first, int rows) {
+            float gate[BAND_ROWS * PANEL], up[BAND_ROWS * PANEL];
+            each_band(P, [&](int first, int rows) {
                 sums(w[GATE], gate_up_pairs[0], 0, panel, in_, first, rows, gate);
                 sums(w[UP], gate_up_pairs[1], 1, panel, in_, first, rows, up);
                 for (int r = 0; r < rows; r++)
@@ -528,16 +542,18 @@ class Pass {
         const Sight sight{f_.prefixes[t], f_.starts[t], seen(t)};
         const int first = (span - items_[t]) * SPAN, last = std::min(sight.count, first + SPAN);
         const long base = cell(index, f_.rows[t], g, 0);
-        for (int h = g * per_group; h < (g + 1) * per_group; h++) {
-            const float* query = q_ + long(t) * q_size() + h * D;
-            Partial& partial = *partials(span, h);
+        const bool is_whole = items_[t + 1] - items_[t] == 1;
+        for (int h = g * per_group, num; h < (g + 1) * per_group; h += num) {
+            num = std::min(heads_at_once(D), (g + 1) * per_group - h);
+            const float* queries = q_ + long(t) * q_size() + h * D;
+            Partial* found = partials(span, h);
             if (f_.cache_form == FLOAT32)
-                attend(query, (const float*)f_.keys + base, (const float*)f_.values + base, D,
-                       sight, first, last, partial);
+                attend(queries, num, (const float*)f_.keys + base, (const float*)f_.values + base,
+                       D, sight, first, last, found);
             else
-                attend(query, (const bf16*)f_.keys + base, (const bf16*)f_.values + base, D,
-                       sight, first, last, partial);
-            if (items_[t + 1] - items_[t] == 1) finish_head(t, h, 1);
+                attend(queries, num, (const bf16*)f_.keys + base, (const bf16*)f_.values + base, D,
+                       sight, first, last, found);
+            for (int i = 0; is_whole && i < num; i++) finish_head(t, h + i, 1);
         }
     }
 

@@ -25,33 +25,34 @@ inline long quantized_bytes(int K) { return (long(num_groups(K)) * (GROUP + 8) +
 
 constexpr long GROUP_BYTES = PANEL * 2 + PANEL * GROUP;
 
-// x: [K] -> a row.
+// x: [K] -> a row. A group with what is not finite gets a scale that is no number.
 inline void quantize(const float* x, int K, char* row) {
     const int groups = num_groups(K);
     auto* scales = (float*)(row + long(groups) * GROUP);
     auto* offsets = (int32_t*)(scales + groups);
     for (int g = 0; g < groups; g++) {
         const int n = K - g * GROUP < GROUP ? K - g * GROUP : GROUP;
-        F most = zero();
-        for (int i = 0; i < n; i += W) most = max(most, abs(load(x + g * GROUP + i, n - i)));
-        const float top = largest(most);
+        F most = zero(), odd = zero();
+        for (int i = 0; i < n; i += W) {
+            F v = load(x + g * GROUP + i, n - i);
+            most = max(most, abs(v));
+            odd = odd + (v - v);  // 0, but of what is not finite
+        }
+        const float top = largest(most) + sum(odd);
         const float inverse = 127.0f / top;
         const F by = set1(std::isfinite(inverse) ? inverse : 0.0f);
         float rounded[GROUP];
         for (int i = 0; i < GROUP; i += W)
             store(rounded + i, i < n ? round_even(load(x + g * GROUP + i, n - i) * by) : zero());
         auto* out = (int8_t*)row + g * GROUP;
-        int32_t sum = 0;
+        int32_t total = 0;
         for (int i = 0; i < GROUP; i++) {
-            out[i] = int8_t(rounded[i]);
-            sum += out[i];
+            const int32_t one = std::isfinite(top) ? int32_t(rounded[i]) : 0;
+            out[i] = int8_t(one);
+            total += one;
         }
         scales[g] = top / 127.0f;
-        offsets[g] = -128 * sum;
-        // What is not finite must not come out as a number.
-        if (!std::isfinite(top)) scales[g] = top - top;
-        for (int i = 0; i < n; i++)
-            if (!(x[g * GROUP + i] == x[g * GROUP + i])) scales[g] = x[g * GROUP + i];
+        offsets[g] = -128 * total;
     }
 }
 
@@ -62,9 +63,10 @@ struct Sums8 {
     __m512i i0, i1;
     F f0, f1;
     Sums8<R - 1> rest;
-    INLINE void clear() {
-        f0 = f1 = zero();
-        rest.clear();
+    INLINE void begin(const float* y, bool goes_on) {
+        f0 = goes_on ? load(y) : zero();
+        f1 = goes_on ? load(y + W) : zero();
+        rest.begin(y + PANEL, goes_on);
     }
     INLINE void start(const char* offset, long stride) {
         int32_t value;
@@ -97,25 +99,25 @@ struct Sums8 {
 
 template <>
 struct Sums8<0> {
-    INLINE void clear() {}
+    INLINE void begin(const float*, bool) {}
     INLINE void start(const char*, long) {}
     INLINE void add(const char*, long, __m512i, __m512i) {}
     INLINE void finish(const char*, long, F, F) {}
     INLINE void put(float*) const {}
 };
 
+// Groups first .. last-1 of rows that have `groups`. x: the rows, `stride` bytes apart.
 template <int R>
-void tile_int8(const char* x, long stride, int K, const char* panel, float* y) {
-    const int groups = num_groups(K);
+void tile_int8(const char* x, long stride, int groups, int first, int last, const char* panel,
+               float* y) {
     const long scales = long(groups) * GROUP, offsets = scales + long(groups) * 4;
     Sums8<R> sums;
-    sums.clear();
-    for (int g = 0; g < groups; g++, panel += GROUP_BYTES) {
+    sums.begin(y, first > 0);
+    for (int g = first; g < last; g++, panel += GROUP_BYTES) {
         sums.start(x + offsets + g * 4, stride);
         const char* weights = panel + PANEL * 2;
         for (int k = 0; k < GROUP; k += 4, weights += PANEL * 4) {
-            prefetch(weights + AHEAD);
-            prefetch(weights + AHEAD + 64);
+            prefetch<R>(weights);
             sums.add(x + g * GROUP + k, stride, _mm512_loadu_si512(weights),
                      _mm512_loadu_si512(weights + W * 4));
         }
@@ -128,11 +130,11 @@ void tile_int8(const char* x, long stride, int K, const char* panel, float* y) {
 #else
 
 template <int R>
-void tile_int8(const char* x, long stride, int K, const char* panel, float* y) {
-    const int groups = num_groups(K);
+void tile_int8(const char* x, long stride, int groups, int first, int last, const char* panel,
+               float* y) {
     const long scales = long(groups) * GROUP, offsets = scales + long(groups) * 4;
-    for (int i = 0; i < R * PANEL; i++) y[i] = 0;
-    for (int g = 0; g < groups; g++, panel += GROUP_BYTES) {
+    if (first == 0) std::memset(y, 0, R * PANEL * sizeof(float));
+    for (int g = first; g < last; g++, panel += GROUP_BYTES) {
         const auto* weights = (const uint8_t*)panel + PANEL * 2;
         for (int r = 0; r < R; r++) {
             const auto* row = (const int8_t*)x + r * stride + g * GROUP;

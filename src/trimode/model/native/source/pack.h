@@ -22,6 +22,11 @@ inline int64_t panel_bytes(int32_t form, int32_t in) {
     return (bytes + 63) / 64 * 64;
 }
 
+// Of a piece that many tiles read: whole groups.
+inline int piece_inputs(int32_t form) {
+    return int(PIECE_BYTES / panel_bytes(form, GROUP)) * GROUP;
+}
+
 // Say how many bytes `pack` will write.
 inline int64_t plan(Weight& weight, int32_t form, int32_t out, int32_t in) {
     weight.form = form;

@@ -23,19 +23,33 @@ constexpr int MOST_ROWS = 6;  // 12 of 16
 constexpr int MOST_ROWS = 4;
 #endif
 
-constexpr int AHEAD = 4096;  // bytes that are fetched before they are needed
+// Rows that share what is read of the weights. More than a tile takes go through a panel piece by
+// piece, tile after tile: all but the first find the piece in the nearest cache, and the memory is
+// at work throughout.
+constexpr int BAND_ROWS = 4 * MOST_ROWS;
+constexpr int PIECE_BYTES = 8192;
 
-INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Bytes that are fetched before a tile of R rows needs them. The CPU does that by itself where there
+// is little else to do.
+constexpr int AHEAD = 4096;
+template <int R>
+INLINE void prefetch(const void* weights) {
+    if (R <= 2) return;
+    __builtin_prefetch((const char*)weights + AHEAD, 0, 3);
+    if (W == 16) __builtin_prefetch((const char*)weights + AHEAD + 64, 0, 3);
+}
 
 // Sums of R rows, two vectors each. A structure for each row and no array: only so does GCC keep
-// them in registers around a prefetch.
+// them in registers.
 template <int R>
 struct Sums {
     F a, b;
     Sums<R - 1> rest;
-    INLINE void clear() {
-        a = b = zero();
-        rest.clear();
+    // From the start, or where the piece before ended.
+    INLINE void begin(const float* y, bool goes_on) {
+        a = goes_on ? load(y) : zero();
+        b = goes_on ? load(y + W) : zero();
+        rest.begin(y + PANEL, goes_on);
     }
     INLINE void add(const float* x, long stride, F w0, F w1) {
         F c = set1(*x);
@@ -62,7 +76,7 @@ struct Sums {
 
 template <>
 struct Sums<0> {
-    INLINE void clear() {}
+    INLINE void begin(const float*, bool) {}
     INLINE void add(const float*, long, F, F) {}
     INLINE void put(float*) const {}
 #if TRIMODE_AVX512 && defined(__AVX512BF16__)
@@ -70,14 +84,14 @@ struct Sums<0> {
 #endif
 };
 
-// x: rows of K floats, `stride` floats apart. y: [R][PANEL].
+// x: rows of K floats, `stride` floats apart. y: [R][PANEL], what the inputs before these sum to.
 template <int R>
-void tile_float32(const float* x, long stride, int K, const float* panel, float* y) {
+void tile_float32(const float* x, long stride, int K, const float* panel, float* y,
+                  bool goes_on) {
     Sums<R> sums;
-    sums.clear();
+    sums.begin(y, goes_on);
     for (int k = 0; k < K; k++, panel += PANEL) {
-        prefetch((const char*)panel + AHEAD);
-        if (PANEL * 4 > 64) prefetch((const char*)panel + AHEAD + 64);
+        prefetch<R>(panel);
         sums.add(x + k, stride, load(panel), load(panel + W));
     }
     sums.put(y);
@@ -89,12 +103,12 @@ constexpr bool HAS_PAIRS = true;
 using Bf16Input = bf16;  // inputs are rounded, products and sums are in float32
 
 template <int R>
-void tile_bfloat16(const bf16* x, long stride, int K, const bf16* panel, float* y) {
+void tile_bfloat16(const bf16* x, long stride, int K, const bf16* panel, float* y,
+                   bool goes_on) {
     Sums<R> sums;
-    sums.clear();
+    sums.begin(y, goes_on);
     for (int k = 0; k < K; k += 2, panel += 2 * PANEL) {
-        prefetch((const char*)panel + AHEAD);
-        prefetch((const char*)panel + AHEAD + 64);
+        prefetch<R>(panel);
         sums.add_pairs(x + k, stride, (__m512bh)_mm512_loadu_si512(panel),
                        (__m512bh)_mm512_loadu_si512(panel + PANEL));
     }
@@ -130,11 +144,12 @@ INLINE void split_pairs(const bf16* p, F& first, F& second) {
 
 // The inputs stay in float32.
 template <int R>
-void tile_bfloat16(const float* x, long stride, int K, const bf16* panel, float* y) {
+void tile_bfloat16(const float* x, long stride, int K, const bf16* panel, float* y,
+                   bool goes_on) {
     Sums<R> sums;
-    sums.clear();
+    sums.begin(y, goes_on);
     for (int k = 0; k < K; k += 2, panel += 2 * PANEL) {
-        prefetch((const char*)panel + AHEAD);
+        prefetch<R>(panel);
         F even0, odd0, even1, odd1;
         split_pairs(panel, even0, odd0);
         split_pairs(panel + PANEL, even1, odd1);

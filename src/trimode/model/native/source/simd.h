@@ -227,6 +227,12 @@ INLINE void store_bf16(bf16* p, F x, int n = W) {
 
 // The lanes added in one fixed tree: halves, quarters and so on.
 INLINE float sum(F x) {
+#if TRIMODE_AVX512
+    __m256 y = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+    __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    z = _mm_add_ps(z, _mm_movehl_ps(z, z));
+    return _mm_cvtss_f32(_mm_add_ss(z, _mm_shuffle_ps(z, z, 1)));
+#endif
     float s[W];
     store(s, x);
     for (int half = W / 2; half > 0; half /= 2)
@@ -243,6 +249,9 @@ INLINE F sums(const F x[W]) {
 #endif
 
 INLINE float largest(F x) {
+#if TRIMODE_AVX512
+    return _mm512_reduce_max_ps(x.v);
+#endif
     float s[W];
     store(s, x);
     float m = s[0];
