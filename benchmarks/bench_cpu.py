@@ -17,6 +17,7 @@ import copy
 import ctypes
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -192,7 +193,7 @@ class Steps:
 
 
 class Bandwidth:
-    """Reads 1 GiB once, on all threads; built like the native step."""
+    """Reads 1 GiB, on all threads; built like the native step."""
 
     def __init__(self, folder: Path) -> None:
         source, library = Path(__file__).parent / "read_memory.cpp", folder / "read_memory.so"
@@ -202,13 +203,28 @@ class Bandwidth:
         self._read = ctypes.CDLL(str(library)).read_once
         self._read.restype = ctypes.c_double
         self._read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        self._data = np.ones((1 << 27) + 8, dtype=np.uint64)  # pages that are there
+
+    def once(self) -> float:
+        """Bytes a second."""
+        address = (self._data.ctypes.data + 63) // 64 * 64
+        return float(1 << 30) / self._read(address, 1 << 27, torch.get_num_threads())
 
     def best(self) -> float:
-        """Bytes a second, the best of ten."""
-        data = np.ones((1 << 27) + 8, dtype=np.uint64)  # pages that are there
-        address = (data.ctypes.data + 63) // 64 * 64
-        threads = torch.get_num_threads()
-        return float(1 << 30) / min(self._read(address, 1 << 27, threads) for _ in range(10))
+        """Of ten."""
+        return max(self.once() for _ in range(10))
+
+    def share(self, step: Callable[[], float], num_bytes: int) -> float:
+        """Of what the memory gives at this moment, what a step makes of it.
+
+        Other machines share the memory, and what it gives may double or halve within seconds. So it
+        is read before the step and after; NaN where the two differ by more than a tenth.
+        """
+        before = self.once()
+        rate = num_bytes / min(step(), step())
+        after = self.once()
+        is_calm = max(before, after) < 1.1 * min(before, after)
+        return rate / max(before, after) if is_calm else math.nan
 
 
 def models(names: list[str]) -> Iterator[tuple[str, TriModeModel]]:
@@ -247,6 +263,7 @@ def measure(
     repeats: int,
     llama: Llama | None,
     has_torch: bool,
+    bandwidth: Bandwidth,
 ) -> dict[str, Any]:
     """All contestants of one precision on one model, in turn, once for every prompt and repeat.
 
@@ -268,6 +285,7 @@ def measure(
         compiled.answer = torch.compile(plain.answer)  # type: ignore[method-assign]
     compiled_steps = Steps(compiled) if compiled is not None else None
     twin = transformers_twin(torch_lm).to(dtype) if torch_lm is not None else None
+    num_bytes = weight_bytes(model, form)
     seconds: dict[str, list[float]] = {}
     texts: dict[str, list[int]] = {}
 
@@ -302,11 +320,13 @@ def measure(
         texts["llama.cpp"] = answer["token_ids"]
         return float(answer["seconds"]) / new_tokens
 
+    shares = []
     for turn in range(-1, repeats):  # the first is for warming up
         if turn == 0:
             seconds.clear()
         ids = prompts[turn % len(prompts)]
         note("ar native", lambda: ours(lm, "native", ids))  # noqa: B023
+        shares += [bandwidth.share(lambda: steps.trunk(1), num_bytes) for _ in range(10)]
         if llama is not None:
             note("ar llama.cpp", lambda: llamas(ids))  # noqa: B023
         if torch_lm is not None:
@@ -333,7 +353,8 @@ def measure(
         if torch_steps is not None:
             note("prefill torch", torch_steps.prefill)
     return {
-        "weight_bytes": weight_bytes(model, form),
+        "weight_bytes": num_bytes,
+        "shares": [share for share in shares if not math.isnan(share)],
         "packed_bytes": native.native.num_bytes if native.native is not None else 0,
         "new_tokens": new_tokens,
         "repeats": repeats,
@@ -394,7 +415,12 @@ def ratio(seconds: dict[str, float], over: str, under: str) -> str:
 
 def section(name: str, forms: dict[str, Any], bytes_per_second: float) -> list[str]:
     """The table of one model."""
-    head = ["ar tokens/s", "share of the bandwidth", *(f"ms, {n}" for n in LENGTHS)]
+    head = [
+        "ar tokens/s",
+        "of the best bandwidth",
+        "of that at the moment",
+        *(f"ms, {n}" for n in LENGTHS),
+    ]
     head += ["12 over 1", "4 + 8 masks over 1", "12 at 0.7 over 1", "4 + 8 at 0.7 over 1"]
     head += [f"prefill {PREFILL}, ms"]
     lines = [f"## {name}", "", "| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
@@ -406,6 +432,8 @@ def section(name: str, forms: dict[str, Any], bytes_per_second: float) -> list[s
                 continue
             least_s = found["weight_bytes"] / bytes_per_second
             cells = [f"{1 / ar_s:.0f}" if ar_s else "-", f"{least_s / ar_s:.2f}" if ar_s else "-"]
+            shares = found["shares"] if who == "native" else []
+            cells.append(f"{statistics.median(shares):.2f}" if shares else "-")
             times = [seconds.get(f"step {who} {n}") for n in LENGTHS]
             cells += [f"{1e3 * s:.2f}" if s else "-" for s in times]
             one = f"step {who} 1"
@@ -479,6 +507,7 @@ def main() -> None:
                     repeats=min(arguments.repeats, 3) if name == "348M" else arguments.repeats,
                     llama=llama,
                     has_torch=form != "int8",
+                    bandwidth=bandwidth,
                 )
                 if texts:
                     qualities = record["quality"].setdefault(name, {})
@@ -503,7 +532,9 @@ def _write(output: Path, record: dict[str, Any]) -> None:
         f" measured in turn; steps behind {CONTEXT} tokens, with an answer for each token fed"
         f" (llama.cpp: for the last alone); prompts of {PROMPT_LEN} tokens, whose forward counts in"
         f" AR. Memory is read at {speed / 1e9:.1f} GB/s (best of ten reads of 1 GiB, and of all"
-        f" moments; worst {min(record['bytes_per_second']) / 1e9:.1f}). Load averages (1 min)"
+        f" moments; worst {min(record['bytes_per_second']) / 1e9:.1f}); what it gives changes from"
+        " moment to moment, so a step of one token is also compared with a read right before and"
+        " after it. Load averages (1 min)"
         f" {', '.join(f'{one[0]:.1f}' for one in record['load_average'])}.",
         "",
     ]
