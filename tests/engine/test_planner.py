@@ -262,7 +262,8 @@ def test_a_probe_that_never_ran_is_paid_back() -> None:
     world.run(500)
     [one] = world.requests
     start = world.planner.num_probes
-    world.planner.note_forward([one.seq], 1, 1.0)
+    for _ in range(200):
+        world.planner.note_forward([one.seq], 1, laptop(1, 1))
     found = [world.planner.choose(one.seq) for _ in range(100)]  # and each time it loses its row
     assert {setting.mode for setting in found} <= {"ar", "linear"}
     assert world.planner.num_probes - start > MOST_SAVED

@@ -32,20 +32,18 @@ PLAIN_GAIN = 0.25
 """... or by so much in one."""
 
 PROBE_SHARE = 0.02
-"""Of all time, what probes may cost more than they bring."""
+"""Of all time, what probes that bring nothing may cost."""
 
 PROBE_LENGTH = 8
 PROBE_FORWARDS = 2
-USUAL_SHARE = 0.2
 LEAST_COST = 0.1
 """Of a forward, what another kind of step in it costs at least, whatever the curves say."""
 
-RETRY_ROUNDS = 4
 PROBE_ROUNDS = 16
 """Rounds between two probes of a sequence."""
 
 MOST_SAVED = 4
-"""Probes for which time is kept."""
+"""Probes that may follow each other."""
 
 
 @dataclass(slots=True)
@@ -60,8 +58,7 @@ class _Request:
         num_rounds: Since the last review.
         num_better: Reviews in a row that found something better.
         since_probe: Rounds since the last probe.
-        expected_s: What the probe under way was expected to cost; None if there is none.
-        seconds_per_token: Of the whole batch, when it began.
+        probe_cost: Of the probe under way, in forwards; None if there is none.
         counted_in: The latest forward whose totals it is part of.
     """
 
@@ -72,8 +69,7 @@ class _Request:
     num_rounds: int = 0
     num_better: int = 0
     since_probe: int = PROBE_ROUNDS
-    expected_s: float | None = None
-    seconds_per_token: float = 0.0
+    probe_cost: float | None = None
     counted_in: int = -1
 
 
@@ -112,8 +108,7 @@ class Planner:
         self._requests: WeakKeyDictionary[Sequence, _Request] = WeakKeyDictionary()
         self._num_forwards = 0
         self._total = _Totals(0, 0.0, 0.0)
-        self._allowed_s = 0.0  # for probes
-        self._usual_s = 0, 0.0  # rows, and seconds of late of forwards without probes
+        self._allowed = 0.0  # forwards, for probes
         self.num_switches = 0
         self.num_probes = 0
 
@@ -129,39 +124,28 @@ class Planner:
             best, pace, gain = self._best(seq, one, others)
             if gain > FIRST_MARGIN:
                 one.setting, one.pace = best, pace
-        elif one.expected_s is not None and has_run:
-            self._settle(one)
+        elif one.probe_cost is not None or one.num_rounds >= REVIEW_ROUNDS:
+            if one.probe_cost is not None:
+                self._settle(one, others, has_run=has_run)
             self._review(seq, one, others)
-        elif one.num_rounds >= REVIEW_ROUNDS:
-            self._review(seq, one, others)
-        if one.expected_s is not None:  # its row was taken away before the probe began
-            self._allowed_s += one.expected_s
-            one.expected_s, one.since_probe = None, PROBE_ROUNDS
         return self._probe(seq, one, others) or one.setting
 
     def note_forward(self, fed: Items[Sequence], num_tokens: int, seconds: float) -> None:
         """Learn what a forward cost, and who runs."""
         self._num_forwards += 1
-        self._allowed_s += PROBE_SHARE * seconds
-        total, expected_s = _Totals(0, 0.0, 0.0), 0.0
+        self._allowed += PROBE_SHARE
+        total, has_probe = _Totals(0, 0.0, 0.0), False
         for seq in fed:
             if seq.mode == "auto":
                 one = self._request(seq)
                 one.counted_in = self._num_forwards
-                expected_s += (one.expected_s or 0.0) / PROBE_FORWARDS
+                has_probe |= one.probe_cost is not None
                 total = total.plus(one.pace)
             else:
                 total = total.plus(_seen_pace(seq))
         self._total = total
-        if any(map(_is_prefilled, fed)):
-            return
-        if expected_s and self._usual_s[0] == len(fed):
-            self._allowed_s -= seconds - self._usual_s[1] - expected_s
-        if not expected_s:
+        if not has_probe and not any(map(_is_prefilled, fed)):
             self.costs.note(len(fed), num_tokens, seconds)
-            rows, usual_s = self._usual_s
-            share = USUAL_SHARE if rows == len(fed) else 1.0
-            self._usual_s = len(fed), usual_s + share * (seconds - usual_s)
 
     def _learn(self, seq: Sequence, one: _Request) -> bool:
         """Whether there was a round of speculation to learn from."""
@@ -219,49 +203,44 @@ class Planner:
         """A round of linear where the present setting would never tell how well longer drafts do:
         if they would pay were all of them right, and if there is time for it.
 
-        What it is expected to cost more than a round as usual is paid in advance, what it does cost
-        (`note_forward`: forwards of two kinds are dearer than their tokens alone) is put right
-        after, and what it brings is paid back.
+        What it is expected to cost more than a round as usual is paid in advance, what it brings is
+        paid back.
         """
         assert one.setting is not None
         probe = _probe_setting(seq.params.setting("auto", seq.form))
         is_known = one.setting.mode != "ar" and one.setting.draft_len >= probe.draft_len
-        if is_known or one.since_probe < PROBE_ROUNDS or self._allowed_s <= 0:
+        if is_known or one.since_probe < PROBE_ROUNDS or self._allowed <= 0:
             return None
-        at_best = _pace_at_best(probe)
-        gain = (others.num_rows + 1) * (
-            self._rate(others, at_best) / self._rate(others, one.pace) - 1
-        )
-        if gain <= MARGIN:
+        at_best, rate = _pace_at_best(probe), self._rate(others, one.pace)
+        if (others.num_rows + 1) * (self._rate(others, at_best) / rate - 1) <= MARGIN:
             one.since_probe = 0
             return None
         usual, probed = others.plus(one.pace), others.plus(at_best)
         curve = self.costs.curve(usual.num_rows)
-        usual_s = curve(usual.fed)
-        expected_s = PROBE_FORWARDS * max(curve(probed.fed) - usual_s, LEAST_COST * usual_s)
-        self._allowed_s = min(self._allowed_s, MOST_SAVED * expected_s)
-        if expected_s > self._allowed_s:
-            one.since_probe -= RETRY_ROUNDS
+        cost = PROBE_FORWARDS * max(curve(probed.fed) / curve(usual.fed) - 1, LEAST_COST)
+        self._allowed = min(self._allowed, MOST_SAVED * cost)
+        if cost > self._allowed:
             return None
-        self._allowed_s -= expected_s
-        one.expected_s, one.since_probe = expected_s, 0
-        one.seconds_per_token = 1 / self._rate(others, one.pace)
+        self._allowed -= cost
+        one.probe_cost, one.since_probe = cost, 0
         self.num_probes += 1
         return probe
 
-    def _settle(self, one: _Request) -> None:
-        """A probe is over. One that paid is worth another at once, and so is one that checked a
-        draft left over from before instead of one of its own."""
-        assert one.expected_s is not None
-        assert one.latest is not None
-        num_forwards = 2 if one.latest.is_fresh else 1
-        num_gained = one.latest.num_opened + one.latest.num_accepted + 1
-        gained = num_gained - num_forwards * one.pace.tokens
-        gained_s = gained * one.seconds_per_token
-        self._allowed_s += gained_s
-        if gained_s > one.expected_s or not one.latest.is_fresh:
+    def _settle(self, one: _Request, others: _Totals, *, has_run: bool) -> None:
+        """A probe is over. One that paid is worth another at once; so is one that checked a draft
+        left over from before instead of one of its own, or whose row was taken away."""
+        cost, seen = one.probe_cost, one.latest
+        assert cost is not None
+        gained, is_fresh = cost, False
+        if has_run and seen is not None:
+            is_fresh = seen.is_fresh
+            num_new = seen.num_opened + seen.num_accepted + 1
+            num_more = num_new - (2 if is_fresh else 1) * one.pace.tokens
+            gained = num_more / others.plus(one.pace).tokens
+        self._allowed += gained
+        if gained > cost or not is_fresh:
             one.since_probe = PROBE_ROUNDS
-        one.expected_s = None
+        one.probe_cost = None
 
 
 @lru_cache
