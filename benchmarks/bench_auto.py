@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from bench_decode import environment
 
 import trimode
@@ -43,6 +44,16 @@ CONTESTANTS: dict[str, Options] = {
     "branching, K 8, m 4": {"mode": "branching", "block_length": 8, "branches": 4},
     "auto": {"mode": "auto"},
 }
+
+DRAFTER_CONTESTANTS: dict[str, Options] = {
+    "ar": {"mode": "ar"},
+    "linear, 3 masks": {"mode": "linear", "skip_masks": 3},
+    "linear, 5 masks": {"mode": "linear", "skip_masks": 5},
+    "branching, 3 masks, m 1": {"mode": "branching", "skip_masks": 3, "branches": 1},
+    "branching, 3 masks, m 2": {"mode": "branching", "skip_masks": 3, "branches": 2},
+    "auto": {"mode": "auto"},
+}
+"""With an adapter whose masks skip the bonus."""
 
 REPETITIVE = (
     "0, 0, 0, 0, " * 12,
@@ -160,7 +171,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 def table(summary: dict[str, dict[str, Any]]) -> str:
     """Tokens a second: a row for each contestant, a column for each load."""
     lines = ["| tokens/s | " + " | ".join(summary) + " |", "|---" * (len(summary) + 1) + "|"]
-    for name in CONTESTANTS:
+    for name in next(iter(summary.values()))["speeds"]:
         cells = []
         for load in summary.values():
             found = load["speeds"][name]
@@ -194,8 +205,9 @@ def report(
     rows = ", ".join(str(concurrency) for concurrency, _ in PHASES)
     new = arguments.new_tokens
     text = (
-        f"The engine without HTTP, float32, {env['machine']}, {env['threads']} threads, default"
-        f" block length of `auto`; {num_repeats} repeats after one to warm up, mean (95 %"
+        f"The engine without HTTP, {arguments.model}, {arguments.dtype}, {env['machine']},"
+        f" {env['threads']} threads, default block length of `auto`;"
+        f" {num_repeats} repeats after one to warm up, mean (95 %"
         f" bootstrap interval over repeats; the best fixed one bold). {new} new tokens a request,"
         " greedy, held-out prompts; mixed: half of the prompts repetitive, half of the texts"
         f" sampled, {new // 2} to {2 * new - 1} new tokens, {rows} at once in turn. Drafter"
@@ -219,22 +231,26 @@ def report(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=None)
+    parser.add_argument("--model", default="pocket")
     parser.add_argument("--drafter", default=None)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prompts", type=Path, default=DEFAULT_MODEL / "heldout_prompts.jsonl")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    lm = trimode.load(arguments.model, drafter=arguments.drafter)
+    lm = trimode.load(
+        arguments.model, drafter=arguments.drafter, dtype=getattr(torch, arguments.dtype)
+    )
     lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]
     started_s = time.perf_counter()
     lm.planner  # noqa: B018 (made here)
     planner_s = time.perf_counter() - started_s
+    contestants = CONTESTANTS if arguments.drafter is None else DRAFTER_CONTESTANTS
     loads = [f"{concurrency} at once" for concurrency in CONCURRENCIES] + ["mixed"]
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {
-        load: {name: [] for name in CONTESTANTS} for load in loads
+        load: {name: [] for name in contestants} for load in loads
     }
     for repeat in range(-1, arguments.repeats):  # the first one warms up
         for load, concurrency in zip(loads, (*CONCURRENCIES, None), strict=True):
@@ -248,10 +264,10 @@ def main() -> None:
                 requests = held_out(
                     prompts, number, start=7 * (repeat + 1), new_tokens=arguments.new_tokens
                 )
-            names = list(CONTESTANTS)
+            names = list(contestants)
             random.Random(repeat).shuffle(names)
             for name in names:
-                made = one_run(lm, requests, CONTESTANTS[name], phases)
+                made = one_run(lm, requests, contestants[name], phases)
                 if repeat >= 0:
                     runs[load][name].append(made)
         if repeat >= 0:

@@ -35,6 +35,7 @@ from bench_decode import environment, transformers_twin
 
 import trimode
 from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.names import KNOWN, find_source
 from trimode.decoding import GenerationParams, Sequence
 from trimode.decoding.step import Group, Step, causal_step, group_step
 from trimode.engine.runner import Feed, Runner
@@ -70,6 +71,9 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 MODELS = ("smollm2", "pocket", *SHAPES)
 FORMS = ("float32", "bfloat16", "int8")
+OWN_FILE = "llama.cpp, the file as it came"
+"""What a model is made from, for those that come as a GGUF: SmolLM2's, of 4 bits."""
+
 LLAMA_KINDS = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}
 
 
@@ -261,7 +265,7 @@ def measure(
     *,
     new_tokens: int,
     repeats: int,
-    llama: Llama | None,
+    llamas: dict[str, Llama],
     has_torch: bool,
     bandwidth: Bandwidth,
 ) -> dict[str, Any]:
@@ -314,10 +318,9 @@ def measure(
         texts["transformers"] = found[0, len(ids) :].tolist()
         return (time.perf_counter() - started_s) / new_tokens
 
-    def llamas(ids: list[int]) -> float:
-        assert llama is not None
-        answer = llama.ask(ids=ids, new_tokens=new_tokens)
-        texts["llama.cpp"] = answer["token_ids"]
+    def peers(who: str, ids: list[int]) -> float:
+        answer = llamas[who].ask(ids=ids, new_tokens=new_tokens)
+        texts[who] = answer["token_ids"]
         return float(answer["seconds"]) / new_tokens
 
     shares = []
@@ -327,8 +330,8 @@ def measure(
         ids = prompts[turn % len(prompts)]
         note("ar native", lambda: ours(lm, "native", ids))  # noqa: B023
         shares += [bandwidth.share(lambda: steps.trunk(1), num_bytes) for _ in range(10)]
-        if llama is not None:
-            note("ar llama.cpp", lambda: llamas(ids))  # noqa: B023
+        for who in llamas:
+            note(f"ar {who}", lambda: peers(who, ids))  # noqa: B023
         if torch_lm is not None:
             note("ar torch", lambda: ours(torch_lm, "torch", ids))  # noqa: B023
             note("ar transformers", lambda: theirs(ids))  # noqa: B023
@@ -339,17 +342,17 @@ def measure(
                 note("sampled native 12", lambda: sampling.trunk(12), 5)
                 note("sampled native 1", lambda: sampling.trunk(1), 5)
                 note("sampled fused native", sampling_drafts.fused, 5)
-            if llama is not None:
+            for who, llama in llamas.items():
                 request = {"length": CONTEXT, "num_tokens": n, "repeats": 5}
-                note(f"step llama.cpp {n}", lambda: llama.ask(**request)["seconds"])  # noqa: B023
+                note(f"step {who} {n}", lambda: llama.ask(**request)["seconds"])  # noqa: B023
             if torch_steps is not None and n in (1, 12):
                 note(f"step torch {n}", lambda: torch_steps.trunk(n), 3)  # noqa: B023
             if compiled_steps is not None and n in (1, 12):
                 note(f"step torch.compile {n}", lambda: compiled_steps.trunk(n), 3)  # noqa: B023
         note("prefill native", steps.prefill)
-        if llama is not None:
+        for who, llama in llamas.items():
             request = {"length": 0, "num_tokens": PREFILL, "repeats": 1}
-            note("prefill llama.cpp", lambda: llama.ask(**request)["seconds"])  # noqa: B023
+            note(f"prefill {who}", lambda: llama.ask(**request)["seconds"])  # noqa: B023
         if torch_steps is not None:
             note("prefill torch", torch_steps.prefill)
     return {
@@ -426,12 +429,14 @@ def section(name: str, forms: dict[str, Any], bytes_per_second: float) -> list[s
     lines = [f"## {name}", "", "| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for form, found in forms.items():
         seconds = found["seconds"]
-        for who in ("native", "llama.cpp", "torch", "torch.compile", "transformers"):
+        for who in ("native", "llama.cpp", OWN_FILE, "torch", "torch.compile", "transformers"):
             ar_s = seconds.get(f"ar {who}")
             if ar_s is None and f"step {who} 1" not in seconds:
                 continue
             least_s = found["weight_bytes"] / bytes_per_second
-            cells = [f"{1 / ar_s:.0f}" if ar_s else "-", f"{least_s / ar_s:.2f}" if ar_s else "-"]
+            has_share = ar_s and who != OWN_FILE  # whose weights are fewer bytes
+            cells = [f"{1 / ar_s:.0f}" if ar_s else "-"]
+            cells.append(f"{least_s / ar_s:.2f}" if has_share else "-")
             shares = found["shares"] if who == "native" else []
             cells.append(f"{statistics.median(shares):.2f}" if shares else "-")
             times = [seconds.get(f"step {who} {n}") for n in LENGTHS]
@@ -454,7 +459,7 @@ def verdicts(forms: dict[str, Any]) -> Iterator[str]:
     """Ratios that there are aims for."""
     for form, found in forms.items():
         seconds, parts = found["seconds"], []
-        for other in ("llama.cpp", "transformers", "torch"):
+        for other in ("llama.cpp", OWN_FILE, "transformers", "torch"):
             if f"ar {other}" in seconds:
                 parts.append(f"AR {seconds[f'ar {other}'] / seconds['ar native']:.2f} of {other}'s")
         if "prefill llama.cpp" in seconds:
@@ -495,26 +500,31 @@ def main() -> None:
                 del lm
             found = record["models"].setdefault(name, {})
             for form in arguments.forms:
-                llama = None
+                llamas = {}
                 if arguments.llama_python is not None:
                     kind = LLAMA_KINDS[form]
-                    llama = Llama.of(arguments.llama_python, model, kind, Path(folder))
+                    llamas["llama.cpp"] = Llama.of(
+                        arguments.llama_python, model, kind, Path(folder)
+                    )
+                    if name in KNOWN and form == "int8":
+                        llamas[OWN_FILE] = Llama(arguments.llama_python, find_source(name))
                 found[form] = measure(
                     model,
                     form,
                     prompts[: arguments.repeats],
                     new_tokens=24 if name == "348M" else 64,
                     repeats=min(arguments.repeats, 3) if name == "348M" else arguments.repeats,
-                    llama=llama,
+                    llamas=llamas,
                     has_torch=form != "int8",
                     bandwidth=bandwidth,
                 )
                 if texts:
                     qualities = record["quality"].setdefault(name, {})
                     qualities[f"native {form}"] = quality(model, form, texts)
-                    if llama is not None:
-                        qualities[f"llama.cpp {LLAMA_KINDS[form]}"] = llama.ask(texts=texts)
-                if llama is not None:
+                    for who, llama in llamas.items():
+                        kind = who if who == OWN_FILE else f"{who} {LLAMA_KINDS[form]}"
+                        qualities[kind] = llama.ask(texts=texts)
+                for llama in llamas.values():
                     llama.close()
                 gc.collect()
                 record["bytes_per_second"].append(bandwidth.best())

@@ -1,7 +1,14 @@
 """Serving measured: throughput over concurrency per mode, and latencies under open-loop arrivals,
-beside `transformers serve` with continuous batching on the same weights, in one run.
+beside `transformers serve` with continuous batching and llama.cpp's own server on the same weights,
+in one run.
 
     python benchmarks/bench_serve.py --output benchmarks/results/serve_cpu_202611
+    python benchmarks/bench_serve.py --model smollm2 --drafter recipes/smollm2/drafter \\
+        --dtype bfloat16 --prompts benchmarks/chat_prompts.jsonl --llama-python LLAMA/bin/python \\
+        --output benchmarks/results/serve_smollm2_202611
+
+LLAMA is an environment with `llama-cpp-python[server]` and `gguf` from PyPI; it serves models that
+came as a GGUF.
 
 * Closed loop: so many requests at all times, each not streamed. Points are measured in turn, all of
   them in every repeat, so that a machine that slows down slows all; the tables give the mean and
@@ -33,9 +40,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from bench_decode import DEFAULT_MODEL, environment, transformers_twin
 
 import trimode
+from trimode.checkpoint.names import find_source
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
 MODES: dict[str, dict[str, Any]] = {
@@ -45,6 +54,19 @@ MODES: dict[str, dict[str, Any]] = {
     "branching": {"mode": "branching", "block_length": 2, "branches": 1},
     "auto": {"mode": "auto"},
 }
+DRAFTER_MODES: dict[str, dict[str, Any]] = {
+    "ar": {"mode": "ar"},
+    "linear": {"mode": "linear", "skip_masks": 5},
+    "branching": {
+        **{"mode": "branching", "block_length": 8, "skip_masks": 4, "branches": 1},
+        **{"guesses": False, "lookup": True},
+    },
+    "auto": {"mode": "auto"},
+}
+"""With a drafter adapter whose masks skip the bonus."""
+
+LLAMA_KINDS = {"float32": "f32", "bfloat16": "bf16"}
+PEERS = {"transformers": "transformers serve", "llama.cpp": "llama_cpp.server"}
 OURS_ONLY = {"ignore_eos": True}
 LOADS = (0.3, 0.6)
 """Arrival rates over what `ar` did at the highest concurrency."""
@@ -290,16 +312,18 @@ def closed_table(closed: dict[str, dict[int, list[dict[str, float]]]]) -> list[s
             speeds = [point["tokens_per_second"] for point in points[concurrency]]
             cells.append(f"{statistics.mean(speeds):.0f} ({min(speeds):.0f}-{max(speeds):.0f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "Over `transformers serve`, the median of the ratios within each repeat:", ""]
-    lines += [lines[0].replace("tokens/s at", "times at"), lines[1]]
-    for name, points in closed.items():
-        cells = []
-        for concurrency in CONCURRENCY:
-            pairs = zip(points[concurrency], closed["transformers"][concurrency], strict=True)
-            ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
-            cells.append(f"{statistics.median(ratios):.2f}x")
-        if name != "transformers":
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    head = [lines[0].replace("tokens/s at", "times at"), lines[1]]
+    for peer in (name for name in PEERS if name in closed):
+        lines += ["", f"Over `{PEERS[peer]}`, the median of the ratios within each repeat:", ""]
+        lines += head
+        for name, points in closed.items():
+            cells = []
+            for concurrency in CONCURRENCY:
+                pairs = zip(points[concurrency], closed[peer][concurrency], strict=True)
+                ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
+                cells.append(f"{statistics.median(ratios):.2f}x")
+            if name not in PEERS:
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -336,13 +360,19 @@ def write(
 ) -> None:
     """OUTPUT.md and OUTPUT.json."""
     env = environment(arguments) | {"batch_size": f"up to {max(CONCURRENCY)}"}
+    llama = " llama.cpp's own server (`llama_cpp.server`) on the same weights." * (
+        "llama.cpp" in closed
+    )
+    modes = MODES if arguments.drafter is None else DRAFTER_MODES
+    shapes = "; ".join(f"`{name}`: {json.dumps(fields)}" for name, fields in modes.items())
     text = [
-        f"Served over HTTP on loopback, client on the same machine: {env['machine']},"
-        f" {env['threads']} threads, float32, greedy, {arguments.new_tokens} new tokens,"
-        f" {num_prompts} held-out prompts in turn, {arguments.repeats} repeats."
-        f" `transformers serve` {env['transformers']} with --continuous-batching and sdpa on the"
-        f" same weights. `branching`: blocks of 2, one branch. {env['date']}, torch {env['torch']},"
-        f" commit {env['commit']}. `{env['command']}`",
+        f"Served over HTTP on loopback, client on the same machine: {arguments.model}, drafter"
+        f" {arguments.drafter or 'none'}, {env['machine']}, {env['threads']} threads,"
+        f" {arguments.dtype}, greedy, {arguments.new_tokens} new tokens, {num_prompts} held-out"
+        f" prompts in turn, {arguments.repeats} repeats. `transformers serve` {env['transformers']}"
+        f" with --continuous-batching and sdpa on the same weights.{llama} {shapes}."
+        f" {env['date']}, torch"
+        f" {env['torch']}, commit {env['commit']}. `{env['command']}`",
         "",
         "Closed loop, mean and range over the repeats:",
         "",
@@ -359,8 +389,23 @@ def write(
     arguments.output.with_suffix(".json").write_text(record + "\n", encoding="utf-8")
 
 
+def _llama_server(arguments: argparse.Namespace, port: int, path: Path) -> list[str]:
+    """Its command, for the model's own file with the weights in the form that is measured."""
+    python, worker = str(arguments.llama_python), Path(__file__).parent / "llama_cpp_worker.py"
+    source, kind = str(find_source(arguments.model)), LLAMA_KINDS[arguments.dtype]
+    subprocess.run([python, str(worker), "rewrite", source, kind, str(path)], check=True)
+    threads = str(torch.get_num_threads())
+    words = [python, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port)]
+    words += ["--n_ctx", "1024", "--n_threads", threads, "--n_threads_batch", threads]
+    return [*words, "--interrupt_requests", "false"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="pocket")
+    parser.add_argument("--drafter", default=None)
+    parser.add_argument("--dtype", default="float32", choices=LLAMA_KINDS)
+    parser.add_argument("--llama-python", type=Path, default=None)
     parser.add_argument("--prompts", type=Path, default=DEFAULT_MODEL / "heldout_prompts.jsonl")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
@@ -372,21 +417,32 @@ def main() -> None:
     prompts = [json.loads(line)["prompt"] for line in lines]
     scripts = Path(sys.executable).parent
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        lm = trimode.load(weights="plain")
-        twin = Path(folder) / "twin"
-        transformers_twin(lm).save_pretrained(twin)
+        log = Path(folder)
+        lm = trimode.load(arguments.model, weights="plain", dtype=getattr(torch, arguments.dtype))
+        twin = log / "twin"
+        transformers_twin(lm).to(lm.model.dtype).save_pretrained(twin)
         assert lm.tokenizer is not None
         lm.tokenizer.save_pretrained(twin)
+        del lm
         port = free_port()
-        ours = [str(scripts / "trimode"), "serve", "--port", str(port), "--max-context", "1024"]
-        own = stack.enter_context(served(ours, port=port, log=Path(folder) / "ours.log"))
+        ours = [str(scripts / "trimode"), "serve", arguments.model, "--port", str(port)]
+        ours += ["--max-context", "1024", "--dtype", arguments.dtype]
+        if arguments.drafter is not None:
+            ours += ["--drafter", arguments.drafter]
+        own = stack.enter_context(served(ours, port=port, log=log / "ours.log"))
         port = free_port()
         theirs = [str(scripts / "transformers"), "serve", str(twin), "--port", str(port)]
-        theirs += ["--continuous-batching", "--device", "cpu", "--dtype", "float32"]
+        theirs += ["--continuous-batching", "--device", "cpu", "--dtype", arguments.dtype]
         theirs += ["--attn-implementation", "sdpa"]
-        other = stack.enter_context(served(theirs, port=port, log=Path(folder) / "theirs.log"))
-        contestants = [Contestant(name, own, {**f, **OURS_ONLY}) for name, f in MODES.items()]
+        other = stack.enter_context(served(theirs, port=port, log=log / "theirs.log"))
+        modes = MODES if arguments.drafter is None else DRAFTER_MODES
+        contestants = [Contestant(name, own, {**f, **OURS_ONLY}) for name, f in modes.items()]
         contestants.append(Contestant("transformers", other, {"model": str(twin)}))
+        if arguments.llama_python is not None:
+            port = free_port()
+            words = _llama_server(arguments, port, log / "model.gguf")
+            third = stack.enter_context(served(words, port=port, log=log / "llama.log"))
+            contestants.append(Contestant("llama.cpp", third, {}))
         asyncio.run(measure(contestants, prompts, arguments))
 
 

@@ -1,7 +1,10 @@
 """llama.cpp as a contestant of `bench_cpu.py`, in a Python of its own (llama-cpp-python, gguf).
 
     python benchmarks/llama_cpp_worker.py convert WEIGHTS.npz SHAPE.json f32|bf16|q8_0 OUT.gguf
+    python benchmarks/llama_cpp_worker.py rewrite MODEL.gguf f32|bf16|q8_0 OUT.gguf
     python benchmarks/llama_cpp_worker.py serve MODEL.gguf NUM_THREADS
+
+`rewrite` gives a file its weights in another form, vocabulary and all else as they are.
 
 `serve` answers one JSON object a line: {"ids": [...], "new_tokens": n} continues greedily,
 {"length": L, "num_tokens": T, "repeats": n} times a forward of T tokens after L committed ones,
@@ -71,6 +74,31 @@ def convert(weights: str, shape: str, kind: str, output: str) -> None:
             writer.add_tensor(_their_name(name), packed, raw_dtype=quantized)
         else:
             writer.add_tensor(_their_name(name), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def rewrite(source: str, kind: str, output: str) -> None:
+    """The same model with its matrices in another form."""
+    reader = gguf.GGUFReader(source)
+    fields = {name: field for name, field in reader.fields.items() if "." in name}
+    writer = gguf.GGUFWriter(output, fields["general.architecture"].contents())
+    skipped = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
+    for name, field in fields.items():
+        if not name.startswith(skipped):
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    kinds = gguf.GGMLQuantizationType
+    quantized = {"q8_0": kinds.Q8_0, "bf16": kinds.BF16}.get(kind)
+    for tensor in reader.tensors:
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if quantized is not None and array.ndim == 2:
+            packed = gguf.quants.quantize(array, quantized)
+            writer.add_tensor(tensor.name, packed, raw_dtype=quantized)
+        else:
+            writer.add_tensor(tensor.name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -147,7 +175,7 @@ def _score(llama: Any, texts: list[list[int]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "convert":
-        convert(*sys.argv[2:])
+    if sys.argv[1] in ("convert", "rewrite"):
+        {"convert": convert, "rewrite": rewrite}[sys.argv[1]](*sys.argv[2:])
     else:
         serve(sys.argv[2], int(sys.argv[3]))
