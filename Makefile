@@ -47,7 +47,11 @@ gpu:
 
 # Tokens and logits of every mode against those of `ar` alone, on 1,000 prompts; about an hour.
 bits: $(STAMP)
-	$(BIN)/python benchmarks/same_bits.py --output benchmarks/results/same_bits_$(shell date +%Y%m)
+	$(BIN)/python benchmarks/same_bits.py --output benchmarks/results/same_bits_pocket_$(MONTH)
+	$(BIN)/python benchmarks/same_bits.py --model smollm2 --drafter recipes/smollm2/drafter \
+		--prompts 100 --output benchmarks/results/same_bits_smollm2_$(MONTH)
+	$(BIN)/python benchmarks/same_bits.py --prompts 40 --prompt-tokens 700 --seed 1 \
+		--output benchmarks/results/same_bits_long_$(MONTH)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -178,16 +178,22 @@ def use_threads(count: int) -> None:
 
 
 def prompts_of(lm: trimode.TriModeLM, count: int, num_tokens: int, seed: int) -> list[list[int]]:
-    """Windows of this package's own sources, anywhere in them."""
+    """Windows of this package's own sources, anywhere in them.
+
+    Every eighth repeats its beginning, so that long drafts are accepted too.
+    """
     rng = random.Random(seed)
     paths = sorted(Path(trimode.__file__).parent.rglob("*.py"))
     texts = [lm.encode(path.read_text("utf-8")) for path in paths]
     texts = [ids for ids in texts if len(ids) > 2 * num_tokens]
-    found = []
-    for _ in range(count):
+    found: list[list[int]] = []
+    while len(found) < count:
         ids = rng.choice(texts)
         start = rng.randrange(len(ids) - num_tokens)
-        found.append(ids[start : start + num_tokens])
+        window = ids[start : start + num_tokens]
+        if len(found) % 8 == 7:
+            window = (window[:6] * num_tokens)[:num_tokens]
+        found.append(window)
     return found
 
 
