@@ -319,15 +319,15 @@ def test_costs_learn_slowly_and_survive_outliers() -> None:
     found = flat(1e-3)
     found.note(4, 16, 10.0)
     found.note(4, 16, 1e-9)
-    assert found.curve(4)(16) == pytest.approx(16e-3, rel=0.02)
+    assert found.seconds_of(4, 16) == pytest.approx(16e-3, rel=0.02)
     for _ in range(500):  # three times slower, all of it alike
         found.note(4, 16, 3 * 16e-3)
         found.note(4, 4, 3 * 4e-3)
-    assert found.curve(4)(16) / found.curve(4)(4) == pytest.approx(4.0, rel=0.05)
+    assert found.seconds_of(4, 16) / found.seconds_of(4, 4) == pytest.approx(4.0, rel=0.05)
     for _ in range(500):  # one point dearer than it was measured
         found.note(4, 16, 2 * 16e-3)
         found.note(4, 4, 4e-3)
-    assert found.curve(4)(16) / found.curve(4)(4) > 6
+    assert found.seconds_of(4, 16) / found.seconds_of(4, 4) > 6
 
 
 def test_measuring_is_bounded_and_complete(tiny_model: Callable[..., Any]) -> None:

@@ -83,9 +83,9 @@ class Shift:
     value: float = 0.0
     num_rounds: int = 0
 
-    def fade(self) -> None:
-        """A round has passed."""
-        self.value *= FADING
+    def fade(self, num_rounds: int) -> None:
+        """So many rounds have passed."""
+        self.value *= FADING**num_rounds
 
     def learn(self, error: float) -> None:
         self.num_rounds += 1

@@ -74,7 +74,9 @@ class Costs:
     """Seconds of a forward, refined by those that run.
 
     Only what differs between points matters to a planner. So a machine that is slower for a while
-    moves one common factor as well, and the points themselves by what it leaves.
+    moves common factors as well, and the points themselves by what these leave. There are two:
+    what is done around a forward takes longer where drafts are made and checked, whatever their
+    length, so forwards of more tokens than rows have one of their own.
 
     Args:
         seconds: For (rows, tokens of each row), at least 2 numbers of each, in all pairs.
@@ -84,11 +86,18 @@ class Costs:
         self.seconds = dict(seconds)
         self._rows = sorted({rows for rows, _ in seconds})
         self._tokens = sorted({tokens for _, tokens in seconds})
-        self._drift = 0.0
+        self._drift = {False: 0.0, True: 0.0}  # of forwards of a token a row, of others
         self._curves: dict[int, Curve] = {}
+        self._nearest: dict[Point, Point] = {}
+
+    def seconds_of(self, num_rows: int, num_tokens: float) -> float:
+        """Of a forward of so many tokens in all, which may be an average."""
+        share = min(max(num_tokens / num_rows - 1, 0.0), 1.0)
+        more = math.exp(self._drift[True] - self._drift[False])
+        return self.curve(num_rows)(num_tokens) * (1 + share * (more - 1))
 
     def curve(self, num_rows: int) -> Curve:
-        """For so many rows."""
+        """For so many rows, without what is done around a forward."""
         known = self._curves.get(num_rows)
         if known is not None:
             return known
@@ -105,16 +114,24 @@ class Costs:
 
     def note(self, num_rows: int, num_tokens: int, seconds: float) -> None:
         """Learn from a forward that ran."""
-        surprise = math.log(max(seconds, 1e-9) / self.curve(num_rows)(num_tokens)) - self._drift
+        has_drafts = num_tokens > num_rows
+        expected_s = self.curve(num_rows)(num_tokens)
+        surprise = math.log(max(seconds, 1e-9) / expected_s) - self._drift[has_drafts]
         most = math.log(MOST_SURPRISE)
         surprise = min(max(surprise, -most), most)
-        self._drift += DRIFT_RATE * surprise
-        nearest = (
-            min(self._rows, key=lambda rows: abs(math.log(rows / num_rows))),
-            min(self._tokens, key=lambda tokens: abs(math.log(tokens * num_rows / num_tokens))),
-        )
-        self.seconds[nearest] *= math.exp(POINT_RATE * surprise)
+        self._drift[has_drafts] += DRIFT_RATE * surprise
+        self.seconds[self._point(num_rows, num_tokens)] *= math.exp(POINT_RATE * surprise)
         self._curves.clear()
+
+    def _point(self, num_rows: int, num_tokens: int) -> Point:
+        """The nearest that is kept."""
+        known = self._nearest.get((num_rows, num_tokens))
+        if known is None:
+            known = self._nearest[num_rows, num_tokens] = (
+                min(self._rows, key=lambda rows: abs(math.log(rows / num_rows))),
+                min(self._tokens, key=lambda tokens: abs(math.log(tokens * num_rows / num_tokens))),
+            )
+        return known
 
 
 def find_costs(

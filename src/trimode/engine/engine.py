@@ -127,6 +127,7 @@ class Engine:
         self._max_waiting = max_waiting
         self._time_slice = time_slice
         self._planner = planner
+        self._resumed_s = 0.0  # it took to ask for the next forward: part of what that costs
         self._clock = clock
         self._waiting = WaitingList()
         self._running: list[_Running] = []
@@ -211,11 +212,13 @@ class Engine:
         self._preempt()
         served = self._served()
         readouts = self._run(served) if served else []
+        started_s = time.perf_counter()
         for (running, step), readout in zip(served, readouts, strict=True):
             self._resume(running, step, readout)
             if running.seq.is_finished:
                 self._release(running, is_clean=readout is not None)
                 self._ended.append(running.seq)
+        self._resumed_s = time.perf_counter() - started_s
         ended, self._ended = self._ended, []
         return ended
 
@@ -324,7 +327,7 @@ class Engine:
         for one, _ in served:
             one.fed_at = self.counts.forwards
         if self._planner is not None:
-            seconds = time.perf_counter() - started_s
+            seconds = time.perf_counter() - started_s + self._resumed_s
             self._planner.note_forward([one.seq for one, _ in served], num_tokens, seconds)
         return readouts
 

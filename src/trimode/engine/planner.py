@@ -19,7 +19,13 @@ from trimode.engine.acceptance import AR_PACE, Acceptance, Outlook, Pace, Shift
 from trimode.engine.costs import Costs
 
 REVIEW_ROUNDS = 8
-"""A sequence thinks its setting over once in so many rounds."""
+AR_REVIEW_ROUNDS = 32
+"""A sequence thinks its setting over once in so many rounds; in `ar`, whose rounds are short and
+tell nothing new of drafts, less often."""
+
+AR_LOOK_ROUNDS = 8
+"""In `ar` the planner looks at a sequence once in so many rounds: a look takes as long as a
+hundredth of a small model's forward."""
 
 FIRST_MARGIN = 0.08
 """A sequence begins with `ar`, or with what is better by so much."""
@@ -31,7 +37,7 @@ NUM_REVIEWS = 2
 PLAIN_GAIN = 0.25
 """... or by so much in one."""
 
-PROBE_SHARE = 0.02
+PROBE_SHARE = 0.01
 """Of all time, what probes that bring nothing may cost."""
 
 PROBE_LENGTH = 8
@@ -55,6 +61,7 @@ class _Request:
         pace: Expected with it.
         shift: How easy its text is to draft.
         latest: The last round that was learned from.
+        num_unseen: Rounds since the last look.
         num_rounds: Since the last review.
         num_better: Reviews in a row that found something better.
         since_probe: Rounds since the last probe.
@@ -66,6 +73,7 @@ class _Request:
     pace: Pace = AR_PACE
     shift: Shift = field(default_factory=Shift)
     latest: Round | None = None
+    num_unseen: int = 0
     num_rounds: int = 0
     num_better: int = 0
     since_probe: int = PROBE_ROUNDS
@@ -115,16 +123,22 @@ class Planner:
     def choose(self, seq: Sequence) -> Setting:
         """How the round of `seq` that begins now is decoded."""
         one = self._request(seq)
+        one.num_unseen += 1
+        setting = one.setting
+        if setting is not None and setting.mode == "ar" and one.probe_cost is None:
+            if one.num_unseen < AR_LOOK_ROUNDS:
+                return setting
         has_run = self._learn(seq, one)
         others = self._others(one)
-        one.num_rounds += 1
-        one.since_probe += 1
+        one.num_rounds += one.num_unseen
+        one.since_probe += one.num_unseen
+        one.num_unseen = 0
         if one.setting is None:  # the best of many estimates is too good to be true
             one.setting, one.pace = Setting("ar", seq.params.block_length), AR_PACE
             best, pace, gain = self._best(seq, one, others)
             if gain > FIRST_MARGIN:
                 one.setting, one.pace = best, pace
-        elif one.probe_cost is not None or one.num_rounds >= REVIEW_ROUNDS:
+        elif one.probe_cost is not None or one.num_rounds >= _review_rounds(one.setting):
             if one.probe_cost is not None:
                 self._settle(one, others, has_run=has_run)
             self._review(seq, one, others)
@@ -134,22 +148,24 @@ class Planner:
         """Learn what a forward cost, and who runs."""
         self._num_forwards += 1
         self._allowed += PROBE_SHARE
-        total, has_probe = _Totals(0, 0.0, 0.0), False
+        has_probe, tokens, num_fed = False, 0.0, 0.0
         for seq in fed:
             if seq.mode == "auto":
                 one = self._request(seq)
                 one.counted_in = self._num_forwards
                 has_probe |= one.probe_cost is not None
-                total = total.plus(one.pace)
+                pace = one.pace
             else:
-                total = total.plus(_seen_pace(seq))
-        self._total = total
+                pace = _seen_pace(seq)
+            tokens += pace.tokens
+            num_fed += pace.fed
+        self._total = _Totals(len(fed), tokens, num_fed)
         if not has_probe and not any(map(_is_prefilled, fed)):
             self.costs.note(len(fed), num_tokens, seconds)
 
     def _learn(self, seq: Sequence, one: _Request) -> bool:
         """Whether there was a round of speculation to learn from."""
-        one.shift.fade()
+        one.shift.fade(one.num_unseen)
         happened = seq.latest_round
         if happened is None or happened is one.latest:
             return False
@@ -170,7 +186,7 @@ class Planner:
     def _rate(self, others: _Totals, pace: Pace) -> float:
         """Tokens a second of the whole batch, one of it going at this pace."""
         total = others.plus(pace)
-        return total.tokens / self.costs.curve(total.num_rows)(total.fed)
+        return total.tokens / self.costs.seconds_of(total.num_rows, total.fed)
 
     def _best(self, seq: Sequence, one: _Request, others: _Totals) -> tuple[Setting, Pace, float]:
         """The best setting, its pace, and by what part it is better for a sequence than its present
@@ -216,8 +232,9 @@ class Planner:
             one.since_probe = 0
             return None
         usual, probed = others.plus(one.pace), others.plus(at_best)
-        curve = self.costs.curve(usual.num_rows)
-        cost = PROBE_FORWARDS * max(curve(probed.fed) / curve(usual.fed) - 1, LEAST_COST)
+        seconds_of = self.costs.seconds_of
+        share = seconds_of(probed.num_rows, probed.fed) / seconds_of(usual.num_rows, usual.fed)
+        cost = PROBE_FORWARDS * max(share - 1, LEAST_COST)
         self._allowed = min(self._allowed, MOST_SAVED * cost)
         if cost > self._allowed:
             return None
@@ -286,6 +303,10 @@ def _probe_setting(widest: Setting) -> Setting:
         return Setting("linear", min(widest.block_length, PROBE_LENGTH))
     num_masks = min(widest.num_masks, PROBE_LENGTH - 1)
     return Setting("linear", widest.block_length, num_masks=num_masks)
+
+
+def _review_rounds(setting: Setting) -> int:
+    return AR_REVIEW_ROUNDS if setting.mode == "ar" else REVIEW_ROUNDS
 
 
 def _is_prefilled(seq: Sequence) -> bool:
