@@ -26,6 +26,7 @@ from bench_decode import environment
 
 import trimode
 from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.conversation import answering
 from trimode.decoding import Sequence
 from trimode.engine import Engine
 
@@ -121,10 +122,13 @@ def one_run(
     lm: trimode.TriModeLM, requests: list[Request], options: Options, phases: list[tuple[int, int]]
 ) -> dict[str, Any]:
     """One contestant on one load."""
-    sequences = [
-        lm.prepare(one.prompt, seed=index, ignore_eos=True, **one.options, **options)
-        for index, one in enumerate(requests)
-    ]
+    sequences = []
+    for index, one in enumerate(requests):
+        arguments = {"prompt": one.prompt, "seed": index, "ignore_eos": True, **one.options}
+        if lm.tokenizer is not None and lm.tokenizer.chat_template:
+            message = {"role": "user", "content": arguments.pop("prompt")}
+            arguments = answering(lm.tokenizer, [message], arguments)
+        sequences.append(lm.prepare(**arguments, **options))
     switches, probes = lm.planner.num_switches, lm.planner.num_probes
     seconds = run(lm, iter(sequences), phases, num_cells=512)
     return {
