@@ -29,6 +29,7 @@ from trimode.checkpoint.io import DEFAULT_MODEL
 from trimode.conversation import answering
 from trimode.decoding import Sequence
 from trimode.engine import Engine
+from trimode.engine.costs import Costs
 
 Options = dict[str, Any]
 
@@ -198,7 +199,7 @@ def report(
     arguments: argparse.Namespace,
     *,
     planner_s: float,
-    costs: dict[tuple[int, int], float],
+    costs: Costs,
 ) -> str:
     """Write what was found so far; the page."""
     num_repeats = len(runs["mixed"]["auto"])
@@ -226,8 +227,8 @@ def report(
         }
         for load, found in runs.items()
     }
-    points = [[*size, seconds] for size, seconds in sorted(costs.items())]
-    record = {"environment": env, "summary": summary, "runs": shown, "costs": points}
+    record = {"environment": env, "summary": summary, "runs": shown}
+    record["costs"] = {"seconds": costs.seconds, "per_row": costs.per_row}
     arguments.output.with_suffix(".json").write_text(json.dumps(record) + "\n")
     arguments.output.with_suffix(".md").write_text(text)
     return text
@@ -275,7 +276,7 @@ def main() -> None:
                 if repeat >= 0:
                     runs[load][name].append(made)
         if repeat >= 0:
-            print(report(runs, arguments, planner_s=planner_s, costs=lm.planner.costs.seconds))
+            print(report(runs, arguments, planner_s=planner_s, costs=lm.planner.costs))
 
 
 if __name__ == "__main__":

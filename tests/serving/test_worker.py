@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.serving.conftest import WAIT_S, Brake, wait_until
-from trimode.engine.costs import ROWS, TOKENS, Costs
+from trimode.engine.costs import TOKENS, Costs
 from trimode.engine.planner import Planner
 from trimode.errors import ConfigError
 from trimode.runtime import TriModeLM
@@ -95,7 +95,7 @@ def test_texts_do_not_depend_on_their_company(make: Make, tiny_lm: TriModeLM) ->
 def test_auto_writes_what_ar_writes(make: Make, tiny_lm: TriModeLM) -> None:
     """Prevents: mode auto offered without a planner, or hidden where there is one."""
     # Costs that do not depend on this machine, so that nothing is measured here.
-    costs = {(rows, tokens): 1.0 + rows * tokens / 64 for rows in ROWS for tokens in TOKENS}
+    costs = {tokens: 1.0 + tokens / 64 for tokens in TOKENS}
     tiny_lm.__dict__["planner"] = Planner(Costs(costs))
     backend = make(has_auto=True)
     assert "auto" in backend.card.modes

@@ -1,4 +1,4 @@
-"""What a forward costs here: seconds over (rows, tokens), measured once and kept in a file."""
+"""What a forward costs here: seconds over tokens and rows, measured once and kept in a file."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ from trimode.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
-ROWS = (1, 2, 4, 8, 16, 32)
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-"""Of each row. Forwards of more than `MOST_TOKENS` are not measured."""
+"""Of one row; beyond, a forward goes on as between the last two."""
 
-MOST_TOKENS = 256
+ROWS = (8, 32)
+"""Of one token each."""
+
 FEWEST_TOKENS = 8
 """Forwards up to so many tokens are measured however long it takes."""
 
@@ -49,89 +50,55 @@ NUM_COMMITTED = 96
 """Cells that a row of a measured forward looks back at."""
 
 DRIFT_RATE = 0.03
-POINT_RATE = 0.03
+POINT_RATE = 0.01
 MOST_SURPRISE = 1.5
 """A forward so many times slower or faster than expected counts as no more than that."""
-
-Point = tuple[int, int]
-
-
-class Curve:
-    """Seconds of a forward of some number of rows over its tokens, straight between points."""
-
-    def __init__(self, num_tokens: list[float], seconds: list[float]) -> None:
-        self._num_tokens = num_tokens
-        self._seconds = seconds
-
-    def __call__(self, num_tokens: float) -> float:
-        tokens, seconds = self._num_tokens, self._seconds
-        i = min(max(bisect.bisect_left(tokens, num_tokens), 1), len(tokens) - 1)
-        share = (num_tokens - tokens[i - 1]) / (tokens[i] - tokens[i - 1])
-        return max(seconds[i - 1] + share * (seconds[i] - seconds[i - 1]), 1e-9)
 
 
 class Costs:
     """Seconds of a forward, refined by those that run.
 
-    Only what differs between points matters to a planner. So a machine that is slower for a while
-    moves common factors as well, and the points themselves by what these leave. There are two:
-    what is done around a forward takes longer where drafts are made and checked, whatever their
-    length, so forwards of more tokens than rows have one of their own.
+    So many for its tokens, whoever feeds them, straight between those that were measured; and so
+    many for each row beyond the first. Only what differs between settings matters to a planner. So
+    a machine that is slower for a while moves common factors as well, and the points themselves by
+    what these leave. There are two: what is done around a forward takes longer where drafts are
+    made and checked, whatever their length, so forwards of more tokens than rows have their own.
 
     Args:
-        seconds: For (rows, tokens of each row), at least 2 numbers of each, in all pairs.
+        seconds: Of one row over its tokens, at least 2 numbers of them.
+        per_row: For each further row.
     """
 
-    def __init__(self, seconds: Mapping[Point, float]) -> None:
-        self.seconds = dict(seconds)
-        self._rows = sorted({rows for rows, _ in seconds})
-        self._tokens = sorted({tokens for _, tokens in seconds})
+    def __init__(self, seconds: Mapping[int, float], per_row: float = 0.0) -> None:
+        self.seconds = dict(sorted(seconds.items()))
+        self.per_row = per_row
+        self._tokens = list(self.seconds)
         self._drift = {False: 0.0, True: 0.0}  # of forwards of a token a row, of others
-        self._curves: dict[int, Curve] = {}
-        self._nearest: dict[Point, Point] = {}
 
     def seconds_of(self, num_rows: int, num_tokens: float) -> float:
         """Of a forward of so many tokens in all, which may be an average."""
         share = min(max(num_tokens / num_rows - 1, 0.0), 1.0)
         more = math.exp(self._drift[True] - self._drift[False])
-        return self.curve(num_rows)(num_tokens) * (1 + share * (more - 1))
-
-    def curve(self, num_rows: int) -> Curve:
-        """For so many rows, without what is done around a forward."""
-        known = self._curves.get(num_rows)
-        if known is not None:
-            return known
-        rows = self._rows
-        i = min(max(bisect.bisect_left(rows, num_rows), 1), len(rows) - 1)
-        share = (num_rows - rows[i - 1]) / (rows[i] - rows[i - 1])
-        seconds: list[float] = []
-        for t in self._tokens:
-            low, high = self.seconds[rows[i - 1], t], self.seconds[rows[i], t]
-            seconds.append(max(low + share * (high - low), 1e-9))
-        made = Curve([float(num_rows * t) for t in self._tokens], seconds)
-        self._curves[num_rows] = made
-        return made
+        return self._alone(num_rows, num_tokens) * (1 + share * (more - 1))
 
     def note(self, num_rows: int, num_tokens: int, seconds: float) -> None:
         """Learn from a forward that ran."""
         has_drafts = num_tokens > num_rows
-        expected_s = self.curve(num_rows)(num_tokens)
+        expected_s = self._alone(num_rows, num_tokens)
         surprise = math.log(max(seconds, 1e-9) / expected_s) - self._drift[has_drafts]
         most = math.log(MOST_SURPRISE)
         surprise = min(max(surprise, -most), most)
         self._drift[has_drafts] += DRIFT_RATE * surprise
-        self.seconds[self._point(num_rows, num_tokens)] *= math.exp(POINT_RATE * surprise)
-        self._curves.clear()
+        nearest = min(self._tokens, key=lambda tokens: abs(tokens - num_tokens))
+        self.seconds[nearest] *= math.exp(POINT_RATE * surprise)
 
-    def _point(self, num_rows: int, num_tokens: int) -> Point:
-        """The nearest that is kept."""
-        known = self._nearest.get((num_rows, num_tokens))
-        if known is None:
-            known = self._nearest[num_rows, num_tokens] = (
-                min(self._rows, key=lambda rows: abs(math.log(rows / num_rows))),
-                min(self._tokens, key=lambda tokens: abs(math.log(tokens * num_rows / num_tokens))),
-            )
-        return known
+    def _alone(self, num_rows: int, num_tokens: float) -> float:
+        """Without what is done around it."""
+        i = min(max(bisect.bisect_left(self._tokens, num_tokens), 1), len(self._tokens) - 1)
+        low, high = self._tokens[i - 1 : i + 1]
+        slope = (self.seconds[high] - self.seconds[low]) / (high - low)
+        seconds = self.seconds[low] + slope * (num_tokens - low)
+        return max(seconds + self.per_row * (num_rows - 1), 1e-9)
 
 
 def find_costs(
@@ -149,18 +116,17 @@ def find_costs(
     path = (cache_folder() if folder is None else folder) / f"costs_{name}.json"
     if path.exists():
         try:
-            return Costs(_read(path, key))
+            return _read(path, key)
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is not usable (%s); measuring again", path, error)
     started_s = time.perf_counter()
-    seconds, is_calm = measure(model, adapter=adapter, limit_s=LIMIT_S)
-    costs = Costs(seconds)
+    costs, is_calm = measure(model, adapter=adapter, limit_s=LIMIT_S)
     logger.info("measured the cost of forwards in %.1f s", time.perf_counter() - started_s)
     if not is_calm:
         logger.warning("the cost of forwards is not kept: other work disturbed the measurement")
         return costs
     try:
-        _write(path, key, costs.seconds)
+        _write(path, key, costs)
     except OSError as error:
         logger.warning("cannot keep what forwards cost: %s", error)
     return costs
@@ -168,34 +134,33 @@ def find_costs(
 
 def measure(
     model: TriModeModel, *, adapter: DrafterAdapter | None = None, limit_s: float
-) -> tuple[dict[Point, float], bool]:
+) -> tuple[Costs, bool]:
     """Run forwards of all sizes on K/V rows of their own; the shortest time of each.
 
-    Larger ones are left out when a third of the time is gone, and taken to go on as the measured
-    ones do. Every size has its turn in every pass, so that one slow moment spoils none; and what
-    does more in less time bounds what does less: too low is mended as forwards run, while what
-    looks too dear is never tried.
+    Larger ones are left out when a third of the time is gone. Every size has its turn in every
+    pass, so that one slow moment spoils none; and what does more in less time bounds what does
+    less: too low is mended as forwards run, while what looks too dear is never tried.
 
     Returns:
-        Seconds for all pairs of `ROWS` and `TOKENS`, and whether the machine was calm: half of the
-        sizes took nearly as long twice.
+        What they cost, and whether the machine was calm: half of the sizes took nearly as long
+        twice.
     """
     sequences, runner = _scratch(model, adapter)
-    sizes = [(rows, tokens) for rows in ROWS for tokens in TOKENS if rows <= len(sequences)]
-    sizes = sorted((s for s in sizes if s[0] * s[1] <= MOST_TOKENS), key=lambda s: s[0] * s[1])
-    found: dict[Point, list[float]] = {}
+    sizes = [(1, tokens) for tokens in TOKENS]
+    sizes += [(rows, 1) for rows in ROWS if rows <= len(sequences)]
+    found: dict[tuple[int, int], list[float]] = {}
     started_s = time.perf_counter()
     for number in range(NUM_PASSES):
-        for size in sizes:
+        for size in sorted(sizes, key=lambda size: size[0] * size[1]):
             elapsed_s = time.perf_counter() - started_s
             if number == 0:
                 if elapsed_s > limit_s / 3 and size[0] * size[1] > FEWEST_TOKENS:
                     continue
-                runner.run(_feeds(sequences, size))  # to warm up
+                runner.run(_feeds(sequences, *size))  # to warm up
             elif elapsed_s > limit_s or size not in found:
                 continue
             for _ in range(3):
-                feeds = _feeds(sequences, size)
+                feeds = _feeds(sequences, *size)
                 before_s = time.perf_counter()
                 runner.run(feeds)  # its answers come to the host, so a GPU is done as well
                 found.setdefault(size, []).append(time.perf_counter() - before_s)
@@ -203,16 +168,13 @@ def measure(
                     break
     twice = [sorted(seconds)[:2] for seconds in found.values() if len(seconds) > 1]
     num_calm = sum(second < CALM * first for first, second in twice)
-    shortest = {
-        size: min(min(seconds) for other, seconds in found.items() if _is_within(size, other))
-        for size in found
-    }
-    return _completed(shortest), 2 * num_calm > len(found)
-
-
-def _is_within(size: Point, other: Point) -> bool:
-    """Whether the other does all that this one does."""
-    return size[0] <= other[0] and size[1] <= other[1]
+    least = {size: min(seconds) for size, seconds in found.items()}
+    lengths = [tokens for rows, tokens in least if rows == 1]
+    costs = Costs({n: min(least[1, more] for more in lengths if more >= n) for n in lengths})
+    for rows in (rows for rows, _ in least if rows > 1):
+        more_s = least[rows, 1] - costs.seconds_of(1, rows)
+        costs.per_row = max(more_s / (rows - 1), 0.0)
+    return costs, 2 * num_calm > len(found)
 
 
 def _scratch(model: TriModeModel, adapter: DrafterAdapter | None) -> tuple[list[Sequence], Runner]:
@@ -236,8 +198,7 @@ def _scratch(model: TriModeModel, adapter: DrafterAdapter | None) -> tuple[list[
     return sequences, Runner(model, cache, adapter=adapter)
 
 
-def _feeds(sequences: list[Sequence], size: Point) -> list[Feed]:
-    num_rows, num_tokens = size
+def _feeds(sequences: list[Sequence], num_rows: int, num_tokens: int) -> list[Feed]:
     return [Feed(seq, row, _step(seq, num_tokens)) for row, seq in enumerate(sequences[:num_rows])]
 
 
@@ -255,25 +216,6 @@ def _step(seq: Sequence, num_tokens: int) -> Step:
         range(num_masks),
     )
     return group_step("verify", [group], form=seq.form, trunk=trunk, wants_runner_up=True)
-
-
-def _completed(found: dict[Point, float]) -> dict[Point, float]:
-    """With the pairs that were not measured, at so much for each further token as the smallest and
-    the largest forward tell."""
-    sizes = sorted(found, key=lambda size: size[0] * size[1])
-    small, large = sizes[0], sizes[-1]
-    grown = large[0] * large[1] - small[0] * small[1]
-    per_token = max(found[large] - found[small], 0.0) / max(grown, 1)
-
-    def seconds(size: Point) -> float:
-        if size in found:
-            return found[size]
-        smaller = [one for one in sizes if _is_within(one, size)]
-        nearest = max(smaller, key=lambda one: one[0] * one[1])
-        num_more = size[0] * size[1] - nearest[0] * nearest[1]
-        return found[nearest] + per_token * num_more
-
-    return {(rows, tokens): seconds((rows, tokens)) for rows in ROWS for tokens in TOKENS}
 
 
 def _key(model: TriModeModel, adapter: DrafterAdapter | None) -> dict[str, Any]:
@@ -295,7 +237,7 @@ def _key(model: TriModeModel, adapter: DrafterAdapter | None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "native": library.signature() if device.type == "cpu" else None,
         "torch": torch.__version__,
-        "measured": [ROWS, TOKENS, NUM_COMMITTED],
+        "measured": [TOKENS, ROWS, NUM_COMMITTED],
     }
 
 
@@ -318,7 +260,7 @@ def _cpu_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def _read(path: Path, key: Mapping[str, Any]) -> dict[Point, float]:
+def _read(path: Path, key: Mapping[str, Any]) -> Costs:
     """What a file says.
 
     Raises:
@@ -327,22 +269,23 @@ def _read(path: Path, key: Mapping[str, Any]) -> dict[Point, float]:
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["key"] != json.loads(json.dumps(key)):
         raise ValueError("it is about another model or machine")
-    found = {(int(rows), int(tokens)): float(s) for rows, tokens, s in record["seconds"]}
-    if sorted(found) != [(rows, tokens) for rows in ROWS for tokens in TOKENS]:
+    found = {int(tokens): float(s) for tokens, s in record["seconds"]}
+    per_row = float(record["per_row"])
+    if not set(TOKENS) >= set(found) >= {n for n in TOKENS if n <= FEWEST_TOKENS}:
         raise ValueError("sizes are missing")
-    if not all(0 < seconds < math.inf for seconds in found.values()):
+    if not (all(0 < s < math.inf for s in found.values()) and 0 <= per_row < math.inf):
         raise ValueError("a time is not a positive number")
-    return found
+    return Costs(found, per_row)
 
 
-def _write(path: Path, key: Mapping[str, Any], seconds: Mapping[Point, float]) -> None:
+def _write(path: Path, key: Mapping[str, Any], costs: Costs) -> None:
     """All of it or nothing, whoever else writes it."""
-    points: Items[Items[float]] = [[rows, tokens, s] for (rows, tokens), s in seconds.items()]
+    record = {"key": key, "seconds": list(costs.seconds.items()), "per_row": costs.per_row}
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"key": key, "seconds": points}, file)
+            json.dump(record, file)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
