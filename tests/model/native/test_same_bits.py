@@ -241,7 +241,7 @@ def test_a_token_gets_the_same_bits(
 def test_heads_side_by_side_are_as_one_alone(
     tiny_model: Callable[..., TriModeModel], real: library.Library, form: str
 ) -> None:
-    """Prevents: sums that depend on whether a head attends beside another; of three one is alone."""
+    """Prevents: sums that depend on whether a head attends beside another. Of 3, one is alone."""
     size, found = SHAPE["head_dim"], []
     for head in range(3):  # which all ask alike, and of which one is heard
         model = model_of(tiny_model)
