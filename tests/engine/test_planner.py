@@ -365,7 +365,7 @@ def test_costs_learn_what_is_done_around_drafts() -> None:
     for _ in range(200):
         found.note(1, 1, 10e-3)
         found.note(1, 4, 13e-3)
-    assert found.seconds_of(1, 1) == pytest.approx(10e-3, rel=0.02)
+    assert found.seconds_of(1, 1) == pytest.approx(10e-3, rel=0.06)
     for num_tokens in (3, 6, 12):
         assert found.seconds_of(1, num_tokens) == pytest.approx(13e-3, rel=0.1)
 
@@ -506,7 +506,10 @@ class Restless:
         num_masks = seq.params.setting("auto", seq.form).num_masks
         return self._random.choice([Setting("ar", length), *settings(length, num_masks)])
 
-    def note_forward(self, fed: Any, num_tokens: int, seconds: float) -> None:
+    def note_forward(self, fed: Any, num_tokens: int) -> None:
+        pass
+
+    def note_seconds(self, seconds: float) -> None:
         pass
 
 

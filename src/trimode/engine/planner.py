@@ -27,10 +27,10 @@ AR_LOOK_ROUNDS = 8
 """In `ar` the planner looks at a sequence once in so many rounds: a look takes as long as a
 hundredth of a small model's forward."""
 
-FIRST_MARGIN = 0.2
+FIRST_MARGIN = 0.1
 """A sequence begins with `ar`, or with what is better by so much."""
 
-MARGIN = 0.06
+MARGIN = 0.04
 NUM_REVIEWS = 2
 """It changes its setting for one that is better by `MARGIN` in so many reviews in a row ..."""
 
