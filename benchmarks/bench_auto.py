@@ -128,7 +128,7 @@ def one_run(
         arguments = {"prompt": one.prompt, "seed": index, "ignore_eos": True, **one.options}
         if lm.tokenizer is not None and lm.tokenizer.chat_template:
             message = {"role": "user", "content": arguments.pop("prompt")}
-            arguments = answering(lm.tokenizer, [message], arguments)
+            arguments = answering(lm.tokenizer, [message], arguments) | {"stop_token_ids": None}
         sequences.append(lm.prepare(**arguments, **options))
     switches, probes = lm.planner.num_switches, lm.planner.num_probes
     seconds = run(lm, iter(sequences), phases, num_cells=512)

@@ -225,7 +225,7 @@ class Bandwidth:
         is read before the step and after; NaN where the two differ by more than a tenth.
         """
         before = self.once()
-        rate = num_bytes / min(step(), step())
+        rate = num_bytes / step()
         after = self.once()
         is_calm = max(before, after) < 1.1 * min(before, after)
         return rate / max(before, after) if is_calm else math.nan
@@ -327,6 +327,7 @@ def measure(
     for turn in range(-1, repeats):  # the first is for warming up
         if turn == 0:
             seconds.clear()
+            shares.clear()
         ids = prompts[turn % len(prompts)]
         note("ar native", lambda: ours(lm, "native", ids))  # noqa: B023
         shares += [bandwidth.share(lambda: steps.trunk(1), num_bytes) for _ in range(10)]
@@ -450,7 +451,8 @@ def section(name: str, forms: dict[str, Any], bytes_per_second: float) -> list[s
             ]
             prefill_s = seconds.get(f"prefill {who}")
             cells.append(f"{1e3 * prefill_s:.0f}" if prefill_s else "-")
-            lines.append(f"| {form}, {who} | " + " | ".join(cells) + " |")
+            label = who if who == OWN_FILE else f"{form}, {who}"
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += ["", *(f"* {line}" for line in verdicts(forms)), ""]
     return lines
 
@@ -506,7 +508,7 @@ def main() -> None:
                     llamas["llama.cpp"] = Llama.of(
                         arguments.llama_python, model, kind, Path(folder)
                     )
-                    if name in KNOWN and form == "int8":
+                    if name in KNOWN and form == "int8" and find_source(name).is_file():
                         llamas[OWN_FILE] = Llama(arguments.llama_python, find_source(name))
                 found[form] = measure(
                     model,

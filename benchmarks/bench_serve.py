@@ -1,6 +1,6 @@
 """Serving measured: throughput over concurrency per mode, and latencies under open-loop arrivals,
-beside `transformers serve` with continuous batching and llama.cpp's own server on the same weights,
-in one run.
+beside `transformers serve` with continuous batching and llama-cpp-python's server on the same
+weights, in one run.
 
     python benchmarks/bench_serve.py --output benchmarks/results/serve_cpu_202611
     python benchmarks/bench_serve.py --model smollm2 --drafter recipes/smollm2/drafter \\
@@ -67,6 +67,9 @@ DRAFTER_MODES: dict[str, dict[str, Any]] = {
 
 LLAMA_KINDS = {"float32": "f32", "bfloat16": "bf16"}
 PEERS = {"transformers": "transformers serve", "llama.cpp": "llama_cpp.server"}
+LLAMA_FIELDS = {"repeat_penalty": 1.0, "logit_bias_type": "input_ids"}
+"""Greedy as the others are, for by default it penalises repetitions."""
+
 OURS_ONLY = {"ignore_eos": True}
 LOADS = (0.3, 0.6)
 """Arrival rates over what `ar` did at the highest concurrency."""
@@ -178,6 +181,7 @@ async def ask_streamed(
             if chunk.get("usage"):
                 num_tokens = chunk["usage"]["completion_tokens"]
     total = time.perf_counter() - due
+    num_tokens = num_tokens or len(stamps)  # where no usage comes, a chunk is a token
     if not stamps:
         return Timing(total, num_tokens)
     gaps = tuple(b - a for a, b in zip(stamps, stamps[1:], strict=False))
@@ -205,7 +209,13 @@ async def closed_loop(
     if failed:
         raise RuntimeError(f"{contestant.name}: {len(failed)} of {num} failed, first {failed[0]}")
     tokens = sum(one.num_tokens for one in found)
-    return {"tokens_per_second": tokens / seconds, "tokens": tokens, "seconds": seconds}
+    num_short = sum(one.num_tokens != new_tokens for one in found)
+    return {
+        "tokens_per_second": tokens / seconds,
+        "tokens": tokens,
+        "seconds": seconds,
+        "texts_that_ended_early": num_short,
+    }
 
 
 async def open_loop(
@@ -360,9 +370,12 @@ def write(
 ) -> None:
     """OUTPUT.md and OUTPUT.json."""
     env = environment(arguments) | {"batch_size": f"up to {max(CONCURRENCY)}"}
-    llama = " llama.cpp's own server (`llama_cpp.server`) on the same weights." * (
-        "llama.cpp" in closed
-    )
+    llama = ""
+    if "llama.cpp" in closed:
+        llama = (
+            " llama-cpp-python's server (`llama_cpp.server`), which answers one request at a time,"
+            " on the same weights."
+        )
     modes = MODES if arguments.drafter is None else DRAFTER_MODES
     shapes = "; ".join(f"`{name}`: {json.dumps(fields)}" for name, fields in modes.items())
     text = [
@@ -423,6 +436,7 @@ def main() -> None:
         transformers_twin(lm).to(lm.model.dtype).save_pretrained(twin)
         assert lm.tokenizer is not None
         lm.tokenizer.save_pretrained(twin)
+        eos_ids = lm.model.config.eos_token_ids
         del lm
         port = free_port()
         ours = [str(scripts / "trimode"), "serve", arguments.model, "--port", str(port)]
@@ -442,7 +456,8 @@ def main() -> None:
             port = free_port()
             words = _llama_server(arguments, port, log / "model.gguf")
             third = stack.enter_context(served(words, port=port, log=log / "llama.log"))
-            contestants.append(Contestant("llama.cpp", third, {}))
+            never = {str(i): -100.0 for i in eos_ids}
+            contestants.append(Contestant("llama.cpp", third, LLAMA_FIELDS | {"logit_bias": never}))
         asyncio.run(measure(contestants, prompts, arguments))
 
 

@@ -34,6 +34,7 @@ from trimode.decoding.choice import Choice
 from trimode.decoding.setting import Setting
 from trimode.engine import Engine
 from trimode.engine.engine import cells_needed
+from trimode.engine.planner import settings
 from trimode.engine.runner import Feed, Runner
 from trimode.model.masks import TRUNK
 from trimode.model.native.library import load
@@ -61,20 +62,18 @@ CELLS_A_PROMPT = 4
 
 
 class Wandering:
-    """Stands for the planner of `auto`: another setting every round, never `ar`."""
-
-    settings = (
-        Setting("linear", 5),
-        Setting("branching", 4, 3, True),
-        Setting("linear", 8),
-        Setting("branching", 6, 2),
-    )
+    """Stands for the planner of `auto`: another of its settings every round, never `ar`."""
 
     def choose(self, seq: Sequence) -> Setting:
         """The next one."""
-        return self.settings[seq.num_rounds % len(self.settings)]
+        widest = seq.params.setting("auto", seq.form)
+        found = list(settings(widest.block_length, widest.num_masks))
+        return found[5 * seq.num_rounds % len(found)]
 
     def note_forward(self, *_: Any) -> None:
+        """Nothing is learned."""
+
+    def note_seconds(self, _: float) -> None:
         """Nothing is learned."""
 
 

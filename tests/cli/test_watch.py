@@ -318,7 +318,10 @@ class Restless:
     def choose(self, seq: Sequence) -> Setting:
         return next(self._settings)
 
-    def note_forward(self, fed: Any, num_tokens: int, seconds: float) -> None:
+    def note_forward(self, fed: Any, num_tokens: int) -> None:
+        pass
+
+    def note_seconds(self, seconds: float) -> None:
         pass
 
 

@@ -40,8 +40,10 @@ class AnyPlanner:
             ]
         )
 
-    def note_forward(self, fed: Any, num_tokens: int, seconds: float) -> None:
+    def note_forward(self, fed: Any, num_tokens: int) -> None:
         assert num_tokens >= len(fed) >= 1
+
+    def note_seconds(self, seconds: float) -> None:
         assert seconds > 0
 
 

@@ -87,7 +87,8 @@ class World:
             took = self.cost(len(self.requests), fed)
             self.seconds += took
             noisy = took * self.random.lognormvariate(0.0, self.noise)
-            self.planner.note_forward([one.seq for one in self.requests], fed, noisy)
+            self.planner.note_forward([one.seq for one in self.requests], fed)
+            self.planner.note_seconds(noisy)
             for one in self.requests:
                 one.left.pop(0)
                 if not one.left:
@@ -257,15 +258,15 @@ def test_drafts_that_never_hold_cost_what_probes_may() -> None:
 
 
 def test_a_probe_that_never_ran_is_paid_back() -> None:
-    """Prevents: a request that loses its row just before its probe bringing down the engine, or
+    """Prevents: a request whose mode changes just before its probe bringing down the engine, or
     using up the time for probes."""
     world = World(laptop, [lambda _: 0.0])
     world.run(500)
     [one] = world.requests
     start = world.planner.num_probes
     for _ in range(200):
-        world.planner.note_forward([one.seq], 1, laptop(1, 1))
-    found = [world.planner.choose(one.seq) for _ in range(100)]  # and each time it loses its row
+        world.planner.note_forward([one.seq], 1)
+    found = [world.planner.choose(one.seq) for _ in range(100)]  # and each time it is asked anew
     assert {setting.mode for setting in found} <= {"ar", "linear"}
     assert world.planner.num_probes - start > MOST_SAVED
 
@@ -333,6 +334,30 @@ def test_costs_learn_slowly_and_survive_outliers() -> None:
     assert found.seconds_of(4, 16) / found.seconds_of(4, 4) > 6
 
 
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_machine_that_changes_is_no_news_about_drafts(factor: float) -> None:
+    """Prevents: drafts that look dear or cheap since the memory became slower while nobody drafted,
+    and a planner that never tries them again."""
+    found = Costs({tokens: 10e-3 for tokens in TOKENS})
+    for _ in range(300):
+        found.note(2, 2, factor * 10e-3)
+    assert 0.65 < found.seconds_of(2, 8) / found.seconds_of(2, 2) < 1.5
+
+
+def test_a_gap_beside_it_does_not_stop_auto() -> None:
+    """Prevents: a division by zero where what runs beside emits nothing, as an infill does."""
+    world = World(laptop, [lambda _: 0.5])
+    [one] = world.requests
+    gap = simulated_sequence()
+    gap.mode, gap.new_ids = "linear", []
+    gap.stats.count("denoise", 4)
+    for _ in range(100):
+        one.seq.setting = world.planner.choose(one.seq)
+        world.planner.note_forward([one.seq, gap], 5)
+        world.planner.note_seconds(laptop(2, 5))
+    assert world.planner.choose(one.seq).mode in ("ar", "linear", "branching")
+
+
 def test_costs_learn_what_is_done_around_drafts() -> None:
     """Prevents: speculation that looks quick at lengths that were not tried yet, since only the
     one that was tried is known to be dearer than measured."""
@@ -340,7 +365,7 @@ def test_costs_learn_what_is_done_around_drafts() -> None:
     for _ in range(200):
         found.note(1, 1, 10e-3)
         found.note(1, 4, 13e-3)
-    assert found.seconds_of(1, 1) == pytest.approx(10e-3, rel=0.02)
+    assert found.seconds_of(1, 1) == pytest.approx(10e-3, rel=0.06)
     for num_tokens in (3, 6, 12):
         assert found.seconds_of(1, num_tokens) == pytest.approx(13e-3, rel=0.1)
 
@@ -481,7 +506,10 @@ class Restless:
         num_masks = seq.params.setting("auto", seq.form).num_masks
         return self._random.choice([Setting("ar", length), *settings(length, num_masks)])
 
-    def note_forward(self, fed: Any, num_tokens: int, seconds: float) -> None:
+    def note_forward(self, fed: Any, num_tokens: int) -> None:
+        pass
+
+    def note_seconds(self, seconds: float) -> None:
         pass
 
 

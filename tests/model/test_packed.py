@@ -249,6 +249,17 @@ def test_int8_passes_on_what_is_not_finite(tiny_model: Callable[..., TriModeMode
     assert model(torch.tensor([[5]])).logits.isnan().all()
 
 
+def test_int8_passes_on_one_value_that_is_not_finite(
+    tiny_model: Callable[..., TriModeModel],
+) -> None:
+    """Prevents: a NaN beside numbers, which the maximum of a group does not see."""
+    model = tiny_model(torch.float32)
+    with torch.no_grad():
+        model.encoder.layers[0].self_attn.v_proj.weight[1] = torch.nan
+    model.pack("int8")
+    assert model(torch.tensor([[5, 6]])).logits.isnan().all()
+
+
 def test_pack_knows_its_forms(tiny_model: Callable[..., TriModeModel]) -> None:
     """Prevents: whatever is not `native` taken for `plain`; a reason that names no way out."""
     with pytest.raises(

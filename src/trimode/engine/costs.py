@@ -60,9 +60,9 @@ class Costs:
 
     So many for its tokens, whoever feeds them, straight between those that were measured; and so
     many for each row beyond the first. Only what differs between settings matters to a planner. So
-    a machine that is slower for a while moves common factors as well, and the points themselves by
-    what these leave. There are two: what is done around a forward takes longer where drafts are
-    made and checked, whatever their length, so forwards of more tokens than rows have their own.
+    two factors are learned beside the points: one of all forwards, for a machine that is slower for
+    a while; and one of drafts, since what is done around a forward takes longer where they are made
+    and checked, whatever their length.
 
     Args:
         seconds: Of one row over its tokens, at least 2 numbers of them.
@@ -73,22 +73,22 @@ class Costs:
         self.seconds = dict(sorted(seconds.items()))
         self.per_row = per_row
         self._tokens = list(self.seconds)
-        self._drift = {False: 0.0, True: 0.0}  # of forwards of a token a row, of others
+        self._drift = 0.0  # logarithms
+        self._drift_of_drafts = 0.0
 
     def seconds_of(self, num_rows: int, num_tokens: float) -> float:
         """Of a forward of so many tokens in all, which may be an average."""
-        share = min(max(num_tokens / num_rows - 1, 0.0), 1.0)
-        more = math.exp(self._drift[True] - self._drift[False])
-        return self._alone(num_rows, num_tokens) * (1 + share * (more - 1))
+        around = math.exp(_share_of_drafts(num_rows, num_tokens) * self._drift_of_drafts)
+        return self._alone(num_rows, num_tokens) * around
 
     def note(self, num_rows: int, num_tokens: int, seconds: float) -> None:
-        """Learn from a forward that ran."""
-        has_drafts = num_tokens > num_rows
-        expected_s = self._alone(num_rows, num_tokens)
-        surprise = math.log(max(seconds, 1e-9) / expected_s) - self._drift[has_drafts]
+        """Learn from a forward that ran, and all that was done around it."""
+        expected_s = self.seconds_of(num_rows, num_tokens)
+        surprise = math.log(max(seconds, 1e-9) / expected_s) - self._drift
         most = math.log(MOST_SURPRISE)
         surprise = min(max(surprise, -most), most)
-        self._drift[has_drafts] += DRIFT_RATE * surprise
+        self._drift += DRIFT_RATE * surprise
+        self._drift_of_drafts += DRIFT_RATE * _share_of_drafts(num_rows, num_tokens) * surprise
         nearest = min(self._tokens, key=lambda tokens: abs(tokens - num_tokens))
         self.seconds[nearest] *= math.exp(POINT_RATE * surprise)
 
@@ -99,6 +99,11 @@ class Costs:
         slope = (self.seconds[high] - self.seconds[low]) / (high - low)
         seconds = self.seconds[low] + slope * (num_tokens - low)
         return max(seconds + self.per_row * (num_rows - 1), 1e-9)
+
+
+def _share_of_drafts(num_rows: int, num_tokens: float) -> float:
+    """Of the rows of a forward, about how many feed more than one token."""
+    return min(max(num_tokens / num_rows - 1, 0.0), 1.0)
 
 
 def find_costs(

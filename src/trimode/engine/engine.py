@@ -127,7 +127,6 @@ class Engine:
         self._max_waiting = max_waiting
         self._time_slice = time_slice
         self._planner = planner
-        self._resumed_s = 0.0  # it took to ask for the next forward: part of what that costs
         self._clock = clock
         self._waiting = WaitingList()
         self._running: list[_Running] = []
@@ -211,14 +210,15 @@ class Engine:
         self._admit()
         self._preempt()
         served = self._served()
-        readouts = self._run(served) if served else []
         started_s = time.perf_counter()
+        readouts = self._run(served) if served else []
         for (running, step), readout in zip(served, readouts, strict=True):
             self._resume(running, step, readout)
             if running.seq.is_finished:
                 self._release(running, is_clean=readout is not None)
                 self._ended.append(running.seq)
-        self._resumed_s = time.perf_counter() - started_s
+        if served and self._planner is not None:
+            self._planner.note_seconds(time.perf_counter() - started_s)
         ended, self._ended = self._ended, []
         return ended
 
@@ -319,7 +319,6 @@ class Engine:
         return served
 
     def _run(self, served: list[tuple[_Running, Step]]) -> list[Readout | None]:
-        started_s = time.perf_counter()
         readouts = self._runner.run([Feed(one.seq, one.row, step) for one, step in served])
         num_tokens = sum(len(step.token_ids) for _, step in served)
         self.counts.forwards += 1
@@ -327,8 +326,7 @@ class Engine:
         for one, _ in served:
             one.fed_at = self.counts.forwards
         if self._planner is not None:
-            seconds = time.perf_counter() - started_s + self._resumed_s
-            self._planner.note_forward([one.seq for one, _ in served], num_tokens, seconds)
+            self._planner.note_forward([one.seq for one, _ in served], num_tokens)
         return readouts
 
     def _resume(self, running: _Running, step: Step, readout: Readout | None) -> None:

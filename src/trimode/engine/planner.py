@@ -21,16 +21,16 @@ from trimode.engine.costs import Costs
 REVIEW_ROUNDS = 8
 AR_REVIEW_ROUNDS = 32
 """A sequence thinks its setting over once in so many rounds; in `ar`, whose rounds are short and
-tell nothing new of drafts, less often."""
+tell nothing new of drafts, less often, and whenever others have come or gone."""
 
 AR_LOOK_ROUNDS = 8
 """In `ar` the planner looks at a sequence once in so many rounds: a look takes as long as a
 hundredth of a small model's forward."""
 
-FIRST_MARGIN = 0.2
+FIRST_MARGIN = 0.1
 """A sequence begins with `ar`, or with what is better by so much."""
 
-MARGIN = 0.06
+MARGIN = 0.04
 NUM_REVIEWS = 2
 """It changes its setting for one that is better by `MARGIN` in so many reviews in a row ..."""
 
@@ -63,6 +63,7 @@ class _Request:
         latest: The last round that was learned from.
         num_unseen: Rounds since the last look.
         num_rounds: Since the last review.
+        num_others: Sequences beside it at the last review.
         num_better: Reviews in a row that found something better.
         since_probe: Rounds since the last probe.
         probe_cost: Of the probe under way, in forwards; None if there is none.
@@ -75,6 +76,7 @@ class _Request:
     latest: Round | None = None
     num_unseen: int = 0
     num_rounds: int = 0
+    num_others: int = 0
     num_better: int = 0
     since_probe: int = PROBE_ROUNDS
     probe_cost: float | None = None
@@ -117,6 +119,7 @@ class Planner:
         self._num_forwards = 0
         self._total = _Totals(0, 0.0, 0.0)
         self._allowed = 0.0  # forwards, for probes
+        self._to_learn: tuple[int, int] | None = None  # rows and tokens of the latest forward
         self.num_switches = 0
         self.num_probes = 0
 
@@ -138,14 +141,14 @@ class Planner:
             best, pace, gain = self._best(seq, one, others)
             if gain > FIRST_MARGIN:
                 one.setting, one.pace = best, pace
-        elif one.probe_cost is not None or one.num_rounds >= _review_rounds(one.setting):
+        elif one.probe_cost is not None or self._is_due(one, others):
             if one.probe_cost is not None:
                 self._settle(one, others, has_run=has_run)
             self._review(seq, one, others)
         return self._probe(seq, one, others) or one.setting
 
-    def note_forward(self, fed: Items[Sequence], num_tokens: int, seconds: float) -> None:
-        """Learn what a forward cost, and who runs."""
+    def note_forward(self, fed: Items[Sequence], num_tokens: int) -> None:
+        """Learn who runs: right after a forward, before its answers are acted on."""
         self._num_forwards += 1
         self._allowed += PROBE_SHARE
         has_probe, tokens, num_fed = False, 0.0, 0.0
@@ -160,8 +163,20 @@ class Planner:
             tokens += pace.tokens
             num_fed += pace.fed
         self._total = _Totals(len(fed), tokens, num_fed)
-        if not has_probe and not any(map(_is_prefilled, fed)):
-            self.costs.note(len(fed), num_tokens, seconds)
+        is_usual = not has_probe and not any(map(_is_prefilled, fed))
+        self._to_learn = (len(fed), num_tokens) if is_usual else None
+
+    def note_seconds(self, seconds: float) -> None:
+        """Learn what that forward cost, until all its answers were acted on."""
+        if self._to_learn is not None:
+            self.costs.note(*self._to_learn, seconds)
+
+    def _is_due(self, one: _Request, others: _Totals) -> bool:
+        """Whether it is time to review a setting."""
+        assert one.setting is not None
+        if one.setting.mode != "ar":
+            return one.num_rounds >= REVIEW_ROUNDS
+        return one.num_rounds >= AR_REVIEW_ROUNDS or one.num_others != others.num_rows
 
     def _learn(self, seq: Sequence, one: _Request) -> bool:
         """Whether there was a round of speculation to learn from."""
@@ -208,7 +223,7 @@ class Planner:
 
     def _review(self, seq: Sequence, one: _Request, others: _Totals) -> None:
         """Change the setting if another is better, plainly or for long enough."""
-        one.num_rounds = 0
+        one.num_rounds, one.num_others = 0, others.num_rows
         best, pace, gain = self._best(seq, one, others)
         one.num_better = one.num_better + 1 if gain > MARGIN else 0
         if gain > PLAIN_GAIN or one.num_better >= NUM_REVIEWS:
@@ -245,7 +260,8 @@ class Planner:
 
     def _settle(self, one: _Request, others: _Totals, *, has_run: bool) -> None:
         """A probe is over. One that paid is worth another at once; so is one that checked a draft
-        left over from before instead of one of its own, or whose row was taken away."""
+        left over from before instead of one of its own, or whose request changed its mode first.
+        That of a request's last round is never settled, and so stays paid for."""
         cost, seen = one.probe_cost, one.latest
         assert cost is not None
         gained, is_fresh = cost, False
@@ -305,10 +321,6 @@ def _probe_setting(widest: Setting) -> Setting:
     return Setting("linear", widest.block_length, num_masks=num_masks)
 
 
-def _review_rounds(setting: Setting) -> int:
-    return AR_REVIEW_ROUNDS if setting.mode == "ar" else REVIEW_ROUNDS
-
-
 def _is_prefilled(seq: Sequence) -> bool:
     """Whether it feeds tokens that it did not make just now."""
     return seq.length + 1 < len(seq.prompt_ids) + len(seq.new_ids)
@@ -321,4 +333,4 @@ def _seen_pace(seq: Sequence) -> Pace:
     if not num_forwards:
         return AR_PACE
     num_fed = sum(stats.tokens_fed.values()) - stats.tokens_fed["prefill"]
-    return Pace((stats.new_tokens - 1) / num_forwards, num_fed / num_forwards)
+    return Pace(max(stats.new_tokens - 1, 0) / num_forwards, num_fed / num_forwards)

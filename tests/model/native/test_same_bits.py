@@ -28,9 +28,16 @@ from trimode.model.native.step import NativeNetwork
 FORMS = ("float32", "bfloat16", "int8")
 NUM_TOKENS, NUM_ALONE = 1096, 136
 IDS = [3 + (7 * i) % 90 for i in range(NUM_TOKENS)]
-SHAPE = {"hidden_size": 96, "intermediate_size": 200, "head_dim": 24}
-"""No size is a whole number of vectors on every CPU. The last tokens see two spans of attention and
-then three."""
+SHAPE = {
+    "hidden_size": 96,
+    "intermediate_size": 500,
+    "head_dim": 24,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+"""No size is a whole number of vectors on every CPU; down_proj is read in pieces in every form; of
+three heads that read the same keys two go side by side. The last tokens see two spans of attention
+and then three."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,10 @@ MUTANTS: dict[str, tuple[str, list[Mutant]]] = {
             Mutant("products.h", "    F a, b;", "    F a, b, before;"),
             Mutant("products.h", "        store(y, a);", "        store(y, before + a);"),
         ],
+    ),
+    "a tile in 8 bits forgets the piece before": (
+        "int8",
+        [Mutant("int8.h", "    sums.begin(y, first > 0);", "    sums.begin(y, false);")],
     ),
     "the last row of a tile rounds twice": (
         "float32",
@@ -224,6 +235,29 @@ def test_a_token_gets_the_same_bits(
     assert len({row.numpy().tobytes() for row in alone}) == NUM_ALONE
     for other in others:
         assert torch.equal(other, alone)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_heads_side_by_side_are_as_one_alone(
+    tiny_model: Callable[..., TriModeModel], real: library.Library, form: str
+) -> None:
+    """Prevents: sums that depend on whether a head attends beside another. Of 3, one is alone."""
+    size, found = SHAPE["head_dim"], []
+    for head in range(3):  # which all ask alike, and of which one is heard
+        model = model_of(tiny_model)
+        attention = model.encoder.layers[-1].self_attn
+        with torch.no_grad():
+            queries = attention.q_proj.weight.view(-1, size, SHAPE["hidden_size"])
+            queries[1:3] = queries[0]
+            attention.o_proj.weight.zero_()
+            attention.o_proj.weight[:size, head * size : (head + 1) * size] = torch.eye(size)
+        native = network(model, form, real)
+        dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
+        cache = KVCache(native.config, num_rows=2, num_cells=700, device="cpu", dtype=dtype)
+        found.append(feed(native, cache, 0, 0, 600))
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
+    assert not torch.equal(found[0][0], found[0][1])
 
 
 @pytest.mark.process

@@ -1,7 +1,7 @@
 // Products with packed weights: `y = x W^T`, for a tile of rows and one panel of outputs.
 //
 // A panel holds PANEL outputs, all their inputs one after the other, so that it is read from the
-// memory once, in order, for all rows of a tile. Every output of every row has one accumulator that
+// memory once, in order, for all rows of a band. Every output of every row has one accumulator that
 // adds up the inputs in their order: what a row gets does not depend on the tile it is in.
 //
 //   float32   [panel][K][PANEL]
@@ -172,6 +172,14 @@ void tile_bfloat16(const float* x, long stride, int K, const bf16* panel, float*
         default: kernel<6>(__VA_ARGS__); break; \
     }
 
+#define UP_TO_4(kernel, rows, ...)              \
+    switch (rows) {                             \
+        case 1: kernel<1>(__VA_ARGS__); break;  \
+        case 2: kernel<2>(__VA_ARGS__); break;  \
+        case 3: kernel<3>(__VA_ARGS__); break;  \
+        default: kernel<4>(__VA_ARGS__); break; \
+    }
+
 #if TRIMODE_AVX512
 #define TILE(kernel, rows, ...)                            \
     switch (rows) {                                        \
@@ -191,15 +199,13 @@ void tile_bfloat16(const float* x, long stride, int K, const bf16* panel, float*
 #elif TRIMODE_AVX2
 #define TILE UP_TO_6
 #else
-#define TILE(kernel, rows, ...)                            \
-    switch (rows) {                                        \
-        case 1: kernel<1>(__VA_ARGS__); break;             \
-        case 2: kernel<2>(__VA_ARGS__); break;             \
-        case 3: kernel<3>(__VA_ARGS__); break;             \
-        default: kernel<4>(__VA_ARGS__); break;            \
-    }
+#define TILE UP_TO_4
 #endif
 
+#if TRIMODE_AVX512
 #define TILE_INT8 UP_TO_6
+#else
+#define TILE_INT8 UP_TO_4
+#endif
 
 }  // namespace TRIMODE_ISA

@@ -232,12 +232,13 @@ INLINE float sum(F x) {
     __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
     z = _mm_add_ps(z, _mm_movehl_ps(z, z));
     return _mm_cvtss_f32(_mm_add_ss(z, _mm_shuffle_ps(z, z, 1)));
-#endif
+#else
     float s[W];
     store(s, x);
     for (int half = W / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) s[i] = s[i] + s[i + half];
     return s[0];
+#endif
 }
 
 #if !TRIMODE_AVX512 && !TRIMODE_AVX2
@@ -251,12 +252,13 @@ INLINE F sums(const F x[W]) {
 INLINE float largest(F x) {
 #if TRIMODE_AVX512
     return _mm512_reduce_max_ps(x.v);
-#endif
+#else
     float s[W];
     store(s, x);
     float m = s[0];
     for (int i = 1; i < W; i++) m = s[i] > m ? s[i] : m;
     return m;
+#endif
 }
 
 // e^x, error below 2 ulp; at least 1.2e-38, and NaN of NaN. Polynomial of Cephes (expf).
