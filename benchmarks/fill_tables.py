@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,11 @@ def infill_table() -> str:
     return newest("infill_cpu").with_suffix(".md").read_text(encoding="utf-8").strip()
 
 
+def _twelve_over_one(found: dict[str, Any]) -> str:
+    seconds = found["seconds"]
+    return f"{seconds['step native 12'] / seconds['step native 1']:.2f}x"
+
+
 def speed_table() -> str:
     """Tokens a second of AR by model, precision and engine; steps of 12 tokens over one."""
     path = newest("speed_cpu")
@@ -131,10 +137,8 @@ def speed_table() -> str:
         if form != "int8" or who in ("native", "llama.cpp")
     ]
 
-    def row(name: str, figure: Callable[[dict[str, float]], str], form: str) -> str:
-        cells = [
-            figure(forms[form]["seconds"]) if form in forms else "-" for forms in models.values()
-        ]
+    def row(name: str, figure: Callable[[dict[str, Any]], str], form: str) -> str:
+        cells = [figure(forms[form]) if form in forms else "-" for forms in models.values()]
         return f"| {name} | " + " | ".join(cells) + " |"
 
     for form, who in contestants:
@@ -142,11 +146,17 @@ def speed_table() -> str:
             f"ar {who}" in forms.get(form, {"seconds": {}})["seconds"] for forms in models.values()
         ):
             lines.append(
-                row(f"{form}, {who}", lambda s: f"{1 / s[f'ar {who}']:.0f}", form)  # noqa: B023
+                row(
+                    f"{form}, {who}",
+                    lambda found: f"{1 / found['seconds'][f'ar {who}']:.0f}",  # noqa: B023
+                    form,
+                )
             )
     for form in ("float32", "bfloat16", "int8"):
         name = f"{form}, native: a step of 12 tokens over one of 1"
-        lines.append(row(name, lambda s: f"{s['step native 12'] / s['step native 1']:.2f}x", form))
+        lines.append(row(name, _twelve_over_one, form))
+        name = f"{form}, native: share of what the memory gives at that moment"
+        lines.append(row(name, lambda found: f"{statistics.median(found['shares']):.2f}", form))
     env = found["environment"]
     lines += [
         "",
