@@ -223,6 +223,11 @@ def serve_table() -> str:
     return newest("serve_cpu").with_suffix(".md").read_text(encoding="utf-8").strip()
 
 
+def serve_smollm2_table() -> str:
+    """The same of SmolLM2 with its adapter, beside llama-cpp-python's server as well."""
+    return newest("serve_smollm2").with_suffix(".md").read_text(encoding="utf-8").strip()
+
+
 def train_table() -> str:
     """The training step beside a plain one."""
     return newest("train_cpu").with_suffix(".md").read_text(encoding="utf-8").strip()
@@ -239,6 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "instruct": instruct_table,
     "auto": auto_table,
     "serve": serve_table,
+    "serve_smollm2": serve_smollm2_table,
     "train": train_table,
 }
 
