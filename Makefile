@@ -63,7 +63,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every table that depends on the default model: benchmark, card, README, docs. About 50 minutes on
+# Every table that depends on the default model: benchmark, card, README, docs. About 20 minutes on
 # a machine that does nothing else. The pairs are made from what is installed, once. Not among them:
 # benchmarks/bench_cpu.py, which wants llama.cpp beside it.
 MONTH := $(shell date +%Y%m)
