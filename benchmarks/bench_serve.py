@@ -430,9 +430,9 @@ def main() -> None:
     prompts = [json.loads(line)["prompt"] for line in lines]
     scripts = Path(sys.executable).parent
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        log = Path(folder)
+        work = Path(folder)
         lm = trimode.load(arguments.model, weights="plain", dtype=getattr(torch, arguments.dtype))
-        twin = log / "twin"
+        twin = work / "twin"
         transformers_twin(lm).to(lm.model.dtype).save_pretrained(twin)
         assert lm.tokenizer is not None
         lm.tokenizer.save_pretrained(twin)
@@ -443,19 +443,19 @@ def main() -> None:
         ours += ["--max-context", "1024", "--dtype", arguments.dtype]
         if arguments.drafter is not None:
             ours += ["--drafter", arguments.drafter]
-        own = stack.enter_context(served(ours, port=port, log=log / "ours.log"))
+        own = stack.enter_context(served(ours, port=port, log=work / "ours.log"))
         port = free_port()
         theirs = [str(scripts / "transformers"), "serve", str(twin), "--port", str(port)]
         theirs += ["--continuous-batching", "--device", "cpu", "--dtype", arguments.dtype]
         theirs += ["--attn-implementation", "sdpa"]
-        other = stack.enter_context(served(theirs, port=port, log=log / "theirs.log"))
+        other = stack.enter_context(served(theirs, port=port, log=work / "theirs.log"))
         modes = MODES if arguments.drafter is None else DRAFTER_MODES
         contestants = [Contestant(name, own, {**f, **OURS_ONLY}) for name, f in modes.items()]
         contestants.append(Contestant("transformers", other, {"model": str(twin)}))
         if arguments.llama_python is not None:
             port = free_port()
-            words = _llama_server(arguments, port, log / "model.gguf")
-            third = stack.enter_context(served(words, port=port, log=log / "llama.log"))
+            words = _llama_server(arguments, port, work / "model.gguf")
+            third = stack.enter_context(served(words, port=port, log=work / "llama.log"))
             never = {str(i): -100.0 for i in eos_ids}
             contestants.append(Contestant("llama.cpp", third, LLAMA_FIELDS | {"logit_bias": never}))
         asyncio.run(measure(contestants, prompts, arguments))

@@ -61,23 +61,14 @@ def convert(weights: str, shape: str, kind: str, output: str) -> None:
     writer.add_token_list([f"<t{i}>" for i in range(config["vocab_size"])])
     writer.add_token_scores([0.0] * config["vocab_size"])
     writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
-    kinds = gguf.GGMLQuantizationType
-    quantized = {"q8_0": kinds.Q8_0, "bf16": kinds.BF16}.get(kind)
     for name, tensor in np.load(weights).items():
         array = np.ascontiguousarray(tensor, dtype=np.float32)
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if part in name:  # llama.cpp rotates neighbours, not halves
                 halves = array.reshape(config[heads], 2, config["head_dim"] // 2, -1)
                 array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
-        if quantized is not None and array.ndim == 2:
-            packed = gguf.quants.quantize(array, quantized)
-            writer.add_tensor(_their_name(name), packed, raw_dtype=quantized)
-        else:
-            writer.add_tensor(_their_name(name), array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        _add(writer, _their_name(name), array, kind)
+    _write(writer)
 
 
 def rewrite(source: str, kind: str, output: str) -> None:
@@ -90,15 +81,24 @@ def rewrite(source: str, kind: str, output: str) -> None:
         if not name.startswith(skipped):
             inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
-    kinds = gguf.GGMLQuantizationType
-    quantized = {"q8_0": kinds.Q8_0, "bf16": kinds.BF16}.get(kind)
     for tensor in reader.tensors:
         array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        if quantized is not None and array.ndim == 2:
-            packed = gguf.quants.quantize(array, quantized)
-            writer.add_tensor(tensor.name, packed, raw_dtype=quantized)
-        else:
-            writer.add_tensor(tensor.name, array)
+        _add(writer, tensor.name, array, kind)
+    _write(writer)
+
+
+def _add(writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: str) -> None:
+    """A tensor, in the form asked for if it is a matrix."""
+    kinds = gguf.GGMLQuantizationType
+    quantized = {"q8_0": kinds.Q8_0, "bf16": kinds.BF16}.get(kind)
+    if quantized is not None and array.ndim == 2:
+        packed = gguf.quants.quantize(array, quantized)
+        writer.add_tensor(name, packed, raw_dtype=quantized)
+    else:
+        writer.add_tensor(name, array)
+
+
+def _write(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -153,10 +153,11 @@ def measure(
     sequences, runner = _scratch(model, adapter)
     sizes = [(1, tokens) for tokens in TOKENS]
     sizes += [(rows, 1) for rows in ROWS if rows <= len(sequences)]
+    sizes.sort(key=lambda size: size[0] * size[1])
     found: dict[tuple[int, int], list[float]] = {}
     started_s = time.perf_counter()
     for number in range(NUM_PASSES):
-        for size in sorted(sizes, key=lambda size: size[0] * size[1]):
+        for size in sizes:
             elapsed_s = time.perf_counter() - started_s
             if number == 0:
                 if elapsed_s > limit_s / 3 and size[0] * size[1] > FEWEST_TOKENS:

@@ -90,7 +90,8 @@ struct Head<0, IS_EVEN> {
 
 // Heads that read the same keys and values side by side: a sum of products waits for the one
 // before, so a few vectors alone would leave the CPU idle.
-inline int heads_at_once(int D) { return D <= 4 * W ? 2 : 1; }
+constexpr int MOST_PAIRED = 4;  // vectors of a head
+inline int heads_at_once(int D) { return D <= MOST_PAIRED * W ? 2 : 1; }
 
 // One head's scores of a block -> its weights, and what is kept of the sums before.
 INLINE float soften(float* scores, int n, Partial& so_far) {
@@ -157,7 +158,7 @@ void attend(const float* queries, const T* keys, const T* values, int D, Sight s
 template <int N, class T>
 void attend(const float* queries, int num_heads, const T* keys, const T* values, int D, Sight sight,
             int first, int last, Partial* results) {
-    if constexpr (N <= 4)
+    if constexpr (N <= MOST_PAIRED)
         if (num_heads == 2) {
             if (D % W == 0)
                 attend<2, N, true, T>(queries, keys, values, D, sight, first, last, results);

@@ -162,40 +162,42 @@ void tile_bfloat16(const float* x, long stride, int K, const bf16* panel, float*
 #endif
 
 // `kernel<R>` for a number of rows known when it runs: TILE(tile_float32, R, arguments).
-#define UP_TO_6(kernel, rows, ...)              \
-    switch (rows) {                             \
-        case 1: kernel<1>(__VA_ARGS__); break;  \
-        case 2: kernel<2>(__VA_ARGS__); break;  \
-        case 3: kernel<3>(__VA_ARGS__); break;  \
-        case 4: kernel<4>(__VA_ARGS__); break;  \
-        case 5: kernel<5>(__VA_ARGS__); break;  \
-        default: kernel<6>(__VA_ARGS__); break; \
-    }
+#define FIRST_3(kernel, ...)               \
+    case 1: kernel<1>(__VA_ARGS__); break; \
+    case 2: kernel<2>(__VA_ARGS__); break; \
+    case 3: kernel<3>(__VA_ARGS__); break;
+
+#define FIRST_5(kernel, ...)               \
+    FIRST_3(kernel, __VA_ARGS__)           \
+    case 4: kernel<4>(__VA_ARGS__); break; \
+    case 5: kernel<5>(__VA_ARGS__); break;
 
 #define UP_TO_4(kernel, rows, ...)              \
     switch (rows) {                             \
-        case 1: kernel<1>(__VA_ARGS__); break;  \
-        case 2: kernel<2>(__VA_ARGS__); break;  \
-        case 3: kernel<3>(__VA_ARGS__); break;  \
+        FIRST_3(kernel, __VA_ARGS__)            \
         default: kernel<4>(__VA_ARGS__); break; \
     }
 
-#if TRIMODE_AVX512
-#define TILE(kernel, rows, ...)                            \
-    switch (rows) {                                        \
-        case 1: kernel<1>(__VA_ARGS__); break;             \
-        case 2: kernel<2>(__VA_ARGS__); break;             \
-        case 3: kernel<3>(__VA_ARGS__); break;             \
-        case 4: kernel<4>(__VA_ARGS__); break;             \
-        case 5: kernel<5>(__VA_ARGS__); break;             \
-        case 6: kernel<6>(__VA_ARGS__); break;             \
-        case 7: kernel<7>(__VA_ARGS__); break;             \
-        case 8: kernel<8>(__VA_ARGS__); break;             \
-        case 9: kernel<9>(__VA_ARGS__); break;             \
-        case 10: kernel<10>(__VA_ARGS__); break;           \
-        case 11: kernel<11>(__VA_ARGS__); break;           \
-        default: kernel<12>(__VA_ARGS__); break;           \
+#define UP_TO_6(kernel, rows, ...)              \
+    switch (rows) {                             \
+        FIRST_5(kernel, __VA_ARGS__)            \
+        default: kernel<6>(__VA_ARGS__); break; \
     }
+
+#define UP_TO_12(kernel, rows, ...)              \
+    switch (rows) {                              \
+        FIRST_5(kernel, __VA_ARGS__)             \
+        case 6: kernel<6>(__VA_ARGS__); break;   \
+        case 7: kernel<7>(__VA_ARGS__); break;   \
+        case 8: kernel<8>(__VA_ARGS__); break;   \
+        case 9: kernel<9>(__VA_ARGS__); break;   \
+        case 10: kernel<10>(__VA_ARGS__); break; \
+        case 11: kernel<11>(__VA_ARGS__); break; \
+        default: kernel<12>(__VA_ARGS__); break; \
+    }
+
+#if TRIMODE_AVX512
+#define TILE UP_TO_12
 #elif TRIMODE_AVX2
 #define TILE UP_TO_6
 #else
