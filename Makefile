@@ -27,7 +27,7 @@ quick: $(STAMP) native
 sanitize: $(STAMP)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	TRIMODE_NATIVE_FLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+	TRIMODE_NATIVE_FLAGS="-O1 -g1 -fno-var-tracking -fno-omit-frame-pointer -fsanitize=address,undefined \
 		-fno-sanitize-recover=all" \
 	$(BIN)/python -m pytest -p no:cacheprovider -k 'not mutants' tests/model/test_packed.py \
 		tests/model/native/test_same_bits.py tests/model/native/test_threads.py tests/decoding
