@@ -221,8 +221,8 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(sys.argv),
-        "arguments": {k: _within(v) for k, v in vars(arguments).items()},
+        "command": command_line(),
+        "arguments": {k: within(v) for k, v in vars(arguments).items()},
         "machine": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -235,11 +235,19 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _within(value: Any) -> str:
-    """An argument as text; a path inside the repository without what lies before it."""
+def command_line() -> str:
+    """What was typed, without the folders of this machine."""
+    return " ".join(["python", *map(within, sys.argv)])
+
+
+def within(value: Any) -> str:
+    """An argument as text; a path inside the repository without what lies before it, one outside
+    by its last parts."""
+    path = Path(str(value))
+    if not path.is_absolute():
+        return str(value)
     root = Path(__file__).resolve().parents[1]
-    is_inside = isinstance(value, Path) and value.is_relative_to(root)
-    return str(value.relative_to(root) if is_inside else value)
+    return str(path.relative_to(root) if path.is_relative_to(root) else Path(*path.parts[-3:]))
 
 
 def table(

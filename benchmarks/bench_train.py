@@ -46,7 +46,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench_decode import cpu_name
+from bench_decode import command_line, cpu_name, within
 from torch import Tensor
 
 import trimode
@@ -317,8 +317,8 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     is_cuda = arguments.device == "cuda"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(sys.argv),
-        "arguments": {k: str(v) for k, v in vars(arguments).items()},
+        "command": command_line(),
+        "arguments": {k: within(v) for k, v in vars(arguments).items()},
         "machine": torch.cuda.get_device_name() if is_cuda else cpu_name(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],

@@ -1,9 +1,12 @@
 """One prompt, three ways: the same checkpoint decoded token by token, by diffusion, by
 speculation."""
 
+import signal
 import sys
 
 import trimode
+
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
 
 prompt = sys.argv[1] if len(sys.argv) > 1 else "import os\n\n\ndef "
 lm = trimode.load()

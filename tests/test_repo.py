@@ -168,8 +168,7 @@ def test_long_files_have_a_reason() -> None:
     assert too_long == LONG_FILES.keys()
 
 
-def test_tracked_files_are_small() -> None:
-    """Prevents weights or data from being committed by accident."""
+def _tracked() -> list[Path]:
     try:
         listing = subprocess.run(
             ["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True
@@ -177,10 +176,23 @@ def test_tracked_files_are_small() -> None:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
     paths = [ROOT / name for name in listing.split("\0") if name]
-    sizes = {_name(path): path.stat().st_size for path in paths if path.is_file()}
+    return [path for path in paths if path.is_file()]
+
+
+def test_tracked_files_are_small() -> None:
+    """Prevents weights or data from being committed by accident."""
+    sizes = {_name(path): path.stat().st_size for path in _tracked()}
     too_big = {name: size for name, size in sizes.items() if size >= MAX_FILE_BYTES}
     assert not too_big
     assert sum(sizes.values()) < MAX_TREE_BYTES
+
+
+def test_no_folder_of_one_machine_is_named() -> None:
+    """Prevents commands in results and docs that nobody else can run."""
+    folder = re.compile(rb"(?:^|[\s\"'`=(,:])/(?:work|home|root|Users)/", re.M)
+    texts = (".py", ".md", ".json", ".yaml", ".toml", ".js", ".html", "Makefile")
+    named = [path for path in _tracked() if path.name.endswith(texts)]
+    assert not [_name(path) for path in named if folder.search(path.read_bytes())]
 
 
 @pytest.mark.parametrize("module", ["trimode", "trimode.cli.main"])

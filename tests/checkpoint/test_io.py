@@ -390,3 +390,13 @@ def test_hub_id_is_downloaded(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: 
     folder = tiny_checkpoint()
     monkeypatch.setattr(io, "snapshot_download", lambda name: str(folder))
     assert resolve("someone/something") == folder
+
+
+@pytest.mark.parametrize("inside", [".", "checkpoints/step_00000103"])
+def test_a_training_run_is_named_as_one(inside: str, tmp_path: Path) -> None:
+    """Prevents: advice to convert a run's folder, whose model lies elsewhere in it."""
+    folder = tmp_path / inside
+    folder.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "log.jsonl").touch()
+    (tmp_path / "config.json").write_text('{"data": []}')
+    refused(folder, re.escape(f"its model, once finished, is in {tmp_path / 'final'}"))

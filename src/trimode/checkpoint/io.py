@@ -79,6 +79,11 @@ def read_model_config(folder: Path) -> TriModeConfig:
         raise CheckpointError(
             f"{folder} holds an adapter, not a model; give it as lora or drafter beside its model"
         )
+    run = next((one for one in (folder, *folder.parents[:2]) if (one / "log.jsonl").exists()), None)
+    if run is not None and (folder == run or folder.parent.name == "checkpoints"):
+        raise CheckpointError(
+            f"{folder} is of a training run; its model, once finished, is in {run / 'final'}"
+        )
     content = read_json(folder / CONFIG_NAME)
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_CLASSES:
