@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from trimode.errors import ConfigError, RequestError
+from trimode.heal import EncodedPrompt
 
-Prompt = str | Items[int]
+Prompt = str | Items[int] | EncodedPrompt
 
 
 def as_prompts(prompt: Prompt | Items[Prompt]) -> tuple[bool, list[Prompt]]:
     """Whether one prompt was given, and all prompts."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | EncodedPrompt):
         return True, [prompt]
     items = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(items, Items) or isinstance(items, bytes):
@@ -40,6 +41,21 @@ def as_seeds(seed: int | Items[int] | None, num_prompts: int) -> list[int]:
     if len(seed) != num_prompts:
         raise RequestError(f"seed has {len(seed)} entries for {num_prompts} prompts; give one each")
     return list(seed)
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Refuse what cannot be encoded: half of a surrogate pair.
+
+    Raises:
+        RequestError: naming it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} is not valid Unicode: {text[error.start]!r} at character {error.start}; allowed:"
+            " whole characters, so convert it first"
+        ) from None
 
 
 def plain(value: Any) -> Any:

@@ -1,20 +1,74 @@
-"""Tokens to text while they come: what is settled, and what a later token may still change."""
+"""Tokens to text: always behind the text before them, and, while they come, what is settled.
+
+A tokenizer's decoder may treat the beginning of a text in its own way (sentencepiece's drops one
+space), and a token may be half a character. So new tokens are decoded together with some of the
+prompt, and the prompt's characters are left out.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from trimode.vocabulary import Vocabulary
+
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+_HALF = "\ufffd"
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """Text of token ids, without special tokens."""
+    """Text of token ids that begin a text, without special tokens."""
     return tokenizer.decode(
         list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TextBefore:
+    """What stands before new tokens.
+
+    Attributes:
+        token_ids: That are decoded with them.
+        num_chars: Characters of what comes out that are not new.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    num_chars: int = 0
+
+
+def text_before(
+    vocabulary: Vocabulary, prompt_ids: Sequence[int], taken_ids: Sequence[int] = ()
+) -> TextBefore:
+    """Of a prompt, back to its last token that decodes by itself: no control token, no single byte,
+    no half character.
+
+    Args:
+        vocabulary: Of the tokenizer.
+        prompt_ids: As fed.
+        taken_ids: That stood behind and will be chosen anew.
+    """
+    start = len(prompt_ids)
+    while start > 0:
+        start -= 1
+        if _stands_alone(vocabulary, prompt_ids[start]):
+            break
+    context = tuple(prompt_ids[start:])
+    known = decode(vocabulary.tokenizer, [*context, *taken_ids])
+    if known.endswith(_HALF) and not vocabulary.bytes_of(context).endswith(_HALF.encode()):
+        known = known.rstrip(_HALF)  # what completes the character is new, and so is all of it
+    return TextBefore(context, len(known))
+
+
+def _stands_alone(vocabulary: Vocabulary, token_id: int) -> bool:
+    if token_id in vocabulary.control_ids:
+        return False
+    if _BYTE_TOKEN.fullmatch(str(vocabulary.tokenizer.convert_ids_to_tokens(token_id))):
+        return False
+    text = decode(vocabulary.tokenizer, [token_id])
+    return bool(text) and _HALF not in text
 
 
 class GrowingText:
@@ -22,13 +76,19 @@ class GrowingText:
 
     What may change: a half character at the end (decoded as U+FFFD), and a run of single-byte
     tokens, which sentencepiece tokenizers decode as a whole. Only the newest tokens are decoded.
+
+    Args:
+        tokenizer: Of the model.
+        before: What stands before the tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, before: TextBefore = TextBefore()
+    ) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []  # the newest tokens, after some of known text for context
-        self._num_known = 0  # tokens of the window, from its start, whose text is out
-        self._num_shown = 0  # characters of the window's text that are out
+        self._window = list(before.token_ids)  # the newest tokens, after some of known text
+        self._num_known = len(self._window)  # tokens of the window, from its start, that are known
+        self._num_shown = before.num_chars  # characters of the window's text that are known
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take the next tokens; returns the text they settle, possibly none."""
@@ -38,7 +98,7 @@ class GrowingText:
         text = decode(self._tokenizer, self._window)
         if _BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(self._window[-1]))):
             return ""
-        if text.endswith("\ufffd"):
+        if text.endswith(_HALF):
             piece = text[self._num_shown : -1]
             self._num_shown += len(piece)
             return piece
@@ -48,6 +108,10 @@ class GrowingText:
             self._num_known = len(self._window)
             self._num_shown = len(decode(self._tokenizer, self._window))
         return piece
+
+    def whole(self, token_ids: Sequence[int]) -> str:
+        """All of it, of which nothing was pushed yet."""
+        return decode(self._tokenizer, [*self._window, *token_ids])[self._num_shown :]
 
     @property
     def rest(self) -> str:
@@ -60,12 +124,12 @@ class StandingText:
     change, nothing that a stop string may yet take back.
 
     Args:
-        tokenizer: Of the model.
-        stop: The strings that end the text.
+        text: The same text, which nobody else pushes.
+        stop: The strings that end it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop: Sequence[str] = ()) -> None:
-        self._text = GrowingText(tokenizer)
+    def __init__(self, text: GrowingText, *, stop: Sequence[str] = ()) -> None:
+        self._text = text
         self._stop = stop
         self._held = ""
         self._num_given = 0

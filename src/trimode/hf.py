@@ -286,7 +286,7 @@ class TriModeModel(modeling.TriModeModel):
         lm = TriModeLM(self, None, adapter=adapter)
         sequences = [
             lm.sequence(
-                prompt,
+                lm.encode_prompt(prompt),
                 GenerationParams(
                     seed=seed,
                     temperature=temperature,

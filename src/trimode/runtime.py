@@ -12,25 +12,28 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trimode.arguments import Prompt, as_prompts, as_seeds, as_tuple, plain
+from trimode.arguments import Prompt, as_prompts, as_seeds, as_tuple, check_unicode, plain
 from trimode.checkpoint.generation_defaults import GenerationDefaults
 from trimode.conversation import Messages, answering
 from trimode.decoding import Event, GenerationParams, Sequence, Stats
 from trimode.decoding.control import CONTROL_NAMES, Control
 from trimode.decoding.grammar import Grammars
+from trimode.decoding.healing import Healing
 from trimode.decoding.reveal import degenerate_reason
 from trimode.decoding.step import TokenLogprobs
-from trimode.detokenize import StandingText, decode
+from trimode.detokenize import GrowingText, StandingText, decode, text_before
 from trimode.engine import Engine
 from trimode.engine.costs import find_costs
 from trimode.engine.engine import cells_needed
 from trimode.engine.planner import Planner
 from trimode.engine.ranks import Ranks
 from trimode.errors import RequestError
+from trimode.heal import EncodedPrompt, healed
 from trimode.infill import Infilling, infill_text
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.adapter import PUBLISHED_FORM, AdapterForm
 from trimode.revision import Revision, revise_text
+from trimode.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +46,16 @@ class Generation:
     """One finished continuation.
 
     Attributes:
-        text: The new text, without special tokens, cut before the stop string that ended it.
-        token_ids: The new tokens, the stop token or the tokens of the stop string included.
-        prompt_ids: The prompt as fed.
+        text: The new text, without special tokens, cut before the stop string that ended it. It
+            goes on where the prompt ended.
+        token_ids: The chosen tokens, the stop token or the tokens of the stop string included.
+        prompt_ids: The prompt as fed, without what was taken back of it.
         finish_reason: `stop` (stop token or string), `length`, or `abort`.
         seed: The seed that reproduces it.
         stats: What it cost.
         logprobs: Of each of `token_ids`, if they were asked for; else None.
+        healed_bytes: What was taken back of the prompt and chosen anew; `prompt_ids` and
+            `token_ids` together decode to prompt and text.
     """
 
     text: str
@@ -59,6 +65,7 @@ class Generation:
     seed: int
     stats: Stats
     logprobs: list[TokenLogprobs] | None = None
+    healed_bytes: bytes = b""
 
 
 class TriModeLM:
@@ -69,6 +76,7 @@ class TriModeLM:
         tokenizer: transformers tokenizer; None for a checkpoint without one, which takes prompts of
             token ids only.
         adapter: The drafter adapter, or None.
+        vocabulary: The tokenizer as this project needs it; None without one.
         generation_defaults: Of the model's makers; `chat` uses them, `generate` does not.
         ranks: That share the network, if it was loaded so: those other than the first only follow.
     """
@@ -87,7 +95,11 @@ class TriModeLM:
         self.adapter = adapter
         self.ranks = ranks
         self.generation_defaults = generation_defaults or GenerationDefaults()
+        self.vocabulary: Vocabulary | None = None
+        if tokenizer is not None:
+            self.vocabulary = Vocabulary(tokenizer, mask_token_id=model.config.mask_token_id)
         self._grammars = Grammars(tokenizer, num_tokens=model.config.vocab_size)
+        self._said: set[str] = set()  # warnings that are given once
 
     def generate(
         self,
@@ -127,6 +139,8 @@ class TriModeLM:
         json_schema: str | bool | Mapping[str, Any] | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        heal: bool = True,
+        parse_special: bool = False,
         on_event: Callable[[int, Event], None] | None = None,
     ) -> Generation | list[Generation]:
         """Continue one prompt, or several together.
@@ -145,6 +159,10 @@ class TriModeLM:
             stop: String or strings that end the text.
             logit_bias, repetition_penalty, logprobs, max_thinking_tokens, end_think_token_id,
             json_schema, regex, grammar: See `trimode.decoding.control.Control`.
+            heal: Whether the end of a string may be chosen anew in other tokens, so that the text
+                goes on where the string ended, be it inside of a token. Ids are left alone.
+            parse_special: Whether control tokens that a string spells become these tokens; else
+                they are text. The mask token never does.
             on_event: Called with (index of the prompt, event) as things happen.
 
         Returns:
@@ -221,12 +239,17 @@ class TriModeLM:
         seed: int | Items[int] | None,
         stop: str | Items[str] | None,
         stop_token_ids: Items[int] | None,
+        heal: bool,
+        parse_special: bool,
         on_event: Callable[[int, Event], None] | None,
         **params: Any,
     ) -> tuple[bool, list[Sequence]]:
         """Whether one prompt was given, and a checked sequence for each."""
         if mode == "ar" and block_length is not None:
             raise RequestError(f"block_length is {block_length}; mode 'ar' has no blocks")
+        for name, value in (("heal", heal), ("parse_special", parse_special)):
+            if not isinstance(value, bool):
+                raise RequestError(f"{name} is {value!r}; allowed: True or False")
         is_single, prompts = as_prompts(prompt)
         control = Control.of({name: plain(params.pop(name)) for name in CONTROL_NAMES})
         if block_length is None:
@@ -242,8 +265,14 @@ class TriModeLM:
                 control=control,
                 **{name: plain(value) for name, value in params.items()},
             )
+            encoded = self.encode_prompt(
+                prompts[index],
+                heal=heal,
+                at_character=control.source is not None,
+                parse_special=parse_special,
+            )
             on_own_event = _bind(on_event, index)
-            sequences.append(self.sequence(prompts[index], checked, on_event=on_own_event))
+            sequences.append(self.sequence(encoded, checked, on_event=on_own_event))
         reason = degenerate_reason(sequences[0].params)  # the same for all
         if reason is not None:
             logger.warning("%s", reason)
@@ -251,31 +280,32 @@ class TriModeLM:
 
     def sequence(
         self,
-        prompt: Prompt,
+        prompt: EncodedPrompt,
         params: GenerationParams,
         *,
         on_event: Callable[[Event], None] | None = None,
     ) -> Sequence:
-        """A sequence for an `Engine`, its prompt encoded and checked against the context."""
-        prompt_ids = self.encode(prompt)
-        context = self.model.config.max_position_embeddings
+        """A sequence for an `Engine`, checked against the context."""
+        config = self.model.config
+        context = config.max_position_embeddings
         if params.block_length > context:
             raise RequestError(
                 f"block_length is {params.block_length}, beyond the context of {context}"
             )
-        if len(prompt_ids) + params.max_new_tokens > context:
+        num_tokens = prompt.num_tokens
+        if num_tokens + params.max_new_tokens > context:
             raise RequestError(
-                f"prompt of {len(prompt_ids)} tokens + max_new_tokens={params.max_new_tokens} ="
-                f" {len(prompt_ids) + params.max_new_tokens}, beyond the context of {context}"
+                f"prompt of {num_tokens} tokens + max_new_tokens={params.max_new_tokens} ="
+                f" {num_tokens + params.max_new_tokens}, beyond the context of {context}"
             )
-        foreign = [i for i in params.stop_token_ids if i >= self.model.config.vocab_size]
+        prompt = prompt.fitting(context - params.max_new_tokens)
+        foreign = [i for i in params.stop_token_ids if i >= config.num_real_tokens]
         if foreign:
             raise RequestError(
-                f"stop_token_ids has {foreign[0]}; allowed: 0 to {self.model.config.vocab_size - 1}"
+                f"stop_token_ids has {foreign[0]}; allowed: 0 to {config.num_real_tokens - 1}"
             )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this checkpoint has none")
-        config = self.model.config
         control = params.control.settled(
             tokenizer=self.tokenizer, num_tokens=config.vocab_size, banned=config.banned_token_ids
         )
@@ -285,15 +315,22 @@ class TriModeLM:
                 control.source,
                 eos_token_ids=config.eos_token_ids,
                 stop_token_ids=params.stop_token_ids,
+                owed=prompt.healed_bytes.decode(),
             )
+        healing = None
+        if prompt.healed_bytes:
+            assert self.vocabulary is not None
+            tokens = self.vocabulary.token_bytes
+            healing = Healing(prompt.taken_ids, tokens, num_tokens=config.vocab_size)
         return Sequence(
-            prompt_ids,
+            prompt.token_ids,
             replace(params, control=control),
             matcher=matcher,
-            eos_token_ids=self.model.config.eos_token_ids,
-            mask_token_id=self.model.config.mask_token_id,
-            detokenize=self.decode if self.tokenizer is not None else None,
+            eos_token_ids=config.eos_token_ids,
+            mask_token_id=config.mask_token_id,
+            text=self._growing(prompt.token_ids, prompt.taken_ids) if params.stop else None,
             form=self.form,
+            healing=healing,
             on_event=on_event,
         )
 
@@ -324,7 +361,9 @@ class TriModeLM:
     def generation(self, seq: Sequence) -> Generation:
         """The result of a finished sequence."""
         assert seq.finish_reason is not None
-        text = self.decode(seq.new_ids) if self.tokenizer is not None else ""
+        text = ""
+        if self.tokenizer is not None:
+            text = self.growing_text(seq).whole(seq.new_ids)
         return Generation(
             text=text if seq.stop_text_len is None else text[: seq.stop_text_len],
             token_ids=seq.new_ids,
@@ -333,34 +372,85 @@ class TriModeLM:
             seed=seq.params.seed,
             stats=seq.stats,
             logprobs=None if seq.params.control.logprobs is None else seq.logprobs,
+            healed_bytes=b"" if seq.healing is None else seq.healing.owed,
         )
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; an empty one becomes BOS."""
-        config = self.model.config
+    def encode_prompt(
+        self,
+        prompt: Prompt,
+        *,
+        heal: bool = True,
+        at_character: bool = False,
+        parse_special: bool = False,
+    ) -> EncodedPrompt:
+        """A prompt as it is fed; an empty one becomes BOS.
+
+        Args:
+            prompt: A string, or token ids; one that is encoded already stays as it is.
+            heal: See `generate`.
+            at_character: Whether only whole characters are taken back.
+            parse_special: See `generate`.
+
+        Raises:
+            RequestError: it is not valid.
+        """
+        if isinstance(prompt, EncodedPrompt):
+            return prompt
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("a text prompt needs a tokenizer, and this checkpoint has none")
-            ids = list(self.tokenizer(prompt)["input_ids"])
+            ids = self._encode(prompt, parse_special=parse_special)
         else:
             ids = [plain(token_id) for token_id in prompt]
+        config = self.model.config
         if not ids:
             if config.bos_token_id is None:
                 raise RequestError(
                     "the prompt is empty and the model has no BOS token to start from"
                 )
             ids = [config.bos_token_id]
-        wrong = [i for i in ids if type(i) is not int or not 0 <= i < config.vocab_size]
+        wrong = [i for i in ids if type(i) is not int or not 0 <= i < config.num_real_tokens]
         if wrong:
             raise RequestError(
-                f"prompt has token id {wrong[0]!r}; allowed: 0 to {config.vocab_size - 1}"
+                f"prompt has token id {wrong[0]!r}; allowed: 0 to {config.num_real_tokens - 1}"
             )
-        return ids
+        if not heal or not isinstance(prompt, str):
+            return EncodedPrompt(ids)
+        assert self.vocabulary is not None
+        return healed(self.vocabulary, ids, prompt, at_character=at_character)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt as they are; an empty one becomes BOS."""
+        return self.encode_prompt(prompt, heal=False).token_ids
+
+    def _encode(self, prompt: str, *, parse_special: bool) -> list[int]:
+        if self.vocabulary is None:
+            raise RequestError("a text prompt needs a tokenizer, and this checkpoint has none")
+        check_unicode("prompt", prompt)
+        spelled = self.vocabulary.spelled_control(prompt)
+        if spelled and not parse_special:
+            self._say_once(
+                f"the prompt spells the control token {spelled[0]}, which is text here; with"
+                " parse_special it is that token"
+            )
+        return self.vocabulary.encode(prompt, add_special_tokens=True, parse_special=parse_special)
 
     def decode(self, token_ids: Items[int]) -> str:
-        """Text of token ids, without special tokens."""
+        """Text of token ids that begin a text, without special tokens."""
         assert self.tokenizer is not None
         return decode(self.tokenizer, token_ids)
+
+    def growing_text(self, seq: Sequence) -> GrowingText:
+        """The new text of a sequence, to be pushed token by token."""
+        return self._growing(seq.prompt_ids, () if seq.healing is None else seq.healing.taken_ids)
+
+    def _growing(self, prompt_ids: Items[int], taken_ids: Items[int]) -> GrowingText:
+        assert self.vocabulary is not None
+        before = text_before(self.vocabulary, prompt_ids, taken_ids)
+        return GrowingText(self.vocabulary.tokenizer, before)
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("%s", what)
 
 
 class Stream(Iterator[str]):
@@ -374,13 +464,17 @@ class Stream(Iterator[str]):
         self._seq = seq
         self._engine: Engine | None = lm.engine([seq])
         assert lm.tokenizer is not None
-        self._text = StandingText(lm.tokenizer, stop=seq.params.stop)
+        self._text = StandingText(lm.growing_text(seq), stop=seq.params.stop)
         self._num_taken = 0
 
     @property
     def stats(self) -> Stats:
         """Counts so far."""
         return self._seq.stats
+
+    def growing_text(self) -> GrowingText:
+        """The text for one who pushes its tokens, as events bring them."""
+        return self._lm.growing_text(self._seq)
 
     @property
     def generation(self) -> Generation | None:

@@ -87,7 +87,6 @@ def watch(
     """
     console = console or Console(highlight=False)
     mask = "_" if console.options.ascii_only else "░"
-    canvas = Canvas(lm, prompt, mask=mask)
     is_revising = options.get("revision") is not None
     legend = [state for state in LEGENDS[mode] if state != "revised" or is_revising]
     started_s, showing_s, num_lines = time.perf_counter(), 0.0, 0
@@ -105,6 +104,7 @@ def watch(
         showing_s += time.perf_counter() - begun_s
 
     stream = lm.stream(prompt, **options, on_event=on_event)
+    canvas = Canvas(lm, prompt, growing=stream.growing_text(), mask=mask)
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for _ in stream:
             pass
@@ -122,15 +122,18 @@ class Canvas:
     Args:
         lm: Whose tokens they are.
         prompt: Text before the continuation.
+        growing: The continuation, nothing of it pushed yet.
         mask: Shown for a masked token.
     """
 
-    def __init__(self, lm: TriModeLM, prompt: str, *, mask: str = "░") -> None:
+    def __init__(
+        self, lm: TriModeLM, prompt: str, *, growing: GrowingText, mask: str = "░"
+    ) -> None:
         self._lm = lm
         self._mask = mask
         self._settled = Text().append(printable(prompt), STYLES["prompt"])
         self._prompt_len = len(prompt)
-        self._growing = GrowingText(lm.tokenizer)
+        self._growing = growing
         self._last: tuple[int, ...] = ()  # the newest emitted token
         self._block: list[tuple[int, str]] = []  # tokens after it and what became of each
         self._start = 0  # position of the first of them

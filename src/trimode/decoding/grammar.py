@@ -96,6 +96,7 @@ class Grammars:
         *,
         eos_token_ids: Iterable[int],
         stop_token_ids: Iterable[int] = (),
+        owed: str = "",
     ) -> Matcher:
         """A matcher of its own for one sequence.
 
@@ -104,6 +105,7 @@ class Grammars:
             eos_token_ids: The model's.
             stop_token_ids: The request's; the special tokens among them end texts as EOS does, such
                 as the end of an assistant's turn.
+            owed: What the text says before the grammar begins.
 
         Raises:
             RequestError: no tokenizer or none that fits, no EOS, or a grammar that is wrong.
@@ -123,7 +125,7 @@ class Grammars:
             raise RequestError(f"{name} needs an EOS token to end the text, and the model has none")
         if ends not in self._vocabularies:
             self._vocabularies[ends] = self._vocabulary(name, ends)
-        compiled = LLMatcher(self._vocabularies[ends], _compiled(name, text))
+        compiled = LLMatcher(self._vocabularies[ends], _compiled(name, text, owed))
         if compiled.is_error():
             raise RequestError(f"{name} is not valid: {_one_line(compiled.get_error())}")
         for warning in compiled.get_grammar_warnings():
@@ -142,21 +144,27 @@ class Grammars:
             ) from error
 
 
-def _compiled(name: str, text: str) -> str:
+def _compiled(name: str, text: str, owed: str) -> str:
     """As llguidance takes it; it is not checked yet."""
     from llguidance import LLMatcher
 
-    if name == "regex":
-        return LLMatcher.grammar_from_regex(text)
     if name == "grammar":
-        return LLMatcher.grammar_from_lark(text)
-    try:
-        schema = json.loads(text)
-    except ValueError as error:
-        raise RequestError(f"json_schema is not JSON: {error}") from None
-    if not isinstance(schema, (dict, bool)):
-        raise RequestError(f"json_schema is {text[:60]!r}; allowed: an object, true or false")
-    return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": "[ ]?"})
+        parts = [{"lark_grammar": text}]
+    elif name == "regex":
+        parts = json.loads(LLMatcher.grammar_from_regex(text))["grammars"]
+    else:
+        try:
+            schema = json.loads(text)
+        except ValueError as error:
+            raise RequestError(f"json_schema is not JSON: {error}") from None
+        if not isinstance(schema, (dict, bool)):
+            raise RequestError(f"json_schema is {text[:60]!r}; allowed: an object, true or false")
+        written = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": "[ ]?"})
+        parts = json.loads(written)["grammars"]
+    if owed:
+        whole = {"lark_grammar": f"start: {json.dumps(owed, ensure_ascii=False)} @asked"}
+        parts = [whole, {**parts[0], "name": "asked"}, *parts[1:]]
+    return json.dumps({"grammars": parts})
 
 
 def _one_line(text: str) -> str:

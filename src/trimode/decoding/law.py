@@ -1,4 +1,5 @@
-"""What an answer is subject to beyond temperature and filters: grammar, bias, penalty, budget.
+"""What an answer is subject to beyond temperature and filters: healing, grammar, bias, penalty,
+budget.
 
 A law is made from a sequence and the step it asks for, never by a mode: what a trunk token answers
 is subject to the true text up to it, the drafts fed before it included; so the verifier's law of a
@@ -29,7 +30,7 @@ class RowLaw:
     """Of one answer.
 
     Attributes:
-        allowed: What grammar or thinking budget leave; None for all.
+        allowed: What healing, grammar or thinking budget leave; None for all.
         bias: Token id -> what is added.
         seen: Committed tokens that the penalty is for; None for no penalty.
             All laws of a sequence share them, so they hold until its text goes on.
@@ -114,7 +115,7 @@ class Rules:
         budget, end = self._control.max_thinking_tokens, self._control.end_think_token_id
         if budget is None or end is None or end in seq.new_ids:
             return
-        offset = len(seq.prompt_ids) + budget - seq.length
+        offset = seq.new_start + budget - seq.length
         if 0 < offset < len(canvas):
             canvas[offset] = end
 
@@ -129,7 +130,15 @@ class Rules:
         return self._seen
 
     def _allowed(self, seq: Text, place: _Place, num_tokens: int) -> Bits | None:
-        """What grammar or budget leave, as far as the text before the place is known."""
+        """What healing, and grammar or budget, leave, as far as the text before the place is
+        known."""
+        if seq.is_healing:
+            assert seq.healing is not None
+            allowed = seq.healing.allowed_after(seq.new_ids)
+            if self._matcher is None or allowed is None:
+                return allowed
+            of_grammar = self._matcher.allowed_after(seq.new_ids)
+            return None if of_grammar is None else allowed & of_grammar[: len(allowed)]
         if self._matcher is not None:
             if not place.is_known:
                 return None
@@ -174,7 +183,7 @@ def _places(seq: Text, step: Step) -> Iterator[_Place]:
             trunk.append((position, token_id))
         else:
             groups.setdefault(group, []).append((position, token_id, mask_place > 0))
-    num_prompt = len(seq.prompt_ids)
+    num_prompt = seq.new_start
     for i in step.wanted:
         position = step.positions[i]
         if step.groups[i] == TRUNK:

@@ -27,15 +27,15 @@ rounds. `auto` is none of its own: it picks one for every round."""
 
 def life(seq: Sequence) -> Steps:
     """All steps of one sequence, from the cells it has on. The prefill gives the first token,
-    unless the sequence had emitted some before it lost its row; one with a gap to fill has a life
-    of its own."""
+    unless the sequence had emitted some before it lost its row; where the prompt is healed, it
+    first gives what was taken back. One with a gap to fill has a life of its own."""
     if seq.gap is not None:
         yield from infill(seq, seq.gap)
         return
-    if seq.new_ids:
+    if seq.num_new:
         yield from prefill(seq, [*seq.prompt_ids, *seq.new_ids[:-1]])
-    else:
-        readout = yield from prefill(seq, seq.prompt_ids)
+    while not (seq.num_new or seq.is_finished):
+        readout = yield from prefill(seq, [*seq.prompt_ids, *seq.new_ids])
         seq.emit(readout.token_ids, readout.logprobs)
     while not seq.is_finished:
         yield from MODES[seq.begin_round().mode](seq)

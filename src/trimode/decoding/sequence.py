@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 from trimode.decoding.gap import Gap
 from trimode.decoding.grammar import Matcher
+from trimode.decoding.healing import Healing
 from trimode.decoding.law import Rules
 from trimode.decoding.lookup import Lookup
 from trimode.decoding.params import MODE_NAMES, GenerationParams
 from trimode.decoding.setting import Round, Setting
 from trimode.decoding.stats import Stats
 from trimode.decoding.step import TokenLogprobs
+from trimode.decoding.stop_strings import Growing, StopStrings
 from trimode.errors import RequestError
 from trimode.model.adapter import PUBLISHED_FORM, AdapterForm
 
@@ -89,15 +91,17 @@ class Sequence:
         params: What was asked for.
         eos_token_ids: The model's own stop tokens.
         mask_token_id: The model's mask token.
-        detokenize: Text of some token ids; needed only where `params.stop` has strings.
+        text: The new text as it grows; needed only where `params.stop` has strings.
         form: How the drafter adapter of its engine is to be used.
         gap: What to fill behind the prompt, which then is not continued.
+        healing: What the first tokens must say, since it was taken back of the prompt.
         matcher: Of the grammar that `params` asks for; None without one.
         on_event: Called with every `Event`, from within a step.
 
     Attributes:
         length: Committed length L. Position of `last`.
         new_ids: Tokens emitted so far.
+        num_inside: How many of them say only what the prompt said; limits count from there.
         logprobs: Of each of them, if they were asked for.
         rules: What its answers are subject to beyond temperature and filters; None if nothing.
         lookup: Where its own repetitions are drafts; None if they are not.
@@ -121,9 +125,10 @@ class Sequence:
         *,
         eos_token_ids: Iterable[int] = (),
         mask_token_id: int,
-        detokenize: Callable[[Ids[int]], str] | None = None,
+        text: Growing | None = None,
         form: AdapterForm = PUBLISHED_FORM,
         gap: Gap | None = None,
+        healing: Healing | None = None,
         matcher: Matcher | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
@@ -133,7 +138,8 @@ class Sequence:
         self.mode = params.mode
         self.mask_token_id = mask_token_id
         self.gap = gap
-        has_rules = params.control.changes_laws
+        self.healing = healing
+        has_rules = params.control.changes_laws or healing is not None
         self.rules = Rules(params.control, matcher=matcher) if has_rules else None
         self.stop_token_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(eos_token_ids)
@@ -141,6 +147,7 @@ class Sequence:
         self.stats = Stats()
         self.length = 0
         self.new_ids: list[int] = []
+        self.num_inside = 0
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.abort_reason: str | None = None
@@ -155,7 +162,7 @@ class Sequence:
         self.num_cells = 0
         self._draft: Draft | None = None
         self._begun = ("", -1)  # mode and length of the latest round
-        self._detokenize = detokenize
+        self._stops = StopStrings(params.stop, text) if params.stop else None
         self._on_event = on_event
 
     @property
@@ -180,9 +187,29 @@ class Sequence:
         return self.new_ids[-1]
 
     @property
+    def num_new(self) -> int:
+        """How many tokens go beyond the prompt's end."""
+        return len(self.new_ids) - self.num_inside
+
+    @property
     def num_remaining(self) -> int:
-        """How many tokens may still be emitted."""
-        return self.params.max_new_tokens - len(self.new_ids)
+        """How many of them may still be emitted."""
+        return self.params.max_new_tokens - self.num_new
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt as it was given, those that were taken back included."""
+        return len(self.prompt_ids) + (0 if self.healing is None else len(self.healing.taken_ids))
+
+    @property
+    def new_start(self) -> int:
+        """Position of the first token that goes beyond the prompt's end."""
+        return len(self.prompt_ids) + self.num_inside
+
+    @property
+    def is_healing(self) -> bool:
+        """Whether what was taken back of the prompt is still owed."""
+        return self.healing is not None and not self.healing.is_over(self.new_ids)
 
     @property
     def committed_ids(self) -> list[int]:
@@ -256,7 +283,7 @@ class Sequence:
             self.new_ids.append(token_id)
             num_emitted += 1
             self.finish_reason = self._reason_to_stop(token_id)
-        self.stats.new_tokens = len(self.new_ids)
+        self.stats.new_tokens = self.num_new
         self.logprobs += logprobs[:num_emitted]
         if num_emitted:
             self.event("emit", position=position, token_ids=token_ids[:num_emitted])
@@ -291,30 +318,14 @@ class Sequence:
             self._on_event(event)
 
     def _reason_to_stop(self, token_id: int) -> str | None:
+        stop_string_at = None if self._stops is None else self._stops.push(token_id)
+        if self.healing is not None:
+            self.num_inside = self.healing.num_inside(self.new_ids)
+            if not self.num_new:
+                return None
         if token_id in self.stop_token_ids:
             return "stop"
-        if self.params.stop and self._ends_with_stop_string():
+        if stop_string_at is not None:
+            self.stop_text_len = stop_string_at
             return "stop"
         return None if self.num_remaining else "length"
-
-    def _ends_with_stop_string(self) -> bool:
-        """Whether the newest token completed a stop string; notes where the text before it ends."""
-        if self._detokenize is None:
-            raise AssertionError("stop strings need a detokenizer")
-        # A match that the newest token completes starts within so many characters before it. Nearly
-        # every token shows some; those that do not (special tokens, parts of a character) make the
-        # window grow.
-        window = max(map(len, self.params.stop))
-        num_tokens = 2 * window
-        while num_tokens < len(self.new_ids):
-            before = self._detokenize(self.new_ids[-num_tokens:-1])
-            if len(before.replace("\ufffd", "")) >= window:
-                break
-            num_tokens *= 2
-        tail = self._detokenize(self.new_ids[-num_tokens:])
-        if not any(stop in tail for stop in self.params.stop):
-            return False
-        text = self._detokenize(self.new_ids)
-        found = [text.find(stop) for stop in self.params.stop if stop in text]
-        self.stop_text_len = min(found, default=None)
-        return bool(found)

@@ -15,7 +15,7 @@ class Stats:
     Attributes:
         forwards: Model calls by kind (`FORWARD_KINDS`).
         tokens_fed: Tokens this sequence fed, by the same kinds.
-        new_tokens: Tokens emitted.
+        new_tokens: Tokens emitted, from the prompt's end on.
         acceptance_lengths: Per round of speculation, accepted drafts plus the bonus token. A round
             that opens with masks that skip the bonus has two such tokens, one from each forward.
         reused_tokens: Tokens whose K/V lay in a row already, so that they were not fed.

@@ -380,4 +380,5 @@ def cells_needed(seq: Sequence) -> int:
     if seq.gap is not None:
         return len(seq.prompt_ids) + seq.gap.num_fed
     most = max(widest_step(seq), params.block_length)
-    return len(seq.prompt_ids) + params.max_new_tokens + most
+    num_owed = 0 if seq.healing is None else len(seq.healing.owed)  # a token for each byte
+    return len(seq.prompt_ids) + num_owed + params.max_new_tokens + most

@@ -190,8 +190,12 @@ class TriModeConfig(PreTrainedConfig):
     @property
     def banned_token_ids(self) -> list[int]:
         """Tokens never chosen: the mask token and padded rows of the vocabulary."""
-        num_valid = self.num_valid_tokens or self.vocab_size
-        return sorted({self.mask_token_id, *range(num_valid, self.vocab_size)})
+        return sorted({self.mask_token_id, *range(self.num_real_tokens, self.vocab_size)})
+
+    @property
+    def num_real_tokens(self) -> int:
+        """The vocabulary without padded rows: no text has an id from here on."""
+        return self.num_valid_tokens or self.vocab_size
 
     @property
     def has_output_bias(self) -> bool:

@@ -50,21 +50,38 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenText:
+    """What one token says.
+
+    Attributes:
+        text: Of it alone, a control token's name; U+FFFD stands for parts of characters.
+        octets: Its bytes, which no two tokens have in common.
+    """
+
+    text: str
+    octets: bytes
+
+    @classmethod
+    def of(cls, octets: bytes) -> TokenText:
+        """Of an ordinary token."""
+        return cls(octets.decode(errors="replace"), octets)
+
+
+@dataclass(frozen=True, slots=True)
 class TextLogprobs:
     """How likely a new token was, for a reader: `trimode.decoding.step.TokenLogprobs` as text.
 
     Attributes:
-        text: Of the token alone, a special token's name included; U+FFFD stands for parts of
-            characters.
+        token: What it says beyond the prompt.
         start: Where in the new text it begins, in characters.
         logprob: Of it, in nats.
-        top: Texts and log-probabilities of the likeliest tokens, the best first.
+        top: The likeliest tokens and their log-probabilities, the best first.
     """
 
-    text: str
+    token: TokenText
     start: int
     logprob: float
-    top: tuple[tuple[str, float], ...]
+    top: tuple[tuple[TokenText, float], ...]
 
 
 @dataclass(frozen=True, slots=True)

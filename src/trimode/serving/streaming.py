@@ -25,6 +25,7 @@ from trimode.serving.jobs import (
     Output,
     Piece,
     TextLogprobs,
+    TokenText,
     Update,
 )
 from trimode.serving.refusals import error_body
@@ -187,7 +188,7 @@ class Answer:
         if self.is_chat:
             return {"content": [_chat_logprob(one) for one in logprobs], "refusal": None}
         return {
-            "tokens": [one.text for one in logprobs],
+            "tokens": [_name(one.token) for one in logprobs],
             "token_logprobs": [one.logprob for one in logprobs],
             "top_logprobs": [_by_text(one.top) for one in logprobs],
             "text_offset": [one.start for one in logprobs],
@@ -229,22 +230,27 @@ def usage(texts: list[Done], job: Job, card: ModelCard, *, prompt_tokens: int) -
 
 
 def _chat_logprob(one: TextLogprobs) -> dict[str, Any]:
-    top = [{"token": text, "logprob": x, "bytes": _bytes(text)} for text, x in one.top]
-    head = {"token": one.text, "logprob": one.logprob, "bytes": _bytes(one.text)}
-    return {**head, "top_logprobs": top}
+    top = [{**_chat_token(token), "logprob": x} for token, x in one.top]
+    return {**_chat_token(one.token), "logprob": one.logprob, "top_logprobs": top}
 
 
-def _by_text(top: tuple[tuple[str, float], ...]) -> dict[str, float]:
-    """Of tokens that read the same, the likeliest."""
+def _chat_token(token: TokenText) -> dict[str, Any]:
+    return {"token": token.text, "bytes": list(token.octets)}
+
+
+def _by_text(top: tuple[tuple[TokenText, float], ...]) -> dict[str, float]:
+    """By what each says; of tokens that say the same, the likeliest."""
     found: dict[str, float] = {}
-    for text, logprob in top:
-        found.setdefault(text, logprob)
+    for token, logprob in top:
+        found.setdefault(_name(token), logprob)
     return found
 
 
-def _bytes(text: str) -> list[int] | None:
-    """A token's bytes; None where it holds parts of characters, whose bytes are not known."""
-    return None if "\ufffd" in text else list(text.encode())
+def _name(token: TokenText) -> str:
+    """Its text; parts of characters are `bytes:` and `\\x..` for each, as OpenAI names them."""
+    if "\ufffd" not in token.text:
+        return token.text
+    return "bytes:" + "".join(f"\\x{octet:02x}" for octet in token.octets)
 
 
 async def chunks(

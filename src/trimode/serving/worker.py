@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from trimode.checkpoint.generation_defaults import GenerationDefaults, read_generation_defaults
 from trimode.conversation import answering
 from trimode.decoding import Sequence
+from trimode.decoding.control import GRAMMAR_KINDS
 from trimode.decoding.params import DEFAULT_BRANCHES, MODE_NAMES
 from trimode.detokenize import GrowingText, StandingText
 from trimode.engine import Engine
@@ -36,6 +37,7 @@ from trimode.serving.jobs import (
     ModelCard,
     Piece,
     TextLogprobs,
+    TokenText,
     Update,
 )
 from trimode.serving.model_metrics import ModelMetrics
@@ -142,6 +144,8 @@ class LocalBackend:
             planner=lm.planner if has_auto else None,
         )
         self._lm = lm
+        assert lm.vocabulary is not None
+        self._vocabulary = lm.vocabulary
         self._max_new_tokens = max_new_tokens
         self._max_prompt_tokens = max_prompt_tokens
         self._metrics = ModelMetrics(engine)
@@ -151,7 +155,7 @@ class LocalBackend:
         self._pool_is_shut = False
         self._tickets: set[Ticket] = set()
         self._jobs = RunningJobs()
-        self._text_of = lru_cache(maxsize=65_536)(self._decode_one)
+        self._token_text = lru_cache(maxsize=65_536)(self._make_token_text)
 
     @property
     def is_ready(self) -> bool:
@@ -203,9 +207,8 @@ class LocalBackend:
     async def _generate(self, job: Job) -> AsyncGenerator[Update, None]:
         ticket = Ticket(client=job.client, timeout_s=job.timeout_s)
         ticket.seq = seq = await self._in_pool(lambda: self._sequence(job, ticket))
-        assert self._lm.tokenizer is not None
-        text = StandingText(self._lm.tokenizer, stop=seq.params.stop)
-        shown = _ShownLogprobs(GrowingText(self._lm.tokenizer), self._text_of)
+        text = StandingText(self._lm.growing_text(seq), stop=seq.params.stop)
+        shown = _ShownLogprobs(self._lm.growing_text(seq), self._shown)
         num_taken = 0
         is_owed_word = job.wants_word
         async with self._running(ticket):
@@ -216,14 +219,18 @@ class LocalBackend:
                     is_owed_word = False
                     yield Accepted()
                 while ticket.events:
-                    yield self._happening(ticket)
+                    if (happening := self._happening(ticket)) is not None:
+                        yield happening
                 if is_over:
                     break
                 if num_ready > num_taken:
-                    token_ids = tuple(seq.new_ids[num_taken:num_ready])
-                    logprobs = shown.push(seq, num_taken, num_ready)
+                    piece = text.push(seq.new_ids[num_taken:num_ready])
+                    yield Piece(
+                        piece,
+                        tuple(seq.new_ids[max(num_taken, seq.num_inside) : num_ready]),
+                        shown.push(seq, num_taken, num_ready),
+                    )
                     num_taken = num_ready
-                    yield Piece(text.push(token_ids), token_ids, logprobs)
         failed = self._failure(ticket)
         if failed is not None:
             yield failed
@@ -231,14 +238,14 @@ class LocalBackend:
         generation = self._lm.generation(seq)
         rest = text.finish(generation.text)
         if rest or num_taken < len(seq.new_ids):
-            logprobs = shown.push(seq, num_taken, len(seq.new_ids))
-            yield Piece(rest, tuple(seq.new_ids[num_taken:]), logprobs)
+            token_ids = tuple(seq.new_ids[max(num_taken, seq.num_inside) :])
+            yield Piece(rest, token_ids, shown.push(seq, num_taken, len(seq.new_ids)))
         mode = seq.params.mode
-        self._metrics.note_done(mode, seq.stats, prompt_tokens=len(seq.prompt_ids))
+        self._metrics.note_done(mode, seq.stats, prompt_tokens=seq.num_prompt)
         yield Done(
             text=generation.text,
-            token_ids=tuple(seq.new_ids),
-            prompt_tokens=len(seq.prompt_ids),
+            token_ids=tuple(seq.new_ids[seq.num_inside :]),
+            prompt_tokens=seq.num_prompt,
             finish_reason=generation.finish_reason,
             seed=seq.params.seed,
             mode=mode,
@@ -288,10 +295,16 @@ class LocalBackend:
                     " conversations, such as `trimode serve --lora instruct_lora`"
                 )
             options = answering(self._lm.tokenizer, job.inputs, options)
-            prompt_ids = self._lm.encode(options.pop("prompt"))
+            prompt = options.pop("prompt")
         else:
-            prompt_ids = self._lm.encode(job.inputs)
-        num_prompt, context = len(prompt_ids), self.card.context_len
+            prompt = job.inputs
+        encoded = self._lm.encode_prompt(
+            prompt,
+            heal=options.get("heal", True),
+            at_character=any(name in options for name in GRAMMAR_KINDS),
+            parse_special=options.get("parse_special", False),
+        )
+        num_prompt, context = encoded.num_tokens, self.card.context_len
         most = self._max_prompt_tokens
         if most is not None and num_prompt > most:
             raise RequestError(f"the prompt has {num_prompt} tokens; allowed here: {most}")
@@ -302,7 +315,8 @@ class LocalBackend:
                 f" most {context - 1}"
             )
         usual = job.usual_new_tokens or self._max_new_tokens
-        num_new = options.setdefault("max_new_tokens", min(room, usual))
+        usual = min(usual, max(context - encoded.most_tokens, 1))
+        num_new = options.setdefault("max_new_tokens", usual)
         if num_new > room:
             raise RequestError(
                 f"prompt of {num_prompt} tokens + max_new_tokens={num_new} ="
@@ -312,7 +326,7 @@ class LocalBackend:
         if job.wants_events:
             options["on_event"] = lambda _, event: ticket.note(event)
         options.setdefault("seed", secrets.randbits(32))
-        return self._lm.prepare(prompt_ids, **options)
+        return self._lm.prepare(encoded.fitting(context - num_new), **options)
 
     @asynccontextmanager
     async def _running(self, ticket: Ticket) -> AsyncIterator[None]:
@@ -350,49 +364,72 @@ class LocalBackend:
             logger.error("a watcher of a sequence raised", exc_info=seq.error)
         return _ABORTS.get(seq.abort_reason or "", _BROKEN)
 
-    def _happening(self, ticket: Ticket) -> Happening:
+    def _happening(self, ticket: Ticket) -> Happening | None:
+        """The next event; None where it is about the prompt's end only."""
         event, num_forwards, new_tokens, elapsed_s = ticket.events.popleft()
+        seq = ticket.seq
+        start = event.position - seq.new_start
+        if event.kind == "emit" and start < 0:
+            return None
         masked = event.is_masked or (False,) * len(event.token_ids)
         return Happening(
             kind=event.kind,
-            position=event.position - len(ticket.seq.prompt_ids),
+            position=start,
             token_ids=event.token_ids,
             texts=tuple(
-                "" if is_masked else self._text_of(token_id)
-                for token_id, is_masked in zip(event.token_ids, masked, strict=True)
+                "" if is_masked else self._shown(seq, start + i, token_id).text
+                for i, (token_id, is_masked) in enumerate(zip(event.token_ids, masked, strict=True))
             ),
             is_masked=event.is_masked,
             num_accepted=event.num_accepted,
-            old_texts=tuple(map(self._text_of, event.old_ids)),
+            old_texts=tuple(
+                self._shown(seq, start + i, old_id).text for i, old_id in enumerate(event.old_ids)
+            ),
             reason=event.reason,
             num_forwards=num_forwards,
             new_tokens=new_tokens,
             elapsed_s=elapsed_s,
         )
 
-    def _decode_one(self, token_id: int) -> str:
-        assert self._lm.tokenizer is not None
-        return self._lm.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    def _shown(self, seq: Sequence, index: int, token_id: int) -> TokenText:
+        """A token at a place of the new text, whose first token may begin inside of the prompt."""
+        shown = self._token_text(token_id)
+        if index or token_id in self._vocabulary.control_ids:
+            return shown
+        if seq.healing is not None:
+            owed = seq.healing.rest(seq.new_ids[: seq.num_inside])
+            is_cut = shown.octets.startswith(owed)
+            return TokenText.of(shown.octets.removeprefix(owed)) if is_cut else shown
+        first = self._lm.growing_text(seq).whole([token_id])  # its space may be dropped there
+        return shown if "\ufffd" in first else TokenText.of(first.encode())
+
+    def _make_token_text(self, token_id: int) -> TokenText:
+        return TokenText(*self._vocabulary.shown(token_id))
 
 
 class _ShownLogprobs:
     """A text's log-probabilities as they come, with where each token begins."""
 
-    def __init__(self, text: GrowingText, text_of: Callable[[int], str]) -> None:
+    def __init__(
+        self, text: GrowingText, shown: Callable[[Sequence, int, int], TokenText]
+    ) -> None:
         self._text = text
-        self._text_of = text_of
+        self._shown = shown
         self._num_chars = 0
 
     def push(self, seq: Sequence, start: int, stop: int) -> tuple[TextLogprobs, ...]:
         """Those of new tokens `start` to `stop`, if any were asked for."""
         if seq.params.control.logprobs is None:
             return ()
-        shown = []
-        for token_id, one in zip(seq.new_ids[start:stop], seq.logprobs[start:stop], strict=True):
-            top = tuple((self._text_of(other), logprob) for other, logprob in one.top)
-            shown.append(TextLogprobs(self._text_of(token_id), self._num_chars, one.logprob, top))
+        found = []
+        for i in range(start, stop):
+            token_id, one, index = seq.new_ids[i], seq.logprobs[i], i - seq.num_inside
+            if index >= 0:
+                top = tuple((self._shown(seq, index, other), p) for other, p in one.top)
+                token = self._shown(seq, index, token_id)
+                found.append(TextLogprobs(token, self._num_chars, one.logprob, top))
             self._num_chars += len(self._text.push([token_id]))
-        return tuple(shown)
+        return tuple(found)
 
 
 def _advance(steps: Generator[Sequence, None, Infilling]) -> Sequence | Infilling:

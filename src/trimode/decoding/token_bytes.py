@@ -1,0 +1,39 @@
+"""The bytes of every ordinary token, found by their beginnings."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+
+
+class TokenBytes:
+    """What the tokens of a vocabulary stand for inside of a text.
+
+    Args:
+        table: Id of every ordinary token -> its bytes, at least one. Control tokens and padded rows
+            are not among them.
+    """
+
+    def __init__(self, table: Mapping[int, bytes]) -> None:
+        self._table = dict(table)
+        ranked = sorted((octets, token_id) for token_id, octets in self._table.items())
+        self._keys = [octets for octets, _ in ranked]
+        self._ids = [token_id for _, token_id in ranked]
+        self.longest = max(map(len, self._keys), default=0)
+        """Bytes of the longest token."""
+
+    def __contains__(self, token_id: int) -> bool:
+        return token_id in self._table
+
+    def __getitem__(self, token_id: int) -> bytes:
+        return self._table[token_id]
+
+    def spelling(self, octets: bytes) -> list[int]:
+        """Tokens of just these bytes: one, as a rule, or none."""
+        return self._ids[bisect_left(self._keys, octets) : bisect_left(self._keys, octets + b"\0")]
+
+    def extending(self, octets: bytes) -> list[int]:
+        """Tokens that begin with these bytes and go on."""
+        first = bisect_left(self._keys, octets + b"\0")
+        behind = octets + b"\xff" * (self.longest + 1)  # greater than whatever begins with `octets`
+        return self._ids[first : bisect_left(self._keys, behind)]

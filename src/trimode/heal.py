@@ -1,0 +1,73 @@
+"""A prompt as token ids, its end taken back where a token may go on from it (token healing)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from trimode.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as it is fed, and what of it is chosen anew.
+
+    Attributes:
+        token_ids: Fed, at least one.
+        taken_ids: That stood behind them and are not fed.
+        healed_bytes: What those say; the new text begins behind it.
+    """
+
+    token_ids: list[int]
+    taken_ids: list[int] = field(default_factory=list)
+    healed_bytes: bytes = b""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, before anything was taken back."""
+        return len(self.token_ids) + len(self.taken_ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the prompt, if every byte that was taken back becomes a token."""
+        return len(self.token_ids) + len(self.healed_bytes)
+
+    def fitting(self, room: int) -> EncodedPrompt:
+        """The same where it may become `room` tokens; else with nothing taken back."""
+        if self.most_tokens <= room:
+            return self
+        return EncodedPrompt([*self.token_ids, *self.taken_ids])
+
+
+def healed(
+    vocabulary: Vocabulary, token_ids: Sequence[int], text: str, *, at_character: bool = False
+) -> EncodedPrompt:
+    """Take back tokens to the earliest boundary from which some token goes on beyond the text.
+
+    Args:
+        vocabulary: Of the tokenizer.
+        token_ids: Of a prompt; the first stays.
+        text: That it ends in; what stands before is not healed.
+        at_character: Whether only whole characters are taken back.
+
+    Returns:
+        The prompt; whole, where its tokens do not say the text's end.
+    """
+    octets, tokens = text.encode(), vocabulary.token_bytes
+    best, tail = 0, b""
+    for number in range(1, len(token_ids)):
+        token_id = token_ids[-number]
+        if token_id not in tokens:
+            break
+        tail = tokens[token_id] + tail
+        is_all = tail == b" " + octets  # sentencepiece puts a space before a text
+        if len(tail) > tokens.longest or not (octets.endswith(tail) or is_all):
+            break
+        if at_character and tail[0] & 0xC0 == 0x80:
+            continue
+        if tokens.extending(tail):
+            best = number
+    if not best:
+        return EncodedPrompt(list(token_ids))
+    kept, taken = list(token_ids[:-best]), list(token_ids[-best:])
+    return EncodedPrompt(kept, taken, vocabulary.bytes_of(taken))
