@@ -53,8 +53,8 @@ def check_unicode(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"{name} is not valid Unicode: {text[error.start]!r} at character {error.start}; allowed:"
-            " whole characters, so convert it first"
+            f"{name} is not valid Unicode: {text[error.start]!r} at character {error.start};"
+            " allowed: whole characters, so convert it first"
         ) from None
 
 

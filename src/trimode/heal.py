@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from trimode.vocabulary import Vocabulary
 
+NOT_SPELLED = "a prompt is not healed, since the tokenizer's tokens do not say what it ends in"
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
@@ -16,11 +18,13 @@ class EncodedPrompt:
         token_ids: Fed, at least one.
         taken_ids: That stood behind them and are not fed.
         healed_bytes: What those say; the new text begins behind it.
+        remarks: What its writer should know.
     """
 
     token_ids: list[int]
     taken_ids: list[int] = field(default_factory=list)
     healed_bytes: bytes = b""
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -36,7 +40,7 @@ class EncodedPrompt:
         """The same where it may become `room` tokens; else with nothing taken back."""
         if self.most_tokens <= room:
             return self
-        return EncodedPrompt([*self.token_ids, *self.taken_ids])
+        return EncodedPrompt([*self.token_ids, *self.taken_ids], remarks=self.remarks)
 
 
 def healed(
@@ -57,11 +61,12 @@ def healed(
     best, tail = 0, b""
     for number in range(1, len(token_ids)):
         token_id = token_ids[-number]
-        if token_id not in tokens:
-            break
-        tail = tokens[token_id] + tail
+        tail = tokens[token_id] + tail if token_id in tokens else b""
         is_all = tail == b" " + octets  # sentencepiece puts a space before a text
-        if len(tail) > tokens.longest or not (octets.endswith(tail) or is_all):
+        is_said = bool(tail) and (octets.endswith(tail) or is_all)
+        if number == 1 and text and not is_said and token_id not in vocabulary.control_ids:
+            return EncodedPrompt(list(token_ids), remarks=[NOT_SPELLED])
+        if not is_said or len(tail) > tokens.longest:
             break
         if at_character and tail[0] & 0xC0 == 0x80:
             continue

@@ -286,7 +286,7 @@ class TriModeModel(modeling.TriModeModel):
         lm = TriModeLM(self, None, adapter=adapter)
         sequences = [
             lm.sequence(
-                lm.encode_prompt(prompt),
+                prompt,
                 GenerationParams(
                     seed=seed,
                     temperature=temperature,

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trimode.arguments import Prompt, as_prompts, as_seeds, as_tuple, check_unicode, plain
+from trimode.arguments import as_prompts, as_seeds, as_tuple, plain
 from trimode.checkpoint.generation_defaults import GenerationDefaults
 from trimode.conversation import Messages, answering
 from trimode.decoding import Event, GenerationParams, Sequence, Stats
@@ -28,10 +28,11 @@ from trimode.engine.engine import cells_needed
 from trimode.engine.planner import Planner
 from trimode.engine.ranks import Ranks
 from trimode.errors import RequestError
-from trimode.heal import EncodedPrompt, healed
+from trimode.heal import EncodedPrompt
 from trimode.infill import Infilling, infill_text
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.adapter import PUBLISHED_FORM, AdapterForm
+from trimode.prompts import Prompt, encode_prompt
 from trimode.revision import Revision, revise_text
 from trimode.vocabulary import Vocabulary
 
@@ -280,12 +281,14 @@ class TriModeLM:
 
     def sequence(
         self,
-        prompt: EncodedPrompt,
+        prompt: Prompt,
         params: GenerationParams,
         *,
         on_event: Callable[[Event], None] | None = None,
     ) -> Sequence:
-        """A sequence for an `Engine`, checked against the context."""
+        """A sequence for an `Engine`, its prompt encoded and checked against the context."""
+        has_grammar = params.control.source is not None
+        prompt = self.encode_prompt(prompt, at_character=has_grammar)
         config = self.model.config
         context = config.max_position_embeddings
         if params.block_length > context:
@@ -383,55 +386,24 @@ class TriModeLM:
         at_character: bool = False,
         parse_special: bool = False,
     ) -> EncodedPrompt:
-        """A prompt as it is fed; an empty one becomes BOS.
-
-        Args:
-            prompt: A string, or token ids; one that is encoded already stays as it is.
-            heal: See `generate`.
-            at_character: Whether only whole characters are taken back.
-            parse_special: See `generate`.
-
-        Raises:
-            RequestError: it is not valid.
-        """
-        if isinstance(prompt, EncodedPrompt):
-            return prompt
-        if isinstance(prompt, str):
-            ids = self._encode(prompt, parse_special=parse_special)
-        else:
-            ids = [plain(token_id) for token_id in prompt]
-        config = self.model.config
-        if not ids:
-            if config.bos_token_id is None:
-                raise RequestError(
-                    "the prompt is empty and the model has no BOS token to start from"
-                )
-            ids = [config.bos_token_id]
-        wrong = [i for i in ids if type(i) is not int or not 0 <= i < config.num_real_tokens]
-        if wrong:
-            raise RequestError(
-                f"prompt has token id {wrong[0]!r}; allowed: 0 to {config.num_real_tokens - 1}"
-            )
-        if not heal or not isinstance(prompt, str):
-            return EncodedPrompt(ids)
-        assert self.vocabulary is not None
-        return healed(self.vocabulary, ids, prompt, at_character=at_character)
+        """A prompt as it is fed; see `trimode.prompts.encode_prompt`."""
+        found = encode_prompt(
+            self.vocabulary,
+            self.model.config,
+            prompt,
+            heal=heal,
+            at_character=at_character,
+            parse_special=parse_special,
+        )
+        for remark in found.remarks:
+            if remark not in self._said:
+                self._said.add(remark)
+                logger.warning("%s", remark)
+        return found
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as they are; an empty one becomes BOS."""
         return self.encode_prompt(prompt, heal=False).token_ids
-
-    def _encode(self, prompt: str, *, parse_special: bool) -> list[int]:
-        if self.vocabulary is None:
-            raise RequestError("a text prompt needs a tokenizer, and this checkpoint has none")
-        check_unicode("prompt", prompt)
-        spelled = self.vocabulary.spelled_control(prompt)
-        if spelled and not parse_special:
-            self._say_once(
-                f"the prompt spells the control token {spelled[0]}, which is text here; with"
-                " parse_special it is that token"
-            )
-        return self.vocabulary.encode(prompt, add_special_tokens=True, parse_special=parse_special)
 
     def decode(self, token_ids: Items[int]) -> str:
         """Text of token ids that begin a text, without special tokens."""
@@ -446,11 +418,6 @@ class TriModeLM:
         assert self.vocabulary is not None
         before = text_before(self.vocabulary, prompt_ids, taken_ids)
         return GrowingText(self.vocabulary.tokenizer, before)
-
-    def _say_once(self, what: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            logger.warning("%s", what)
 
 
 class Stream(Iterator[str]):

@@ -25,6 +25,7 @@ from tests.conftest import EOS, MASK
 from trimode.cli.watch import STYLES, Canvas, picture, printable, watch
 from trimode.decoding import MODES, Event, Sequence
 from trimode.decoding.setting import Setting
+from trimode.detokenize import GrowingText
 from trimode.model import TriModeModel
 from trimode.runtime import TriModeLM
 
@@ -59,7 +60,7 @@ def frames(canvas: Canvas, *events: Event) -> list[list[tuple[str, str]]]:
 class TestCanvas:
     def test_a_round_of_speculation(self, lm: TriModeLM) -> None:
         """Prevents: colours that tell another story than the round did."""
-        canvas = Canvas(lm, "p")
+        canvas = Canvas(lm, "p", growing=GrowingText(lm.tokenizer))
         seen = frames(
             canvas,
             Event("emit", 1, (97,)),
@@ -78,7 +79,7 @@ class TestCanvas:
 
     def test_a_draft_of_several_passes(self, lm: TriModeLM) -> None:
         """Prevents: masks that vanish before they are filled, and those a stop token left over."""
-        canvas = Canvas(lm, "")
+        canvas = Canvas(lm, "", growing=GrowingText(lm.tokenizer))
         seen = frames(
             canvas,
             Event("emit", 1, (97,)),
@@ -98,7 +99,7 @@ class TestCanvas:
 
     def test_block_diffusion(self, lm: TriModeLM) -> None:
         """Prevents: not telling the newest tokens of a block from those before."""
-        canvas = Canvas(lm, "", mask="_")
+        canvas = Canvas(lm, "", growing=GrowingText(lm.tokenizer), mask="_")
         seen = frames(
             canvas,
             Event("emit", 1, (97,)),
@@ -117,7 +118,7 @@ class TestCanvas:
 
     def test_a_revision(self, lm: TriModeLM) -> None:
         """Prevents: a revised token that looks like any other, before or after it is emitted."""
-        canvas = Canvas(lm, "")
+        canvas = Canvas(lm, "", growing=GrowingText(lm.tokenizer))
         seen = frames(
             canvas,
             Event("emit", 1, (97,)),
@@ -140,14 +141,14 @@ class TestCanvas:
 
     def test_a_draft_of_nothing(self, lm: TriModeLM) -> None:
         """Prevents: an error at the last token, where there is nothing left to draft."""
-        canvas = Canvas(lm, "")
+        canvas = Canvas(lm, "", growing=GrowingText(lm.tokenizer))
         assert frames(canvas, Event("verify", 2, ()), Event("draft", 1, (97,), (False,))) == []
 
     def test_a_draft_that_another_mode_leaves_aside(self, lm: TriModeLM) -> None:
         """Prevents: an error, or the draft's end left standing, where the mode changes mid-text
         and the next block is longer."""
         seen = frames(
-            Canvas(lm, ""),
+            Canvas(lm, "", growing=GrowingText(lm.tokenizer)),
             Event("emit", 1, (97,)),
             Event("draft", 1, (97, 98), is_masked=(False,) * 2),
             Event("denoise", 1, (97, 99, 100, M), is_masked=(False, False, False, True)),
@@ -162,7 +163,7 @@ class TestCanvas:
 
     def test_half_characters(self, lm: TriModeLM) -> None:
         """Prevents: U+FFFD left behind, or an error, where a character is split over tokens."""
-        canvas = Canvas(lm, "")
+        canvas = Canvas(lm, "", growing=GrowingText(lm.tokenizer))
         first, second = "é".encode()
         waiting, masked, drafted, accepted, emitted = frames(
             canvas,
@@ -179,7 +180,7 @@ class TestCanvas:
 
     def test_final_text_is_cut_at_the_stop_string(self, lm: TriModeLM) -> None:
         """Prevents: showing at the end what is not in the text."""
-        canvas = Canvas(lm, "p\x1b")
+        canvas = Canvas(lm, "p\x1b", growing=GrowingText(lm.tokenizer))
         frames(canvas, Event("emit", 1, tuple(b"ab\x07STOPc")))
         assert canvas.final("ab\x07").plain == "p\u241bab\u2407"
         frames(canvas, Event("emit", 1, (0xE2,)))

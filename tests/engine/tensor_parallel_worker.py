@@ -64,7 +64,7 @@ def mixed(lm: TriModeLM) -> dict[str, Any]:
         prompt = [*range(1, 70), *([index] if index % 2 else [])]
         values: dict[str, Any] = {"max_new_tokens": 13, "block_length": 4, "seed": index}
         params = GenerationParams(**(values | {"ignore_eos": True} | request))
-        sequences.append(lm.sequence(lm.encode_prompt(prompt), params))
+        sequences.append(lm.sequence(prompt, params))
         engine.submit(sequences[-1])
     engine.run()
     counts = engine.counts
@@ -136,7 +136,7 @@ def scrubbed_sequences(lm: TriModeLM) -> list[Sequence]:
     """The second is aborted; the third gets its row, beside the first, which looks further."""
     params = GenerationParams(mode="ar", max_new_tokens=9, block_length=4, seed=0, ignore_eos=True)
     prompts = list(range(20, 40)), [7, 8, 9, 10, 11, 12], [1, 2]
-    return [lm.sequence(lm.encode_prompt(prompt), params) for prompt in prompts]
+    return [lm.sequence(prompt, params) for prompt in prompts]
 
 
 def refused(folder: Path) -> Any:

@@ -306,14 +306,14 @@ def test_a_closing_server_answers_those_who_are_not_in_the_engine_yet(
     """Prevents: a request torn off without an answer, for its prompt was still being encoded."""
     backend = make()
     is_in, may_go = threading.Event(), threading.Event()
-    encode = backend._lm.encode
+    encode = backend._lm.encode_prompt
 
-    def slow(prompt: Any) -> list[int]:
+    def slow(prompt: Any, **options: bool) -> Any:
         is_in.set()
         assert may_go.wait(WAIT_S)
-        return encode(prompt)
+        return encode(prompt, **options)
 
-    monkeypatch.setattr(backend._lm, "encode", slow)
+    monkeypatch.setattr(backend._lm, "encode_prompt", slow)
 
     async def close() -> list[Update]:
         jobs = [asyncio.create_task(_all(backend, _job(max_new_tokens=2))) for _ in range(4)]

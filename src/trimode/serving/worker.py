@@ -410,9 +410,7 @@ class LocalBackend:
 class _ShownLogprobs:
     """A text's log-probabilities as they come, with where each token begins."""
 
-    def __init__(
-        self, text: GrowingText, shown: Callable[[Sequence, int, int], TokenText]
-    ) -> None:
+    def __init__(self, text: GrowingText, shown: Callable[[Sequence, int, int], TokenText]) -> None:
         self._text = text
         self._shown = shown
         self._num_chars = 0
