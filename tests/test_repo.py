@@ -34,8 +34,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "detokenize": {"vocabulary"},
     "arguments": {"heal", "errors"},
     "prompts": {"arguments", "heal", "vocabulary", "model", "errors"},
-    "revision": {"arguments", "decoding", "model", "errors"},
-    "infill": {"arguments", "revision", "engine", "decoding", "model", "errors"},
+    "revision": {"arguments", "vocabulary", "decoding", "model", "errors"},
+    "infill": {
+        *("arguments", "detokenize", "heal", "revision", "vocabulary"),
+        *("engine", "decoding", "model", "errors"),
+    },
     "runtime": {
         *("arguments", "conversation", "detokenize", "heal", "infill", "prompts", "revision"),
         "vocabulary",

@@ -12,16 +12,18 @@ from dataclasses import dataclass, field
 from operator import index
 from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
-
-from trimode.arguments import as_tuple, plain
+from trimode.arguments import as_tuple, check_unicode, plain
 from trimode.decoding import GenerationParams, Sequence, Stats
-from trimode.decoding.gap import Gap
+from trimode.decoding.bits import token_set
+from trimode.decoding.gap import Edges, Gap
+from trimode.detokenize import GrowingText, text_before
 from trimode.engine import Engine
 from trimode.errors import RequestError
+from trimode.heal import EncodedPrompt
 from trimode.model import TriModeModel
 from trimode.model.adapter import AdapterForm
 from trimode.revision import character_range
+from trimode.vocabulary import Vocabulary
 
 MARKER = "<FILL>"
 
@@ -41,14 +43,12 @@ class LanguageModel(Protocol):
     """What infilling needs of a `TriModeLM`."""
 
     model: TriModeModel
-    tokenizer: PreTrainedTokenizerBase | None
+    vocabulary: Vocabulary | None
 
     @property
     def form(self) -> AdapterForm: ...
 
-    def encode(self, prompt: str) -> list[int]: ...
-
-    def decode(self, token_ids: Items[int]) -> str: ...
+    def encode_prompt(self, prompt: str) -> EncodedPrompt: ...
 
     def engine(self, sequences: Items[Sequence]) -> Engine: ...
 
@@ -59,7 +59,7 @@ class Fill:
 
     Attributes:
         text: What would stand in the gap.
-        token_ids: The same as the model wrote it.
+        token_ids: The same as the model wrote it; its ends may hold some of the text around.
         fill_log_prob: Of the fill after the text before it, AR view, temperature 1, in nats.
         suffix_log_prob: Of the tokens behind the gap (at most 32) after both; a mask token there
             does not count, since none is ever likely.
@@ -164,7 +164,8 @@ def infill_steps(
         lm: The model with its tokenizer.
         text: With `<FILL>` for every gap, unless `spans` are given.
         spans: Start and end of every gap in characters; what stands there is replaced.
-        lengths: Numbers of tokens that are tried for each gap, 1 to 48.
+        lengths: Numbers of tokens that are tried for each gap, 1 to 48, without those that say
+            how the text around the gap ends and begins.
         language: `python`: of the candidates with which the text parses, if there are any, the
             likeliest; None: the likeliest of all.
         context: Tokens of the text before a gap that are in view; None means 192.
@@ -175,10 +176,11 @@ def infill_steps(
     Raises:
         RequestError: as `infill_text`.
     """
-    if lm.tokenizer is None:
+    if lm.vocabulary is None:
         raise RequestError("infilling text needs a tokenizer, and this checkpoint has none")
     if not isinstance(text, str):
         raise RequestError(f"text is a {type(text).__name__}; allowed: a string")
+    check_unicode("text", text)
     if language is not None and language not in LANGUAGES:
         raise RequestError(f"language is {language!r}; allowed: None, {', '.join(LANGUAGES)}")
     lengths = _checked_lengths(DEFAULT_LENGTHS if lengths is None else lengths)
@@ -193,8 +195,8 @@ def infill_steps(
         raise RequestError(f"context is {context!r}; allowed: None, or an integer of at least 1")
     params = GenerationParams(
         mode="diffusion",
-        max_new_tokens=longest,
-        block_length=longest + 1,
+        max_new_tokens=longest + 2,
+        block_length=longest + 3,
         threshold=plain(threshold),
         steps=steps,
         temperature=plain(temperature),
@@ -212,11 +214,9 @@ def infill_steps(
         pieces = _between(text, spans[number:])
         later = "None".join(pieces)  # an expression and a statement
         behind = next((piece for piece in pieces if piece), "")
-        seq = _sequence(
-            *(lm, done, behind), lengths=lengths, context=context or DEFAULT_CONTEXT, params=params
-        )
-        yield seq
-        candidates = _ranked(lm, seq, done, later, language=language, has_crlf=has_crlf)
+        edge = _edge(lm, done, behind, lengths)
+        yield (seq := _sequence(lm, edge, context=context or DEFAULT_CONTEXT, params=params))
+        candidates = _ranked(lm, seq, edge, done, later, language=language, has_crlf=has_crlf)
         gaps.append(FilledGap(len(done), candidates))
         done += candidates[0].text
         _add(stats, seq.stats, new_tokens=len(candidates[0].token_ids))
@@ -238,33 +238,73 @@ def line_span(text: str, first: int, last: int) -> tuple[int, int]:
     return (stop - len(content) if content.strip() else start), stop
 
 
+@dataclass(frozen=True, slots=True)
+class _Edge:
+    """What the model sees of the text around a gap, and what of it a fill has to say.
+
+    Attributes:
+        prompt: Before the gap.
+        suffix_ids: Behind it.
+        head: Bytes between the gap and these.
+        lengths: In tokens, with one more for each end that says what stands around the gap.
+        edges: What a fill's ends may be.
+    """
+
+    prompt: EncodedPrompt
+    suffix_ids: tuple[int, ...]
+    head: bytes
+    lengths: tuple[int, ...]
+    edges: Edges
+
+
+def _edge(lm: LanguageModel, before: str, behind: str, lengths: tuple[int, ...]) -> _Edge:
+    """The gap's ends healed: a fill's first token covers what was taken back before the gap, its
+    last one the beginning of what stands behind it. Each is one more than was asked for."""
+    assert lm.vocabulary is not None
+    prompt, (head, suffix_ids) = lm.encode_prompt(before), _head(lm.vocabulary, behind)
+    tokens, num_tokens = lm.vocabulary.token_bytes, lm.model.config.vocab_size
+    owed = prompt.healed_bytes
+    edges = Edges(
+        first=token_set(tokens.beginning(owed), num_tokens) if owed else None,
+        last=token_set(tokens.ending(head), num_tokens) if head else None,
+    )
+    lengths = tuple(length + bool(head) + bool(owed) for length in lengths)
+    return _Edge(prompt, suffix_ids, head, lengths, edges)
+
+
+def _head(vocabulary: Vocabulary, behind: str) -> tuple[bytes, tuple[int, ...]]:
+    """The bytes at the beginning of a text that belong to a token which begins before it, if it
+    goes on inside of a word or of an indentation; and the tokens of the rest."""
+    probe = "\n" if behind.startswith(("  ", "\t")) else "x"
+    ids = vocabulary.encode(probe + behind)
+    for number in range(1, len(ids)):
+        said = vocabulary.bytes_of(ids[:number])
+        if len(said) >= len(probe):
+            head = said[len(probe) :]
+            if not (head and vocabulary.token_bytes.ending(head)):
+                break
+            return head, tuple(ids[number:])
+    return b"", tuple(vocabulary.encode(behind))
+
+
 def _sequence(
-    lm: LanguageModel,
-    before: str,
-    behind: str,
-    *,
-    lengths: tuple[int, ...],
-    context: int,
-    params: GenerationParams,
+    lm: LanguageModel, edge: _Edge, *, context: int, params: GenerationParams
 ) -> Sequence:
     """What the model sees of one gap."""
-    assert lm.tokenizer is not None
-    # A first token holds the space before it, so that space is left to the fill.
-    prompt_ids = lm.encode(_without_space(before))
-    suffix_ids = tuple(lm.tokenizer(behind, add_special_tokens=False)["input_ids"])
     eos_token_ids = lm.model.config.eos_token_ids
     # With nothing behind it, any length would do; so the text's end is the document's.
-    gap = Gap(suffix_ids or tuple(eos_token_ids[:1]), lengths)
+    suffix_ids = edge.suffix_ids or (() if edge.head else tuple(eos_token_ids[:1]))
+    gap = Gap(suffix_ids, edge.lengths, edge.edges)
     room = lm.model.config.max_position_embeddings - max(
-        1 + length + len(gap.suffix_in_view(length)) for length in lengths
+        1 + length + len(gap.suffix_in_view(length)) for length in edge.lengths
     )
     if room < 1:
         raise RequestError(
-            f"lengths has {max(lengths)}, too long for the context of "
+            f"lengths has {max(edge.lengths)}, its ends included, too long for the context of "
             f"{lm.model.config.max_position_embeddings} beside the text behind the gap"
         )
     return Sequence(
-        prompt_ids[-min(room, context) :],
+        edge.prompt.token_ids[-min(room, context) :],
         params,
         mask_token_id=lm.model.config.mask_token_id,
         form=lm.form,
@@ -275,6 +315,7 @@ def _sequence(
 def _ranked(
     lm: LanguageModel,
     seq: Sequence,
+    edge: _Edge,
     before: str,
     later: str,
     *,
@@ -283,25 +324,28 @@ def _ranked(
 ) -> tuple[Fill, ...]:
     """All candidates as text, the best first."""
     assert seq.gap is not None
-    assert lm.tokenizer is not None
-    space = before[len(_without_space(before)) :]
+    assert lm.vocabulary is not None
     fills = []
-    goes_on = []  # with the line before, where a new one was to begin
     for one in seq.gap.candidates:
-        decoded = lm.decode(one.token_ids)
-        goes_on.append(space == "\n" and not decoded.startswith(space))
-        text = decoded.removeprefix(space)
+        text = _between_edges(lm.vocabulary, edge, one.token_ids)
         if has_crlf:
             text = re.sub(r"(?<!\r)\n", "\r\n", text)
         is_valid = None if language is None else _parses(before + text + later)
         fills.append(Fill(text, one.token_ids, one.fill_log_prob, one.suffix_log_prob, is_valid))
-    special = {i for i, token in lm.tokenizer.added_tokens_decoder.items() if token.special}
-    no_text = [
-        is_same_line or not one.text.strip() or not _is_text(one, special)
-        for one, is_same_line in zip(fills, goes_on, strict=True)
-    ]
+    special = lm.vocabulary.control_ids
+    no_text = [not one.text.strip() or not _is_text(one, special) for one in fills]
     ranked = sorted(range(len(fills)), key=lambda i: (no_text[i], fills[i].is_valid is False))
     return tuple(fills[i] for i in ranked)
+
+
+def _between_edges(vocabulary: Vocabulary, edge: _Edge, token_ids: Items[int]) -> str:
+    """A fill without what its ends say of the text around it."""
+    if not (edge.head or edge.prompt.healed_bytes):
+        before = text_before(vocabulary, edge.prompt.token_ids)
+        return GrowingText(vocabulary.tokenizer, before).whole(token_ids)
+    octets = vocabulary.bytes_of(token_ids)
+    inside = octets[len(edge.prompt.healed_bytes) : len(octets) - len(edge.head)]
+    return inside.decode(errors="replace")
 
 
 def _is_text(fill: Fill, special: Collection[int]) -> bool:
@@ -317,16 +361,6 @@ def _parses(source: str) -> bool:
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
     return True
-
-
-def _without_space(before: str) -> str:
-    """Without the spaces at its end, unless they are indentation, or without the end of its last
-    line: tokens hold a line's end together with the next one's indentation."""
-    line = before.removesuffix("\n")
-    if line != before:
-        return line if line.strip() and not line.endswith(("\n", "\r")) else before
-    stripped = before.rstrip(" ")
-    return before if not stripped or stripped.endswith("\n") else stripped
 
 
 def _between(text: str, spans: Items[tuple[int, int]]) -> list[str]:

@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from operator import index
 
-from transformers import PreTrainedTokenizerBase
-
-from trimode.arguments import plain
+from trimode.arguments import check_unicode, plain
 from trimode.decoding.editing import revise
 from trimode.errors import RequestError
 from trimode.model import DrafterAdapter, TriModeModel
+from trimode.vocabulary import Vocabulary
 
 DEFAULT_BUDGET = 4
 DEFAULT_MIN_GAIN = 16.0
@@ -54,7 +53,7 @@ class Revision:
 
 def revise_text(
     model: TriModeModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    vocabulary: Vocabulary | None,
     text: str,
     *,
     adapter: DrafterAdapter | None = None,
@@ -65,8 +64,9 @@ def revise_text(
     """Replace at most `budget` unlikely tokens of a text; see `trimode.decoding.editing`.
 
     Args:
-        model, tokenizer: The model's.
-        text: With at most as many tokens as the context holds.
+        model, vocabulary: The model's.
+        text: With at most as many tokens as the context holds; control tokens that it spells are
+            text.
         adapter: The model's, on where it proposes if it serves that.
         lines: First and last line that may change, from 1; None for all. The rest is read only.
         budget: At most so many tokens.
@@ -75,10 +75,11 @@ def revise_text(
     Raises:
         RequestError: an argument is not valid, or the text does not fit.
     """
-    if tokenizer is None:
+    if vocabulary is None:
         raise RequestError("revising text needs a tokenizer, and this checkpoint has none")
     if not isinstance(text, str):
         raise RequestError(f"text is a {type(text).__name__}; allowed: a string")
+    check_unicode("text", text)
     budget, min_gain = plain(budget), plain(min_gain)
     is_int = isinstance(budget, int) and not isinstance(budget, bool)
     if not is_int or budget < 1:
@@ -88,14 +89,14 @@ def revise_text(
         raise RequestError(f"min_gain is {min_gain!r}; allowed: a number of at least 0")
     first_char, last_char = character_range(text, lines)
     prefix = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = vocabulary.encode(text)
     context = model.config.max_position_embeddings
     if len(prefix) + len(ids) > context:
         raise RequestError(
             f"the text has {len(prefix) + len(ids)} tokens, beyond the context of {context}; give "
             "a shorter one"
         )
-    spans = _spans(tokenizer, ids, text)
+    spans, has_own_space = _spans(vocabulary, ids, text)
     editable = {
         len(prefix) + i
         for i, span in enumerate(spans)
@@ -106,9 +107,8 @@ def revise_text(
     }
 
     def text_of(token_id: int) -> str:
-        return tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        return vocabulary.shown(token_id)[0]
 
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     made = revise(
         model,
         prefix + ids,
@@ -117,7 +117,7 @@ def revise_text(
         block_length=model.config.block_size,
         adapter=adapter,
         min_gain=min_gain,
-        banned=special.union(model.config.banned_token_ids),
+        banned=vocabulary.control_ids.union(model.config.banned_token_ids),
         # No half characters, and no half line ends.
         is_text=lambda token_id: not {"\ufffd", "\r"} & set(text_of(token_id)),
     )
@@ -126,6 +126,8 @@ def revise_text(
         span = spans[one.index - len(prefix)]
         assert span is not None
         line, new = text.count("\n", 0, span[0]) + 1, text_of(one.new_id)
+        if has_own_space and one.index == len(prefix):
+            new = new.removeprefix(" ")
         edits.append(Edit(span[0], line, text[slice(*span)], new, one.log_prob, one.gain))
     parts, reached = [], 0
     for edit in edits:
@@ -156,29 +158,29 @@ def character_range(text: str, lines: tuple[int, int] | None) -> tuple[int, int]
 
 
 def _spans(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str
-) -> list[tuple[int, int] | None]:
-    """Start and end of every token in the text; None for parts of a character.
+    vocabulary: Vocabulary, ids: list[int], text: str
+) -> tuple[list[tuple[int, int] | None], bool]:
+    """Start and end of every token in the text, None for parts of a character; and whether the
+    first begins with a space that is the tokenizer's own.
 
     Raises:
         RequestError: The tokens do not say the text, as with tokenizers that change it.
     """
-    spans: list[tuple[int, int] | None] = []
-    reached = 0
-    pending: list[int] = []  # tokens of a character that is not whole yet
-    for token_id in ids:
-        pending.append(token_id)
-        piece = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
-        is_whole = text.startswith(piece, reached)
-        if not is_whole:
-            spans.append(None)
-            continue
-        is_alone = len(pending) == 1
-        spans.append((reached, reached + len(piece)) if is_alone else None)
-        reached += len(piece)
-        pending = []
-    if reached != len(text):
+    octets, said = text.encode(), vocabulary.bytes_of(ids)
+    has_own_space = said == b" " + octets
+    if not has_own_space and said != octets:
         raise RequestError(
             "the model's tokenizer does not give this text back; it cannot be revised"
         )
-    return spans
+    char_at: dict[int, int] = {0: 0}  # where characters begin, in bytes -> in characters
+    num_bytes = 0
+    for number, sign in enumerate(text, start=1):
+        num_bytes += len(sign.encode())
+        char_at[num_bytes] = number
+    spans: list[tuple[int, int] | None] = []
+    stop = -int(has_own_space)
+    for token_id in ids:
+        start, stop = max(stop, 0), stop + len(vocabulary.bytes_of([token_id]))
+        is_whole = start < stop and start in char_at and stop in char_at
+        spans.append((char_at[start], char_at[stop]) if is_whole else None)
+    return spans, has_own_space

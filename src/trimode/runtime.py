@@ -205,7 +205,7 @@ class TriModeLM:
 
     def revise(self, text: str, **options: Any) -> Revision:
         """Replace the least likely tokens of a text; see `trimode.revision.revise_text`."""
-        return revise_text(self.model, self.tokenizer, text, adapter=self.adapter, **options)
+        return revise_text(self.model, self.vocabulary, text, adapter=self.adapter, **options)
 
     def infill(self, text: str, **options: Any) -> Infilling:
         """Fill the gaps of a text, each marked `<FILL>`; see `trimode.infill.infill_text`."""

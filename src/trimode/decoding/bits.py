@@ -23,6 +23,13 @@ def no_tokens(num_tokens: int) -> Bits:
     return np.zeros((num_tokens + 31) // 32, dtype=np.uint32)
 
 
+def token_set(token_ids: Sequence[int], num_tokens: int) -> Bits:
+    """The set of some tokens."""
+    bits = no_tokens(num_tokens)
+    add_tokens(bits, token_ids)
+    return bits
+
+
 def add_tokens(bits: Bits, token_ids: Sequence[int]) -> None:
     """Add some tokens, in place."""
     ids = np.asarray(token_ids, dtype=np.int64)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from trimode.decoding.bits import Bits
+
 VIEW_LEN = 64
 """Tokens of a canvas: the windows that the recipes in configs/ train with (`infill_window`)."""
 
@@ -31,6 +33,25 @@ class Candidate:
         return self.fill_log_prob + self.suffix_log_prob
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Edges:
+    """What a fill's ends may be, where the text around it begins or ends inside of a token.
+
+    Attributes:
+        first: Tokens for the first place of a fill; None for all.
+        last: For the last one, if that is another.
+    """
+
+    first: Bits | None = None
+    last: Bits | None = None
+
+    def at(self, index: int, length: int) -> Bits | None:
+        """For a place of a fill, counted from 0."""
+        if index == 0:
+            return self.first
+        return self.last if index == length - 1 else None
+
+
 @dataclass(slots=True)
 class Gap:
     """What a sequence is to fill instead of continuing its prompt.
@@ -38,11 +59,13 @@ class Gap:
     Attributes:
         suffix_ids: Text behind the gap, up to the next one; may be empty.
         lengths: Numbers of tokens to try.
+        edges: What a fill's ends may be.
         candidates: Found in the end, the best first.
     """
 
     suffix_ids: tuple[int, ...]
     lengths: tuple[int, ...]
+    edges: Edges = Edges()
     candidates: list[Candidate] = field(default_factory=list)
 
     def suffix_in_view(self, length: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ids
 
-from trimode.decoding.bits import Bits, add_tokens, no_tokens
+from trimode.decoding.bits import Bits, token_set
 from trimode.decoding.token_bytes import TokenBytes
 
 
@@ -65,9 +65,7 @@ class Healing:
         paid = self._paid(token_ids)
         if paid >= len(self.owed):
             return None
-        allowed = no_tokens(self._num_tokens)
-        add_tokens(allowed, self._choices[paid])
-        return allowed
+        return token_set(self._choices[paid], self._num_tokens)
 
     def _paid(self, token_ids: Ids[int]) -> int:
         paid = 0

@@ -7,9 +7,9 @@ of a gap share its prefix and are denoised in the same forwards, each a group th
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from trimode.decoding.gap import NUM_JUDGED, Candidate, Gap
+from trimode.decoding.gap import NUM_JUDGED, Candidate, Edges, Gap
 from trimode.decoding.prefill import prefill
 from trimode.decoding.reveal import even_schedule, select
 from trimode.decoding.sequence import Sequence
@@ -44,7 +44,7 @@ def infill(seq: Sequence, gap: Gap) -> Generator[Step, Readout, None]:
     canvases = _canvases(gap, last=last, mask=seq.mask_token_id, steps=seq.params.steps)
     threshold = seq.params.reveal_threshold("diffusion")
     while still_open := [canvas for canvas in canvases if any(canvas.is_masked)]:
-        readout = yield _denoise_step(seq, still_open)
+        readout = yield _denoise_step(seq, still_open, gap.edges)
         first = 0
         for canvas in still_open:
             masked = [i for i, is_masked in enumerate(canvas.is_masked) if is_masked]
@@ -90,10 +90,12 @@ def _canvases(gap: Gap, *, last: int, mask: int, steps: int | None = None) -> li
     return canvases
 
 
-def _denoise_step(seq: Sequence, canvases: list[_Canvas]) -> Step:
+def _denoise_step(seq: Sequence, canvases: list[_Canvas], edges: Edges) -> Step:
     """One group for each canvas, at the same positions."""
-    groups = []
+    groups, allowed = [], []
     for canvas in canvases:
         masked = [i for i, is_masked in enumerate(canvas.is_masked) if is_masked]
         groups.append(Group(canvas.token_ids, canvas.is_masked, seq.length, seq.length - 1, masked))
-    return group_step("denoise", groups, form=seq.form)
+        allowed += [edges.at(i - 1, canvas.length) for i in masked]
+    step = group_step("denoise", groups, form=seq.form)
+    return replace(step, allowed=allowed)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimode.decoding.bits import Bits, add_tokens, no_tokens, unpacked
+from trimode.decoding.bits import Bits, add_tokens, no_tokens, token_set, unpacked
 from trimode.decoding.control import Control
 from trimode.decoding.step import Step
 from trimode.model.masks import TRUNK
@@ -150,9 +150,7 @@ class Rules:
             return None
         if place.index == budget or (place.is_trunk and place.index > budget):
             assert end is not None
-            only = no_tokens(num_tokens)
-            add_tokens(only, [end])
-            return only
+            return token_set([end], num_tokens)
         return None
 
     def _is_end_to_come(self, seq: Text, step: Step, place: _Place) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from trimode.decoding.bits import Bits
 from trimode.model.adapter import AdapterForm
 from trimode.model.masks import TRUNK
 
@@ -54,6 +55,7 @@ class Step:
         wants_runner_up: Whether the second choice for each, and its probability, is wanted too.
         wants_entropy: Whether the entropy of each law is wanted too.
         targets: One token for each of `wanted`, whose log-probability is asked for; or none.
+        allowed: For each of `wanted` the tokens it may be, None for all; or none.
     """
 
     kind: str
@@ -68,6 +70,7 @@ class Step:
     wants_runner_up: bool = False
     wants_entropy: bool = False
     targets: Sequence[int] = ()
+    allowed: Sequence[Bits | None] = ()
 
     @property
     def answer_positions(self) -> list[int]:

@@ -19,6 +19,9 @@ class TokenBytes:
         ranked = sorted((octets, token_id) for token_id, octets in self._table.items())
         self._keys = [octets for octets, _ in ranked]
         self._ids = [token_id for _, token_id in ranked]
+        turned = sorted((octets[::-1], token_id) for token_id, octets in self._table.items())
+        self._turned_keys = [octets for octets, _ in turned]
+        self._turned_ids = [token_id for _, token_id in turned]
         self.longest = max(map(len, self._keys), default=0)
         """Bytes of the longest token."""
 
@@ -35,5 +38,17 @@ class TokenBytes:
     def extending(self, octets: bytes) -> list[int]:
         """Tokens that begin with these bytes and go on."""
         first = bisect_left(self._keys, octets + b"\0")
-        behind = octets + b"\xff" * (self.longest + 1)  # greater than whatever begins with `octets`
-        return self._ids[first : bisect_left(self._keys, behind)]
+        return self._ids[first : bisect_left(self._keys, self._behind(octets))]
+
+    def beginning(self, octets: bytes) -> list[int]:
+        """Tokens that begin with these bytes."""
+        return [*self.spelling(octets), *self.extending(octets)]
+
+    def ending(self, octets: bytes) -> list[int]:
+        """Tokens that end with these bytes."""
+        first = bisect_left(self._turned_keys, octets[::-1])
+        return self._turned_ids[first : bisect_left(self._turned_keys, self._behind(octets[::-1]))]
+
+    def _behind(self, octets: bytes) -> bytes:
+        """Greater than whatever begins with these bytes."""
+        return octets + b"\xff" * (self.longest + 1)

@@ -198,16 +198,17 @@ def _targets(step: Step) -> Items[int | None]:
 
 
 def _laws(packed: list[Feed], *, num_tokens: int) -> list[RowLaw | None]:
-    """For each wanted answer; empty if no sequence has rules."""
-    if all(feed.seq.rules is None for feed in packed):
+    """For each wanted answer; empty if there are none."""
+    if all(feed.seq.rules is None and not feed.step.allowed for feed in packed):
         return []
     laws: list[RowLaw | None] = []
     for feed in packed:
-        rules = feed.seq.rules
-        if rules is None:
-            laws += [None] * len(feed.step.wanted)
+        rules, step = feed.seq.rules, feed.step
+        if rules is not None:
+            laws += rules.rows(feed.seq, step, num_tokens=num_tokens)
         else:
-            laws += rules.rows(feed.seq, feed.step, num_tokens=num_tokens)
+            own = step.allowed or [None] * len(step.wanted)
+            laws += [None if allowed is None else RowLaw(allowed) for allowed in own]
     return laws
 
 
