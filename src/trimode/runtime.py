@@ -51,6 +51,7 @@ class Generation:
             goes on where the prompt ended.
         token_ids: The chosen tokens, the stop token or the tokens of the stop string included.
         prompt_ids: The prompt as fed, without what was taken back of it.
+        prompt_tokens: Of the prompt before that.
         finish_reason: `stop` (stop token or string), `length`, or `abort`.
         seed: The seed that reproduces it.
         stats: What it cost.
@@ -62,6 +63,7 @@ class Generation:
     text: str
     token_ids: list[int]
     prompt_ids: list[int]
+    prompt_tokens: int
     finish_reason: str
     seed: int
     stats: Stats
@@ -371,6 +373,7 @@ class TriModeLM:
             text=text if seq.stop_text_len is None else text[: seq.stop_text_len],
             token_ids=seq.new_ids,
             prompt_ids=seq.prompt_ids,
+            prompt_tokens=seq.num_prompt,
             finish_reason=seq.finish_reason,
             seed=seq.params.seed,
             stats=seq.stats,

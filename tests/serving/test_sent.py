@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from trimode.decoding import Stats
-from trimode.serving.jobs import Done, Happening, Piece, TextLogprobs, Update
+from trimode.serving.jobs import Done, Happening, Piece, TextLogprobs, TokenText, Update
 from trimode.serving.sent import AnotherText, Sent
 
-LOGPROBS = tuple(TextLogprobs(text, i, -1.0, ()) for i, text in enumerate("abcd"))
+LOGPROBS = tuple(TextLogprobs(TokenText.of(text.encode()), i, -1.0, ()) for i, text in enumerate("abcd"))
 DONE = Done(
     text="abcd",
     token_ids=(1, 2, 3, 4),
@@ -49,7 +49,7 @@ def test_the_second_making_goes_on_behind_the_first(
     assert len(pieces) == len([piece for piece in got if piece is not None])
     assert "".join(piece.text for piece in pieces) == "abcd"
     assert [i for piece in pieces for i in piece.token_ids] == [1, 2, 3, 4]
-    assert [one.text for piece in pieces for one in piece.logprobs] == list("abcd")
+    assert [one.token.text for piece in pieces for one in piece.logprobs] == list("abcd")
 
 
 @pytest.mark.parametrize(

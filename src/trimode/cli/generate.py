@@ -127,6 +127,18 @@ DECODING_FLAGS: dict[str, dict[str, Any]] = {
 }
 """Arguments of `TriModeLM.generate`. Only those given are passed on: defaults live there."""
 
+PROMPT_FLAGS: dict[str, dict[str, Any]] = {
+    "heal": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "choose the prompt's end anew where a token may go on from inside of it (default)",
+    },
+    "parse_special": {
+        "action": "store_true",
+        "help": "control tokens that the prompt spells are these tokens (default: they are text)",
+    },
+}
+"""The same, of how a prompt is read."""
+
 DEFAULT_WATCH_DELAY_MS = 40.0
 
 
@@ -144,6 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     add_decoding_arguments(parser)
+    _add_flags(parser.add_argument_group("prompt"), PROMPT_FLAGS)
     output = parser.add_argument_group("output")
     how = output.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print one JSON object")
@@ -164,14 +177,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare `DECODING_FLAGS`."""
-    decoding = parser.add_argument_group("decoding")
-    for name, flag in DECODING_FLAGS.items():
-        decoding.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **flag)
+    _add_flags(parser.add_argument_group("decoding"), DECODING_FLAGS)
+
+
+def _add_flags(group: argparse._ArgumentGroup, flags: dict[str, dict[str, Any]]) -> None:
+    for name, flag in flags.items():
+        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **flag)
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The decoding arguments that were given, as `TriModeLM.generate` takes them."""
-    given = {name: getattr(args, name) for name in DECODING_FLAGS if hasattr(args, name)}
+    names = (*DECODING_FLAGS, *PROMPT_FLAGS)
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return read_controls(given, is_json=args.json)
 
 
@@ -254,7 +271,7 @@ def as_object(generation: Generation, *, mode: str, block_length: int | None) ->
     record: dict[str, Any] = {
         "text": generation.text,
         "token_ids": generation.token_ids,
-        "prompt_tokens": len(generation.prompt_ids),
+        "prompt_tokens": generation.prompt_tokens,
         "new_tokens": stats.new_tokens,
         "finish_reason": generation.finish_reason,
         "mode": mode,
@@ -262,6 +279,8 @@ def as_object(generation: Generation, *, mode: str, block_length: int | None) ->
         "forwards": {**stats.forwards, "total": stats.num_forwards},
         "tokens_per_forward": {"decode": stats.tpf_decode, "total": stats.tpf_total},
     }
+    if generation.healed_bytes:
+        record["healed_bytes"] = list(generation.healed_bytes)
     if mode not in ("ar", "diffusion"):
         record["acceptance_lengths"] = stats.acceptance_lengths
     if generation.logprobs is not None:

@@ -135,11 +135,12 @@ class Done:
     Attributes:
         text: All of it.
         token_ids: All new tokens.
-        prompt_tokens: Tokens of the prompt.
+        prompt_tokens: Tokens of the prompt, before its end was healed.
         finish_reason: `stop` or `length`.
         seed: That reproduces it.
         mode: It was decoded in.
         stats: What it cost.
+        remarks: What the client should know of its prompt.
         gaps: `infill`: of each gap, where its fill starts in `text` and the candidates, the best
             first, each as an object of JSON.
     """
@@ -151,6 +152,7 @@ class Done:
     seed: int
     mode: str
     stats: Stats
+    remarks: tuple[str, ...] = ()
     gaps: tuple[Mapping[str, Any], ...] = ()
 
 

@@ -105,6 +105,12 @@ class CompletionRequest(_Generating):
         description="a string, token ids, or a list of either"
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    heal: bool | None = Field(
+        None, description="choose the prompt's end anew where it ends inside of a token; true"
+    )
+    parse_special: bool | None = Field(
+        None, description="control tokens that the prompt spells are these tokens, not text; false"
+    )
 
 
 class TextPart(BaseModel):

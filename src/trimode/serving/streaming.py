@@ -220,6 +220,8 @@ def usage(texts: list[Done], job: Job, card: ModelCard, *, prompt_tokens: int) -
         "seconds": total.seconds,
         "tokens_per_second": total.tokens_per_second,
     }
+    if remarks := [*dict.fromkeys(remark for done in texts for remark in done.remarks)]:
+        own["warnings"] = remarks
     completion_tokens = sum(len(done.token_ids) for done in texts)
     return {
         "prompt_tokens": prompt_tokens,

@@ -132,6 +132,9 @@ def completion_jobs(
         options["max_new_tokens"] = _max_tokens("max_tokens", number, settings=settings)
     if request.logprobs is not None:
         options["logprobs"] = request.logprobs
+    for name in ("heal", "parse_special"):
+        if (value := getattr(request, name)) is not None:
+            options[name] = value
     names = {"inputs": "prompt", "max_new_tokens": "max_tokens"}
     return _jobs(
         "generate",

@@ -206,7 +206,8 @@ class LocalBackend:
 
     async def _generate(self, job: Job) -> AsyncGenerator[Update, None]:
         ticket = Ticket(client=job.client, timeout_s=job.timeout_s)
-        ticket.seq = seq = await self._in_pool(lambda: self._sequence(job, ticket))
+        seq, remarks = await self._in_pool(lambda: self._sequence(job, ticket))
+        ticket.seq = seq
         text = StandingText(self._lm.growing_text(seq), stop=seq.params.stop)
         shown = _ShownLogprobs(self._lm.growing_text(seq), self._shown)
         num_taken = 0
@@ -250,6 +251,7 @@ class LocalBackend:
             seed=seq.params.seed,
             mode=mode,
             stats=seq.stats,
+            remarks=remarks,
         )
 
     async def _infill(self, job: Job) -> AsyncGenerator[Update, None]:
@@ -283,7 +285,8 @@ class LocalBackend:
             gaps=tuple(map(_gap_as_object, step.gaps)),
         )
 
-    def _sequence(self, job: Job, ticket: Ticket) -> Sequence:
+    def _sequence(self, job: Job, ticket: Ticket) -> tuple[Sequence, tuple[str, ...]]:
+        """The sequence of a job, and what its client should know of the prompt."""
         options: dict[str, Any] = dict(job.options)
         if options.get("mode") == "auto" and "auto" not in self.card.modes:
             modes = ", ".join(self.card.modes)
@@ -326,7 +329,8 @@ class LocalBackend:
         if job.wants_events:
             options["on_event"] = lambda _, event: ticket.note(event)
         options.setdefault("seed", secrets.randbits(32))
-        return self._lm.prepare(encoded.fitting(context - num_new), **options)
+        sequence = self._lm.prepare(encoded.fitting(context - num_new), **options)
+        return sequence, tuple(encoded.remarks)
 
     @asynccontextmanager
     async def _running(self, ticket: Ticket) -> AsyncIterator[None]:
