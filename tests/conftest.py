@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -153,6 +153,46 @@ def _random_adapter(model: TriModeModel, *, seed: int = 1, strength: float = 1.0
     weight = model.encoder.embed_tokens.weight
     adapter = DrafterAdapter(pairs).to(device=weight.device, dtype=weight.dtype)
     return adapter.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def piece_tokenizer() -> PreTrainedTokenizerFast:
+    """As sentencepiece's of Llama 2: a space before a text, single bytes, `<s>` put before it; 320
+    tokens, the mask token last."""
+    return _piece_tokenizer()
+
+
+def _piece_tokenizer() -> PreTrainedTokenizerFast:
+    pieces = [*"▁abcdefghijklmnopqrstuvwxyz[]/INST:.", "\n", "▁c", "at", "▁cat", "▁th", "▁the"]
+    vocab = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>"])}
+    vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    vocab |= {piece: 259 + i for i, piece in enumerate(pieces)}
+    merges = [("▁", "c"), ("a", "t"), ("▁c", "at"), ("▁", "t"), ("▁t", "h"), ("▁th", "e")]
+    vocab["▁t"] = len(vocab)
+    made = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    space = normalizers.Replace(" ", "▁")
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space])
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made.add_special_tokens(["<unk>", "<s>", "</s>", "<mask>"])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        bos_token="<s>",
+        eos_token="</s>",
+        mask_token="<mask>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

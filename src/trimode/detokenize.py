@@ -50,22 +50,46 @@ def text_before(
         prompt_ids: As fed.
         taken_ids: That stood behind and will be chosen anew.
     """
-    start = len(prompt_ids)
-    while start > 0:
-        start -= 1
-        if _stands_alone(vocabulary, prompt_ids[start]):
-            break
-    context = tuple(prompt_ids[start:])
+    context = _context(vocabulary, prompt_ids)
     known = decode(vocabulary.tokenizer, [*context, *taken_ids])
     if known.endswith(_HALF) and not vocabulary.bytes_of(context).endswith(_HALF.encode()):
         known = known.rstrip(_HALF)  # what completes the character is new, and so is all of it
     return TextBefore(context, len(known))
 
 
+def _context(vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> tuple[int, ...]:
+    start = len(prompt_ids)
+    while start > 0 and _is_byte(vocabulary, prompt_ids[start - 1]):
+        start -= 1
+    single = prompt_ids[start:]
+    num_whole = _num_whole(vocabulary.bytes_of(single))
+    if num_whole and vocabulary.letter is not None:
+        # Single bytes are decoded as a whole, so that new ones could change these characters.
+        return (vocabulary.letter, *single[num_whole:])
+    while start > 0:
+        start -= 1
+        if _stands_alone(vocabulary, prompt_ids[start]):
+            break
+    return tuple(prompt_ids[start:])
+
+
+def _num_whole(octets: bytes) -> int:
+    """How many of the first bytes are whole characters, if the rest may become one."""
+    for number in range(len(octets), max(len(octets) - 4, 0), -1):
+        try:
+            octets[:number].decode()
+        except UnicodeDecodeError:
+            continue
+        return number
+    return 0
+
+
+def _is_byte(vocabulary: Vocabulary, token_id: int) -> bool:
+    return bool(_BYTE_TOKEN.fullmatch(str(vocabulary.tokenizer.convert_ids_to_tokens(token_id))))
+
+
 def _stands_alone(vocabulary: Vocabulary, token_id: int) -> bool:
-    if token_id in vocabulary.control_ids:
-        return False
-    if _BYTE_TOKEN.fullmatch(str(vocabulary.tokenizer.convert_ids_to_tokens(token_id))):
+    if token_id in vocabulary.control_ids or _is_byte(vocabulary, token_id):
         return False
     text = decode(vocabulary.tokenizer, [token_id])
     return bool(text) and _HALF not in text

@@ -79,6 +79,12 @@ class Vocabulary:
                 ordinary[token_id] = octets
         return TokenBytes({i: octets for i, octets in ordinary.items() if octets})
 
+    @cached_property
+    def letter(self) -> int | None:
+        """A token that is a letter, which decodes by itself; None if there is none."""
+        letters = (self.token_bytes.spelling(letter.encode()) for letter in "abcdefghij")
+        return next((ids[0] for ids in letters if ids), None)
+
     def shown(self, token_id: int) -> tuple[str, bytes]:
         """Text and bytes of one token as it is inside of a text, or a control token's name; in the
         text U+FFFD stands for parts of characters."""

@@ -333,3 +333,9 @@ def test_a_grammar_that_the_vocabulary_cannot_write(
     assert [seq.finish_reason for seq in sequences] == ["abort", "length"]
     assert sequences[1].new_ids == [*b"abcdef"]
     assert "what was asked for leaves no token" in caplog.text
+
+
+def test_a_grammar_of_another_kind_is_named(lm: TriModeLM) -> None:
+    """Prevents: a GBNF grammar whose error does not say that Lark is wanted."""
+    with pytest.raises(RequestError, match="allowed: Lark.*looks like GBNF"):
+        lm.generate("x", grammar='root ::= "yes" | "no"')

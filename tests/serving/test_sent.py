@@ -10,7 +10,9 @@ from trimode.decoding import Stats
 from trimode.serving.jobs import Done, Happening, Piece, TextLogprobs, TokenText, Update
 from trimode.serving.sent import AnotherText, Sent
 
-LOGPROBS = tuple(TextLogprobs(TokenText.of(text.encode()), i, -1.0, ()) for i, text in enumerate("abcd"))
+LOGPROBS = tuple(
+    TextLogprobs(TokenText.of(text.encode()), i, -1.0, ()) for i, text in enumerate("abcd")
+)
 DONE = Done(
     text="abcd",
     token_ids=(1, 2, 3, 4),

@@ -83,6 +83,8 @@ class Control:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 _refuse(name, value, "None, or a non-empty string")
+            if not is_unicode(value):
+                _refuse(name, value, "valid Unicode, without half characters")
         if len(given) > 1:
             raise RequestError(f"{' and '.join(given)} are given; allowed: at most one of them")
         if given and self.max_thinking_tokens is not None:
@@ -178,6 +180,15 @@ def _end_of_thought(tokenizer: Any) -> int:
             f" {END_OF_THOUGHT}"
         )
     return ids[0]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a string can be encoded: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _choosable(num_tokens: int) -> str:

@@ -127,7 +127,10 @@ class Grammars:
             self._vocabularies[ends] = self._vocabulary(name, ends)
         compiled = LLMatcher(self._vocabularies[ends], _compiled(name, text, owed))
         if compiled.is_error():
-            raise RequestError(f"{name} is not valid: {_one_line(compiled.get_error())}")
+            wanted = "; allowed: Lark, as in start: /[a-z]+/" if name == "grammar" else ""
+            gbnf = ", and this looks like GBNF" if wanted and "::=" in text else ""
+            said = _one_line(compiled.get_error())
+            raise RequestError(f"{name} is not valid: {said}{wanted}{gbnf}")
         for warning in compiled.get_grammar_warnings():
             logger.warning("%s: %s", name, _one_line(warning))
         return Matcher(compiled, num_tokens=self._num_tokens, eos_token_ids=ends)

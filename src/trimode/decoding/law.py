@@ -113,7 +113,7 @@ class Rules:
             canvas: The block, from `seq.last` on.
         """
         budget, end = self._control.max_thinking_tokens, self._control.end_think_token_id
-        if budget is None or end is None or end in seq.new_ids:
+        if budget is None or end is None or end in seq.new_ids[seq.num_inside :]:
             return
         offset = seq.new_start + budget - seq.length
         if 0 < offset < len(canvas):
@@ -162,7 +162,8 @@ class Rules:
 
     def _is_thought_over(self, seq: Text, place: _Place) -> bool:
         end = self._control.end_think_token_id
-        return end in seq.new_ids or end in _new(seq, place)
+        fed = place.before[max(seq.new_start - seq.length, 0) :]
+        return end in seq.new_ids[seq.num_inside :] or end in fed
 
 
 def _new(seq: Text, place: _Place) -> list[int]:

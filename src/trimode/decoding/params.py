@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trimode.decoding.control import Control
+from trimode.decoding.control import Control, is_unicode
 from trimode.decoding.setting import Setting
 from trimode.errors import RequestError
 from trimode.model.adapter import DRAFT_FORMS, PUBLISHED_FORM, AdapterForm
@@ -179,6 +179,7 @@ class GenerationParams:
             lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
             "non-empty strings",
         )
+        check("stop", lambda v: all(map(is_unicode, v)), "valid Unicode, without half characters")
         check(
             "stop_token_ids",
             lambda v: isinstance(v, tuple) and all(_is_int(i) and i >= 0 for i in v),
