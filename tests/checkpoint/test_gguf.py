@@ -155,3 +155,12 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(
         file, r"needs gguf, not installed here; pip install 'trimode\[gguf\]'", error=ConfigError
     )
+
+
+def test_a_tensor_twice(tmp_path: Path) -> None:
+    """Prevents: one of two tensors of a name chosen in silence."""
+    _, file = make_gguf(tmp_path)
+    content = file.read_bytes()
+    assert content.count(b"blk.1.attn_norm.weight") == 1
+    file.write_bytes(content.replace(b"blk.1.attn_norm.weight", b"blk.0.attn_norm.weight"))
+    refused(file, "source.gguf .*blk.0.attn_norm.weight")

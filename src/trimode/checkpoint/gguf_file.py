@@ -111,10 +111,13 @@ def _read_header(file: Path) -> tuple[dict[str, Any], set[str]]:
             for name, field in reader.fields.items()
             if field.types[:1] != [gguf.GGUFValueType.ARRAY]
         }
-        return fields, {tensor.name for tensor in reader.tensors}
+        names = [tensor.name for tensor in reader.tensors]
     except Exception as error:  # the reader raises anything on a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{file} is not a whole GGUF file: {reason}") from error
+    if twice := sorted({name for name in names if names.count(name) > 1}):  # older readers allow it
+        raise CheckpointError(f"{file} holds tensor {twice[0]} twice")
+    return fields, set(names)
 
 
 def _check(file: Path, fields: dict[str, Any], tensors: set[str]) -> None:
