@@ -122,17 +122,26 @@ def _check_expressible(config: Any, path: Path) -> None:
         )
 
 
-def _read_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer, None if there is no file of one."""
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files of a tokenizer.
+
+    Raises:
+        CheckpointError: There are some, but no vocabulary; transformers would make one up.
+    """
     found = {name for name in key_maps.TOKENIZER_FILES if (folder / name).exists()}
-    if not found:
-        return None
-    if not any(found.issuperset(files) for files in key_maps.VOCABULARY_FILES):
+    if found and not any(found.issuperset(files) for files in key_maps.VOCABULARY_FILES):
         allowed = ", ".join(" with ".join(files) for files in key_maps.VOCABULARY_FILES)
         raise CheckpointError(
             f"{folder}: the tokenizer has no vocabulary beside {', '.join(sorted(found))}; one of"
             f" these is missing: {allowed}"
         )
+    return bool(found)
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer, None if there is no file of one."""
+    if not has_tokenizer(folder):
+        return None
     return io.read_with(transformers.AutoTokenizer, folder, "tokenizer")
 
 
