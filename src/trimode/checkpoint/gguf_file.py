@@ -63,13 +63,16 @@ def is_gguf(source: str | Path) -> bool:
     return str(source).lower().endswith(SUFFIX) and not Path(source).is_dir()
 
 
-def unpack(file: Path, folder: Path) -> None:
+def unpack(file: Path, folder: Path, *, max_context: int | None = None) -> None:
     """Write what a GGUF file holds as a checkpoint of transformers.
 
     Args:
         file: Of architecture `ARCHITECTURES`.
         folder: New; gets config.json, the tokenizer, float32 weights, and generation_config.json if
             the file has sampling defaults or a second end of text.
+
+        max_context: Positions that will be kept, which a sliding window must not be shorter than;
+            None for those of the file.
 
     Raises:
         CheckpointError: The file cannot be read.
@@ -83,7 +86,7 @@ def unpack(file: Path, folder: Path) -> None:
             " pip install 'trimode[gguf]'"
         )
     fields, tensors = _read_header(file)
-    _check(file, fields, tensors)
+    _check(file, fields, tensors, max_context=max_context)
     model, tokenizer = _read(file)
     _restore(tokenizer, fields)
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -120,7 +123,9 @@ def _read_header(file: Path) -> tuple[dict[str, Any], set[str]]:
     return fields, set(names)
 
 
-def _check(file: Path, fields: dict[str, Any], tensors: set[str]) -> None:
+def _check(
+    file: Path, fields: dict[str, Any], tensors: set[str], *, max_context: int | None
+) -> None:
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
@@ -138,8 +143,10 @@ def _check(file: Path, fields: dict[str, Any], tensors: set[str]) -> None:
         raise UnsupportedError(f"{file}: the network is a mixture of experts; supported: dense")
     _check_tensors(file, fields, tensors)
     window = fields.get(f"{architecture}.attention.sliding_window")
-    if window and window < fields.get(f"{architecture}.context_length", window):
-        raise UnsupportedError(f"{file}: sliding_window is {window}; supported: none")
+    whole: int = fields.get(f"{architecture}.context_length", 0)
+    context = whole if max_context is None else min(max_context, whole)
+    if window and window < context:
+        raise UnsupportedError(key_maps.window_refusal(file, window, context))
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedError(
