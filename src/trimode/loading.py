@@ -37,8 +37,9 @@ def load(
     Adapters are PEFT LoRA folders, each given by its path or by its name inside the checkpoint.
 
     Args:
-        path: A name (`pocket`, `smollm2`), a folder, or an id on the Hugging Face hub; None is the
-            default model. A folder of a model's name is given as `./smollm2`, or as a `Path`.
+        path: A name (`pocket`, `smollm2`), a folder, a GGUF file, or an id on the Hugging Face hub;
+            None is the default model. A folder of a model's name is given as `./smollm2`, or as a
+            `Path`. A GGUF file is converted once, into the user's cache.
         device: Default: CUDA where there is one, else the CPU.
         dtype: Default: bfloat16 on CUDA, and on a CPU where the native step runs the model, in half
             of the memory and with no loss of quality that could be measured; else float32, in which

@@ -169,7 +169,7 @@ def test_a_tensor_twice(tmp_path: Path) -> None:
 def test_a_sliding_window(tmp_path: Path) -> None:
     """Prevents: a window of the file's metadata refused where it never takes effect."""
     source, file = make_gguf(tmp_path, extra={"llama.attention.sliding_window": 64})
-    says = "sliding_window is 64, within the context of 512; .*--max-context 64 "
+    says = "sliding_window is 64, within the context of 512; .*convert --max-context 64` "
     refused(file, f"source.gguf: {says}", error=UnsupportedError)
     record = convert(file, tmp_path / "target", max_context=64)
     assert (record["context"], record["source_context"]) == (64, 512)

@@ -186,7 +186,7 @@ def test_a_context_cut_to_the_window(
 ) -> None:
     """Prevents: Mistral 7B refused, or converted so that tokens beyond the window are seen."""
     folder = source(family, **config)
-    says = "sliding_window is 64, within the context of {}; .*: --max-context 64 "
+    says = "sliding_window is 64, within the context of {}; .*convert --max-context 64` "
     refused(folder, says.format(512), error=UnsupportedError)
     refused(folder, says.format(65), error=UnsupportedError, max_context=65)
     record = convert(folder, tmp_path / "target", max_context=64)

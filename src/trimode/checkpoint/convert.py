@@ -128,16 +128,11 @@ def _find(source: str | Path) -> Path:
     """The source's folder, or its GGUF file."""
     if isinstance(source, str) and source in KNOWN:
         return find_source(source)
-    if gguf_file.is_gguf(source):
-        return Path(source)
+    file = gguf_file.find_gguf(source)
+    if file is not None:
+        return file
     folder = io.resolve(source)
-    files = sorted(folder.glob(f"*{gguf_file.SUFFIX}"))
-    if not files or (folder / io.CONFIG_NAME).exists():
-        return folder
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise CheckpointError(f"{folder} has several GGUF files; give one of them: {names}")
-    return files[0]
+    return gguf_file.find_gguf(folder) or folder
 
 
 @contextmanager

@@ -63,6 +63,26 @@ def is_gguf(source: str | Path) -> bool:
     return str(source).lower().endswith(SUFFIX) and not Path(source).is_dir()
 
 
+def find_gguf(source: str | Path) -> Path | None:
+    """The GGUF file that a source is, or the only one of a folder without a configuration.
+
+    Raises:
+        CheckpointError: The file does not exist, or the folder has several.
+    """
+    place = Path(source)
+    if is_gguf(source):
+        if not place.is_file():
+            raise CheckpointError(f"{source}: no such file")
+        return place
+    if not place.is_dir() or (place / io.CONFIG_NAME).exists():
+        return None
+    files = sorted(place.glob(f"*{SUFFIX}"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{place} has several GGUF files; give one of them: {names}")
+    return files[0] if files else None
+
+
 def unpack(file: Path, folder: Path, *, max_context: int | None = None) -> None:
     """Write what a GGUF file holds as a checkpoint of transformers.
 
@@ -105,8 +125,6 @@ def _read_header(file: Path) -> tuple[dict[str, Any], set[str]]:
     """Metadata without the vocabulary, and the names of tensors."""
     import gguf
 
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
     try:
         reader = gguf.GGUFReader(file)
         fields = {

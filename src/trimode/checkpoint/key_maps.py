@@ -161,7 +161,7 @@ PROBE_TEXT = "def f(x):\n\treturn 'é'  # 12 + 34 = 46, Straße 東京 🙂\n\n 
 
 def window_refusal(place: Path, window: int, context: int) -> str:
     """Say what to do about a sliding window that is shorter than the context."""
-    cut = f": --max-context {window} (max_context in Python) cuts the context to it, exactly"
+    cut = f"; `trimode convert --max-context {window}` cuts the context to it, which is exact"
     return (
         f"{place}: sliding_window is {window}, within the context of {context}; supported: none, or"
         f" one as long as the context{cut if window > 0 else ''}"

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path",
         nargs="?",
         metavar="PATH",
-        help="a name, folder or hub id (default: pocket, built in)",
+        help="a name, folder, GGUF file or hub id (default: pocket, built in)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
