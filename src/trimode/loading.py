@@ -9,6 +9,7 @@ import torch
 
 from trimode.arguments import as_device
 from trimode.checkpoint.adapter import check_use, find_adapter, load_adapter, merge_lora
+from trimode.checkpoint.adapter_tokenizer import adapter_tokenizer
 from trimode.checkpoint.generation_defaults import read_generation_defaults
 from trimode.checkpoint.io import load_model, load_tokenizer, read_model_config
 from trimode.checkpoint.model_cache import resolve
@@ -36,14 +37,16 @@ def load(
     Adapters are PEFT LoRA folders, each given by its path or by its name inside the checkpoint.
 
     Args:
-        path: A name (`pocket`, `smollm2`), a folder, or an id on the Hugging Face hub; None is the
-            default model. A folder of a model's name is given as `./smollm2`, or as a `Path`.
+        path: A name (`pocket`, `smollm2`), a folder, a GGUF file, or an id on the Hugging Face hub;
+            None is the default model. A folder of a model's name is given as `./smollm2`, or as a
+            `Path`. A GGUF file is converted once, into the user's cache.
         device: Default: CUDA where there is one, else the CPU.
         dtype: Default: bfloat16 on CUDA, and on a CPU where the native step runs the model, in half
             of the memory and with no loss of quality that could be measured; else float32, in which
             PyTorch is quick on any CPU, and from which `int8` is rounded.
         lora: Merged into the weights, so that every mode sees it, e.g. `instruct_lora` of the
-            default model. If a tokenizer lies beside it, that one is used.
+            default model, or what PEFT trained on the source of a converted one. If a tokenizer or
+            a chat template lies beside it, that one is used.
         drafter: On for drafts, or for all that its files say it serves, and never in the AR view;
             e.g. `linear_spec_lora`.
         weights: `plain`, `native` or `int8`; see `TriModeModel.pack`. Default: native where the
@@ -81,11 +84,11 @@ def _load(folder: Path, ranks: Ranks | None, *, device: torch.device, **options:
         model = load_model(folder, device=device, dtype=dtype)
     else:
         model = load_share(folder, mesh=ranks.mesh, device=device, dtype=dtype)
-    tokenizer = load_tokenizer(folder)
+    own = tokenizer = load_tokenizer(folder)
     if lora is not None:
         lora = find_adapter(lora, checkpoint=folder)
         merge_lora(lora, model=model)
-        tokenizer = load_tokenizer(lora, config=model.config) or tokenizer
+        tokenizer = adapter_tokenizer(lora, config=model.config, own=own)
     adapter = None
     if drafter is not None:
         drafter = find_adapter(drafter, checkpoint=folder)
@@ -99,6 +102,8 @@ def _load(folder: Path, ranks: Ranks | None, *, device: torch.device, **options:
             share_adapter(adapter, ranks.mesh)
         ranks.connect(model, adapter)
     defaults = read_generation_defaults(folder, model.config)
+    if tokenizer is not own and tokenizer is not None:
+        defaults = defaults.ended_also_by(tokenizer.eos_token_id, model.config)
     return TriModeLM(model, tokenizer, adapter=adapter, ranks=ranks, generation_defaults=defaults)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimode.checkpoint.adapter import find_adapter, load_adapter, save_adapter
+from trimode.checkpoint.compress import compress_adapter
 from trimode.errors import CheckpointError
 from trimode.model import AdapterSwitch, DrafterAdapter, TriModeModel
 from trimode.model.adapter import TARGETS, AdapterForm, new_adapter
@@ -95,11 +96,11 @@ def test_device_and_dtype_of_the_model(peft_folder: Folder, tiny_model: Model) -
     ("options", "message"),
     [
         ({"use_dora": True}, "use_dora is True; allowed: False"),
-        ({"use_rslora": True}, "use_rslora is True; allowed: False"),
         ({"bias": "lora_only"}, "bias is 'lora_only'; allowed: 'none'"),
-        ({"rank_pattern": {"o_proj": 2}}, "rank_pattern is .*; allowed: {}"),
-        ({"alpha_pattern": {"o_proj": 2}}, "alpha_pattern is .*; allowed: {}"),
-        ({"modules_to_save": ["norm"]}, r"modules_to_save is \['norm'\]; allowed: None"),
+        (
+            {"modules_to_save": ["norm"]},
+            r"modules_to_save is \['norm'\]; allowed: None; merge it .* merge_and_unload, and conv",
+        ),
     ],
 )
 def test_variants_of_lora_are_refused(
@@ -119,6 +120,11 @@ def test_variants_of_lora_are_refused(
         ({"lora_alpha": "16"}, "lora_alpha '16'"),
         ({"lora_alpha": None}, "lora_alpha None"),
         ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'; allowed: true, false"),
+        ({"rank_pattern": {"o_proj": 0}}, "rank_pattern is .* a rank of at least 1"),
+        ({"rank_pattern": ["o_proj"]}, "rank_pattern is .* a rank of at least 1"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern is .*; allowed: regular expressions"),
+        ({"rank_pattern": {"o_proj": 2}}, r"A \[4, 128\] and B \[64, 4\]; expected .* at r=2$"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"target_modules": ["q_proj"]}, r"target_modules is \['q_proj'\], but .*o_proj"),
     ],
@@ -187,6 +193,33 @@ def test_tensor_defects(peft_folder: Folder, tiny_model: Model) -> None:
         folder = peft_folder()
         edit_weights(folder, change)
         refused(folder, tiny_model(), message)
+
+
+def test_a_tensor_under_two_names(peft_folder: Folder, tiny_model: Model, tmp_path: Path) -> None:
+    """Prevents: one of two halves chosen by the order of a file, in `load` or in `convert`."""
+    folder = peft_folder()
+    name = "base_model.model.encoder.layers.0.self_attn.o_proj.lora_A.weight"
+    twin = name.replace("lora_A", "lora_A.default")
+    edit_weights(folder, lambda weights: weights.update({twin: weights[name] * 2}))
+    message = f"adapter_model.safetensors holds one tensor twice, as .*{re.escape(twin)}"
+    refused(folder, tiny_model(), message)
+    with pytest.raises(CheckpointError, match=message):
+        compress_adapter(folder, tmp_path / "small", rank=2)
+    edit_weights(folder, lambda weights: weights.pop(twin))
+    other = name.replace("encoder.", "model.")
+    edit_weights(folder, lambda weights: weights.update({other: weights[name] * 2}))
+    refused(folder, tiny_model(), "adapter_model.safetensors holds one tensor twice")
+
+
+def test_an_adapter_in_shards(peft_folder: Folder, tiny_model: Model) -> None:
+    """Prevents: no word of the files that are there."""
+    folder = peft_folder()
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.safetensors.index.json")
+    refused(
+        folder,
+        tiny_model(),
+        "has no adapter_model.safetensors, only adapter_model.safetensors.index.json",
+    )
 
 
 def test_tensors_of_other_parts_of_a_model(peft_folder: Folder, tiny_model: Model) -> None:
@@ -276,6 +309,17 @@ def test_form_mask_embeddings_and_corrector_are_read_back(
     )
     expected_logits = tiny_model(torch.float32)(ids, adapter=AdapterSwitch(bare, None)).logits
     torch.testing.assert_close(wrapped(ids).logits, expected_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_drafter_of_another_width(tiny_model: Model, tmp_path: Path) -> None:
+    """Prevents: shapes and types of tensors in the place of what is wrong."""
+    model, folder = tiny_model(torch.float32), tmp_path / "view"
+    narrow = tiny_model(torch.float32, hidden_size=32)
+    save_adapter(viewed(model), folder, dtype=torch.float32)
+    refused(folder, narrow, "view is made for another model: width 64, this one 32$")
+    save_adapter(viewed(narrow), tmp_path / "narrow", dtype=torch.float32)
+    (tmp_path / "narrow" / "trimode_view.safetensors").rename(folder / "trimode_view.safetensors")
+    refused(folder, model, "view is made for another model: width 32, this one 64$")
 
 
 def test_a_published_adapter_has_no_files_of_ours(tiny_model: Model, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Ministral3Config, Ministral3ForCausalLM
 
@@ -197,6 +197,25 @@ def test_shards(source: Source, tmp_path: Path) -> None:
     files = list((tmp_path / "target").glob("*.safetensors"))
     assert len(files) > 1
     assert all(file.stat().st_size < 160_000 for file in files)
+
+
+@pytest.mark.parametrize("is_moved", [True, False])
+def test_a_tensor_that_two_shards_hold(source: Source, is_moved: bool) -> None:
+    """Prevents: a proof that reads the same wrong tensor on both sides."""
+    folder, name = source("llama", max_shard_size="100KB"), "model.norm.weight"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    right = index["weight_map"][name]
+    other = min(set(index["weight_map"].values()) - {right})
+    for file in (folder / other, *([folder / right] if is_moved else [])):
+        weights = load_file(file)
+        if file.name == right:
+            del weights[name]
+        else:
+            weights[name] = torch.zeros(64)
+        save_file(weights, file, metadata={"format": "pt"})
+    first, second = sorted((right, other))
+    twice = f"source: tensor {name} is stored twice, in {first} and in {second}"
+    refused(folder, f"{name} is in {right}, but {other} holds it" if is_moved else twice)
 
 
 def without(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:

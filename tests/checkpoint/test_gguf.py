@@ -155,3 +155,30 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(
         file, r"needs gguf, not installed here; pip install 'trimode\[gguf\]'", error=ConfigError
     )
+
+
+def test_a_tensor_twice(tmp_path: Path) -> None:
+    """Prevents: one of two tensors of a name chosen in silence."""
+    _, file = make_gguf(tmp_path)
+    content = file.read_bytes()
+    assert content.count(b"blk.1.attn_norm.weight") == 1
+    file.write_bytes(content.replace(b"blk.1.attn_norm.weight", b"blk.0.attn_norm.weight"))
+    refused(file, "source.gguf .*blk.0.attn_norm.weight")
+
+
+def test_a_sliding_window(tmp_path: Path) -> None:
+    """Prevents: a window of the file's metadata refused where it never takes effect."""
+    source, file = make_gguf(tmp_path, extra={"llama.attention.sliding_window": 64})
+    says = "sliding_window is 64, within the context of 512; .*convert --max-context 64` "
+    refused(file, f"source.gguf: {says}", error=UnsupportedError)
+    record = convert(file, tmp_path / "target", max_context=64)
+    assert (record["context"], record["source_context"]) == (64, 512)
+    logits = opened(tmp_path / "target")(IDS[None, :64]).logits[0]
+    expected = their_logits(source, IDS[:64])
+    torch.testing.assert_close(logits[:, : expected.shape[1]], expected, rtol=0, atol=1e-4)
+
+
+def test_a_context_that_the_file_does_not_have(tmp_path: Path) -> None:
+    """Prevents: the temporary folder named in the place of the file."""
+    _, file = make_gguf(tmp_path)
+    refused(file, "max_context is 600; .*/source.gguf$", error=ConfigError, max_context=600)

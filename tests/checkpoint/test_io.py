@@ -215,6 +215,85 @@ def test_missing_shard(tiny_model: Model, tmp_path: Path) -> None:
     )
 
 
+def sharded(model: TriModeModel, folder: Path) -> dict[str, str]:
+    """A checkpoint of several shards; returns the map of its index."""
+    save_checkpoint(model, folder, max_shard_size="100KB")
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(weight_map.values())) > 1
+    return weight_map
+
+
+def edit_shard(file: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_a_tensor_that_two_shards_hold(tiny_model: Model, tmp_path: Path) -> None:
+    """Prevents: the last file wins, in silence, whatever the index says."""
+    weight_map = sharded(tiny_model(torch.float32), tmp_path / "many")
+    name = "encoder.norm.weight"
+    for shard in sorted(set(weight_map.values()) - {weight_map[name]}):
+        shutil.copytree(tmp_path / "many", tmp_path / "spoilt")
+        edit_shard(tmp_path / "spoilt" / shard, lambda w: w.update({name: torch.zeros(64)}))
+        first, second = sorted((shard, weight_map[name]))
+        refused(
+            tmp_path / "spoilt",
+            f"spoilt: tensor {name} is stored twice, in {first} and in {second}; allowed: one",
+        )
+        shutil.rmtree(tmp_path / "spoilt")
+
+
+def test_a_tensor_in_another_shard_than_indexed(tiny_model: Model, tmp_path: Path) -> None:
+    """Prevents: shards and index of different versions taken for one checkpoint."""
+    folder, name = tmp_path / "many", "encoder.norm.weight"
+    weight_map = sharded(tiny_model(torch.float32), folder)
+    right = weight_map[name]
+    wrong = next(shard for shard in weight_map.values() if shard != right)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"weight_map": weight_map | {name: wrong}}))
+    refused(folder, f"says that tensor {name} is in {wrong}, but {right} holds it")
+    path.write_text(json.dumps(index))
+    edit_shard(folder / right, lambda weights: weights.pop(name))
+    refused(folder, f"says that tensor {name} is in {right}, but no shard holds it")
+
+
+def test_files_that_the_index_does_not_name(tiny_model: Model, tmp_path: Path) -> None:
+    """Prevents: Mistral's `consolidated.safetensors` beside the shards taken for one of them."""
+    model, folder = tiny_model(torch.float32), tmp_path / "many"
+    weight_map = sharded(model, folder)
+    others = {name: torch.zeros(3) for name in weight_map}
+    for name in ("consolidated.safetensors", "model-00001-of-00099.safetensors"):
+        save_file(others, folder / name)
+    ids = torch.arange(9)[None]
+    assert open_folder(folder)(ids).logits.equal(model.double()(ids).logits)
+
+
+def test_a_tied_head_that_is_stored_otherwise(tiny_model: Model, tmp_path: Path) -> None:
+    """Prevents: a head that is tied on two ranks and untied on one, as transformers decides."""
+    save_checkpoint(tiny_model(tie_word_embeddings=True), tmp_path / "tied")
+    edit_weights(
+        tmp_path / "tied",
+        lambda w: w.update({"diffusion_head.weight": w["encoder.embed_tokens.weight"] * 2}),
+    )
+    refused(tmp_path / "tied", "diffusion_head.weight differs from .* in model.safetensors, though")
+
+
+def test_weights_that_transformers_would_read_instead(tiny_checkpoint: Checkpoint) -> None:
+    """Prevents: one file checked and another one loaded."""
+    folder = tiny_checkpoint()
+    edit_config(folder, transformers_weights="other.safetensors")
+    refused(folder, "transformers_weights is 'other.safetensors'; allowed: none")
+    edit_config(folder, transformers_weights=None)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    refused(folder, "holds a model and an adapter; move adapter_config.json")
+    (folder / "adapter_config.json").unlink()
+    part = folder / "shard-00000-model-00001-of-00001.safetensors"
+    part.touch()
+    refused(folder, f"has {part.name}, a part of a distributed checkpoint")
+
+
 def test_single_file_beside_an_index(tiny_model: Model, tmp_path: Path) -> None:
     """The shards checked and the single file loaded, with random numbers for what it lacks."""
     save_checkpoint(tiny_model(torch.float32), tmp_path / "many", max_shard_size="100KB")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ import trimode
 from tests.checkpoint.made_gguf import make_gguf
 from tests.checkpoint.made_sources import make_source
 from trimode.checkpoint import model_cache, names
+from trimode.checkpoint.content_key import content_key
 from trimode.checkpoint.io import DEFAULT_MODEL
 from trimode.checkpoint.model_cache import named_folder, resolve
 from trimode.cli.main import main
@@ -179,6 +184,81 @@ def test_commands_take_names(
         assert main(line) == 0, capsys.readouterr().err
     content = (tmp_path / "target" / "config.json").read_text()
     assert '"vocab_size": 320' in content
+
+
+def test_a_gguf_file(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Prevents: a file converted at every start, or under a name that another file may have."""
+    (tmp_path / "a").mkdir()
+    file = make_gguf(tmp_path / "a")[1]
+    folder = resolve(file)
+    assert messages(caplog, "") == [f"converting {file} into {folder}, once, in float32"]
+    assert folder.parent == cache
+    assert trimode.load(str(file)).model.config.block_size == model_cache.BLOCK_LENGTH
+    moved = file.rename(tmp_path / "other name.gguf")
+    assert resolve(str(moved)) == tokenizer_folder(moved) == folder
+    assert len(messages(caplog, "converting")) == 1
+    (tmp_path / "b").mkdir()
+    other = make_gguf(tmp_path / "b", rms_norm_eps=1e-6)[1].replace(moved)
+    assert resolve(other) != folder
+    assert len(messages(caplog, "converting")) == 2
+
+
+def test_a_folder_with_a_gguf_file(tmp_path: Path, cache: Path) -> None:
+    """Prevents: a download of one file refused for the configuration that it has within."""
+    (tmp_path / "download").mkdir()
+    file = make_gguf(tmp_path / "download")[1]
+    shutil.rmtree(tmp_path / "download" / "source")
+    assert resolve(tmp_path / "download") == resolve(file)
+    file.with_name("q4.gguf").touch()
+    with pytest.raises(CheckpointError, match="several GGUF files; .*: q4.gguf, source.gguf$"):
+        resolve(tmp_path / "download")
+
+
+def test_commands_take_gguf_files(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prevents: a command that takes a file for a folder, or that does not name what is missing."""
+    file = str(make_gguf(tmp_path)[1])
+    for words in (["generate", "the", "--model", file], ["chat", "the", "--model", file]):
+        assert main([*words, "--max-new-tokens", "2"]) == 0, capsys.readouterr().err
+    assert main(["info", file, "--json"]) == 0
+    assert capsys.readouterr().err.count("once, in float32") == 1
+    missing = str(tmp_path / "no" / "model.gguf")
+    for words in (
+        ["generate", "the", "--model", missing],
+        ["serve", missing],
+        ["info", missing],
+        ["convert", missing, str(tmp_path / "no" / "target")],
+        ["convert", "org/model.gguf", str(tmp_path / "target")],
+        ["generate", "the", "--model", "org/model.gguf"],
+    ):
+        assert main(words) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.endswith("model.gguf: no such file"), line
+
+
+def test_content_keys(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: gigabytes read at every start, or an old key for a new content."""
+    file, read = tmp_path / "a.gguf", hashlib.file_digest
+    calls: list[str] = []
+
+    def counted(content: Any, name: str) -> Any:
+        calls.append(name)
+        return read(content, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    file.write_bytes(b"one")
+    key = content_key(file)
+    assert (content_key(file), len(calls)) == (key, 1)
+    file.write_bytes(b"two")
+    os.utime(file, ns=(5, 5))
+    assert content_key(file) != key
+    (cache / "content_keys.json").write_text("{")
+    file.write_bytes(b"one")
+    assert content_key(file) == key
+    (tmp_path / "full").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    assert content_key(file) == key
 
 
 def test_a_training_run_takes_names(tmp_path: Path, cache: Path, install: Install) -> None:

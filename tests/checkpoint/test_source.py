@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.checkpoint.made_sources import (
+    LLAMA3,
     SHAPE,
+    YARN,
     MakeTokenizer,
     Source,
     edit_json,
     opened,
     refused,
+    their_logits,
 )
 from trimode.checkpoint.convert import convert
 from trimode.checkpoint.io import load_tokenizer
-from trimode.errors import CheckpointError, UnsupportedError
+from trimode.errors import CheckpointError, ConfigError, UnsupportedError
 
 
 def test_eos_of_the_generation_defaults(source: Source, tmp_path: Path) -> None:
@@ -133,6 +137,104 @@ def test_sources_that_cannot_be_converted(
     folder = source(family)
     edit_json(folder / "config.json", **changes)
     refused(folder, message, error=error or CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"sliding_window": 64}),  # Llama's network does not read it
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}),
+        ("qwen3", {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 0}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}),
+        ("mistral", {"sliding_window": 512}),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 64,
+                "layer_types": ["full_attention", "full_attention"],
+            },
+        ),
+    ],
+)
+def test_windows_that_never_take_effect(
+    source: Source, tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    """Prevents: a source refused for a number that its network does not use."""
+    folder = source(family)
+    content = json.loads((folder / "config.json").read_text())
+    content.pop("layer_types", None)  # by which transformers tells Ministral from Mistral
+    (folder / "config.json").write_text(json.dumps(content | changes))
+    record = convert(folder, tmp_path / "target")
+    assert record["context"] == record["source_context"] == 512
+    ids = torch.randint(320, (200,), generator=torch.Generator().manual_seed(1))
+    logits = opened(tmp_path / "target")(ids[None]).logits[0, :, :320]
+    torch.testing.assert_close(logits, their_logits(folder, ids), rtol=0, atol=1e-4)
+
+
+WINDOWS: list[tuple[str, dict[str, Any]]] = [
+    ("mistral", {"sliding_window": 64}),
+    ("ministral3", {"sliding_window": 64, "rope_parameters": YARN}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}),
+]
+
+
+@pytest.mark.parametrize(("family", "config"), WINDOWS)
+def test_a_context_cut_to_the_window(
+    source: Source, tmp_path: Path, family: str, config: dict[str, Any]
+) -> None:
+    """Prevents: Mistral 7B refused, or converted so that tokens beyond the window are seen."""
+    folder = source(family, **config)
+    says = "sliding_window is 64, within the context of {}; .*convert --max-context 64` "
+    refused(folder, says.format(512), error=UnsupportedError)
+    refused(folder, says.format(65), error=UnsupportedError, max_context=65)
+    record = convert(folder, tmp_path / "target", max_context=64)
+    assert (record["context"], record["source_context"]) == (64, 512)
+    probes = record["proof"]["probes"]
+    assert max(probe["first_position"] + len(probe["ids"]) for probe in probes) == 64
+    model = opened(tmp_path / "target")
+    assert model.config.max_position_embeddings == 64
+    ids = torch.randint(320, (65,), generator=torch.Generator().manual_seed(1))
+    theirs, ours = their_logits(folder, ids), model(ids[None]).logits[0, :, :320]
+    torch.testing.assert_close(ours[:64], theirs[:64], rtol=0, atol=1e-4)
+    assert (ours[64] - theirs[64]).abs().max() > 1e-3  # one more token, and it would be wrong
+
+
+@pytest.mark.parametrize("rope", [YARN, YARN | {"factor": None}, LLAMA3])
+def test_a_cut_context_keeps_its_angles(
+    source: Source, tmp_path: Path, rope: dict[str, Any]
+) -> None:
+    """Prevents: scaled positions computed from the new context in the place of the source's."""
+    folder = source("llama" if rope is LLAMA3 else "ministral3", rope_parameters=rope)
+    convert(folder, tmp_path / "target", max_context=100)
+    ids = torch.randint(320, (100,), generator=torch.Generator().manual_seed(1))
+    logits = opened(tmp_path / "target")(ids[None]).logits[0, :, :320]
+    torch.testing.assert_close(logits, their_logits(folder, ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("length", "says"),
+    [
+        (513, "max_context is 513; allowed: 1 to 512, the context of .*source$"),
+        (0, "max_context is 0; allowed: 1 to 512"),
+        (31, "max_context is 31; allowed: at least the block length, 32"),
+    ],
+)
+def test_contexts_that_cannot_be(source: Source, length: int, says: str) -> None:
+    """Prevents: positions that the source was never trained on, given out as its context."""
+    refused(source("llama"), says, error=ConfigError, max_context=length)
+
+
+def test_a_cut_context_is_the_tokenizers_too(
+    source: Source, tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    """Prevents: transformers' tokenizer truncating at a length that the model refuses."""
+    folder = source("llama", tokenizer=tokenizer())
+    convert(folder, tmp_path / "target", max_context=100)
+    after = load_tokenizer(tmp_path / "target")
+    assert after is not None
+    assert after.model_max_length == 100
 
 
 def test_damaged_files(source: Source) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,24 @@ def test_convert_then_generate_in_three_modes(qwen: Path, capsys: Capture) -> No
         assert max(found[mode]["token_ids"]) < 258  # neither the mask token nor a padded row
     assert found["linear"]["token_ids"] == found["ar"]["token_ids"]
     assert found["linear"]["block_length"] == 8
+
+
+def test_a_context_cut_to_a_sliding_window(qwen: Path, capsys: Capture) -> None:
+    """Prevents: a refusal that names an option which is not there, or does not help."""
+    path = qwen / "config.json"
+    changes = {"use_sliding_window": True, "sliding_window": 100, "layer_types": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes | {"max_window_layers": 0}))
+    words = ["convert", str(qwen), str(qwen.parent / "tri")]
+    assert main(words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    option = re.search(r"`trimode convert (--max-context \d+)`", line)
+    assert option is not None, line
+    assert main([*words, *option[1].split()]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "context     100 of the source's 256"
+    prompt = ["generate", "x" * 90, "--model", str(qwen.parent / "tri"), "--max-new-tokens"]
+    assert main([*prompt, "10"]) == 0
+    assert main([*prompt, "11"]) == 2
+    assert "100" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_json_is_the_record(qwen: Path, capsys: Capture) -> None:

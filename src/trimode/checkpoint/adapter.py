@@ -8,8 +8,6 @@ the fields of `AdapterForm`), its mask embeddings and corrector (`trimode_view.s
 from __future__ import annotations
 
 import json
-import math
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,50 +18,18 @@ from safetensors.torch import load_file, save_file
 
 from trimode.checkpoint import whole_folder
 from trimode.checkpoint.io import read_json
+from trimode.checkpoint.peft_config import REMEDY, WRITTEN, describe, parse_name, read_peft_config
 from trimode.errors import CheckpointError, ConfigError
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.adapter import (
     MLP_TARGETS,
     PUBLISHED_FORM,
-    TARGETS,
     AdapterForm,
     LoraPair,
     linear_of,
     merge,
 )
 from trimode.model.corrector import Corrector
-
-_NAME = re.compile(
-    r"(?:base_model\.model\.)?(?:model\.)?encoder\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)"
-    r"\.lora_([AB])(?:\.default)?\.weight"
-)
-
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": (None, []),
-    "fan_in_fan_out": (False, None),
-    "init_lora_weights": (True, False, None, "gaussian"),
-    "layer_replication": (None,),
-    "alora_invocation_tokens": (None,),
-    "lora_bias": (False, None),
-    "megatron_config": (None,),
-    "trainable_token_indices": (None,),
-    "layers_to_transform": (None, []),
-    "exclude_modules": (None, []),
-    "target_parameters": (None, []),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "arrow_config": (None,),
-}
-"""LoRA variants that would change the arithmetic, and the values that leave them off."""
-
 
 _USE = "trimode_use"
 """Key of the tensors' metadata that says what an adapter is for; absent in those of others."""
@@ -72,6 +38,8 @@ _PUBLISHED_DRAFTER = "linear_spec_lora"
 
 _VIEW_FORMAT = 1
 """Of `trimode_view.json`; raised when an older reader would misread it."""
+
+_OTHER_FILES = ("adapter_model.bin", "adapter_model.safetensors.index.json")
 
 _PLACE = "position - anchor"
 """What row p - 1 of the mask embeddings is for; the only meaning there is."""
@@ -102,27 +70,14 @@ def load_adapter(
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"adapter {folder}: no such folder")
-    config = read_json(folder / "adapter_config.json")
-    rank, scale = _rank_and_scale(config, folder)
-    pairs: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
-    for name, tensor in _read_tensors(folder / "adapter_model.safetensors").items():
-        match = _NAME.fullmatch(name)
-        part = "mlp" if match is not None and match[3] in MLP_TARGETS else "self_attn"
-        if match is None or match[3] not in TARGETS or match[2] != part:
-            raise CheckpointError(f"{folder}: unexpected tensor {name}")
-        halves = pairs.setdefault((int(match[1]), match[3]), {})
-        if match[4] in halves or not tensor.is_floating_point():
-            raise CheckpointError(f"{folder}: tensor {name} is there twice, or not of floats")
-        halves[match[4]] = tensor
-    if not pairs:
-        raise CheckpointError(f"{folder}: the adapter holds no tensors")
-    named, found = config.get("target_modules"), {target for _, target in pairs}
-    if isinstance(named, list) and not found <= set(named) | {
-        name.split(".")[-1] for name in named
-    }:
+    config = read_peft_config(folder, remedy=_remedy(folder))
+    pairs, modules = _read_pairs(folder)
+    named, found = config.target_modules, {target for _, target in pairs}
+    if named is not None and not found <= set(named) | {name.split(".")[-1] for name in named}:
         raise CheckpointError(
             f"{folder}: target_modules is {named}, but there are tensors of {sorted(found)}"
         )
+    _check_width(folder, _widths(pairs), model)
     form, num_candidates = _read_view(folder)
     tensors = _read_view_tensors(folder, model=model, has_corrector=num_candidates is not None)
     corrector = None
@@ -131,7 +86,10 @@ def load_adapter(
         corrector = Corrector(*parts, num_candidates=num_candidates)
     adapter = DrafterAdapter(
         {
-            key: LoraPair(*_matrices(key, halves, rank, model, folder), scale)
+            key: LoraPair(
+                *_matrices(key, halves, config.rank_of(modules[key]), model, folder),
+                config.scale_of(modules[key]),
+            )
             for key, halves in pairs.items()
         },
         form=form,
@@ -185,7 +143,8 @@ def merge_lora(folder: str | Path, *, model: TriModeModel) -> None:
         CheckpointError: it is a drafter, is not a plain LoRA, or does not fit the network.
     """
     check_use(Path(folder), "lora")
-    merge(load_adapter(folder, model=model, dtype=torch.float32), model.encoder.layers)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    merge(load_adapter(folder, model=model, dtype=dtype), model.encoder.layers)
 
 
 def save_adapter(
@@ -218,7 +177,7 @@ def save_adapter(
         "target_modules": sorted({target for _, target, _ in adapter.items()}),
         "lora_dropout": 0.0,
         "inference_mode": True,
-        **{name: allowed[0] for name, allowed in _PLAIN.items()},
+        **WRITTEN,
     }
     temporary = whole_folder.start(folder)
     save_tensors(tensors, temporary, use="drafter")
@@ -300,6 +259,9 @@ def _read_view_tensors(
             " mask_embeddings"
         )
     hidden = model.config.hidden_size
+    _check_width(
+        folder, {tensor.shape[1] for tensor in tensors.values() if tensor.ndim == 2}, model
+    )
     ranks = {tensors[name].shape[0] for name in expected if tensors[name].ndim == 2}
     for name, tensor in tensors.items():
         is_good = tensor.ndim == 2 and len(tensor) > 0 and tensor.shape[1] == hidden
@@ -311,24 +273,68 @@ def _read_view_tensors(
     return tensors
 
 
-def _rank_and_scale(config: dict[str, Any], folder: Path) -> tuple[int, float]:
-    if config.get("peft_type") != "LORA":
+Pairs = dict[tuple[int, str], dict[str, torch.Tensor]]
+"""Layer index and target -> the halves `A` and `B`."""
+
+
+def _read_pairs(folder: Path) -> tuple[Pairs, dict[tuple[int, str], str]]:
+    """The tensors by layer and target, and the module's name in PEFT's base for each."""
+    pairs: Pairs = {}
+    modules: dict[tuple[int, str], str] = {}
+    names: dict[tuple[int, str, str], str] = {}
+    for name, tensor in _read_tensors(folder / "adapter_model.safetensors").items():
+        place = parse_name(name)
+        if place is None:
+            raise CheckpointError(
+                f"{folder}: unexpected tensor {name}{describe(name)}{_remedy(folder)}"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{folder}: tensor {name} is of {tensor.dtype}; allowed: a floating-point type"
+            )
+        key = place.layer, place.target
+        other = names.setdefault((*key, place.half), name)
+        if other != name:
+            raise CheckpointError(
+                f"{folder}: adapter_model.safetensors holds one tensor twice, as {other} and as"
+                f" {name}"
+            )
+        pairs.setdefault(key, {})[place.half] = tensor
+        modules[key] = place.module
+    if not pairs:
+        raise CheckpointError(f"{folder}: the adapter holds no tensors")
+    return pairs, modules
+
+
+def _remedy(folder: Path) -> str:
+    """What to do with a folder that is not plain LoRA; a drafter has no base to merge it into."""
+    return "" if read_use(folder) == "drafter" else f"; {REMEDY}"
+
+
+def _widths(pairs: Pairs) -> set[int]:
+    """Hidden sizes that the tensors ask for."""
+    widths = set()
+    for (_, target), halves in pairs.items():
+        half, axis = ("B", 0) if target in ("o_proj", "down_proj") else ("A", 1)
+        if half in halves and halves[half].ndim == 2:
+            widths.add(halves[half].shape[axis])
+    return widths
+
+
+def _check_width(folder: Path, widths: set[int], model: TriModeModel) -> None:
+    """Refuse an adapter all of whose tensors are of one other width."""
+    hidden = model.config.hidden_size
+    if len(widths) == 1 and widths != {hidden}:
         raise CheckpointError(
-            f"{folder}: peft_type is {config.get('peft_type')!r}; allowed: 'LORA'"
+            f"{folder} is made for another model: width {widths.pop()}, this one {hidden}"
         )
-    for name, allowed in _PLAIN.items():
-        if name in config and config[name] not in allowed:
-            raise CheckpointError(f"{folder}: {name} is {config[name]!r}; allowed: {allowed[0]!r}")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    is_number = isinstance(alpha, (int, float)) and math.isfinite(alpha)
-    if not isinstance(rank, int) or rank < 1 or not is_number:
-        raise CheckpointError(f"{folder}: r is {rank!r} and lora_alpha {alpha!r}; expected numbers")
-    return rank, float(alpha or 0) / rank
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     if not file.exists():
-        raise CheckpointError(f"{file.parent} has no {file.name}")
+        others = [name for name in _OTHER_FILES if (file.parent / name).exists()]
+        found = f", only {others[0]}, which is not opened" if others else ""
+        raise CheckpointError(f"{file.parent} has no {file.name}{found}")
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -347,7 +353,8 @@ def _matrices(
     name = f"layer {layer_index} {target}"
     if layer_index >= len(model.encoder.layers):
         raise CheckpointError(
-            f"{folder}: {name}, but the model has {len(model.encoder.layers)} layers"
+            f"{folder} is made for another model: it has {name}, but the model has"
+            f" {len(model.encoder.layers)} layers"
         )
     if set(halves) != {"A", "B"}:
         raise CheckpointError(f"{folder}: {name} has lora_{''.join(halves)} only; expected A and B")

@@ -75,7 +75,11 @@ def compress_adapter(
         match = _HALF.search(name)
         if match is None:
             raise CheckpointError(f"{source}: unexpected tensor {name}")
-        pairs[name[: match.start()]][match[1]] = name
+        halves = pairs[name[: match.start()]]
+        if halves.setdefault(match[1], name) != name:
+            raise CheckpointError(
+                f"{source}: {_WEIGHTS} holds one tensor twice, as {halves[match[1]]} and as {name}"
+            )
     if not pairs:
         raise CheckpointError(f"{source}: the adapter holds no tensors")
     new: dict[str, Tensor] = {}

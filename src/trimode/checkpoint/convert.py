@@ -28,7 +28,7 @@ from trimode.checkpoint.mask_token import MaskToken, choose_mask_token
 from trimode.checkpoint.names import KNOWN, find_source
 from trimode.checkpoint.proof import prove, prove_tokenizer
 from trimode.checkpoint.source import Source, open_source
-from trimode.errors import CheckpointError, UnsupportedError
+from trimode.errors import CheckpointError, ConfigError, UnsupportedError
 from trimode.model import NemotronLabsDiffusionConfig, TriModeConfig
 from trimode.model.modeling import MODEL_CLASSES
 
@@ -52,6 +52,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     proof_dtype: str = "float32",
+    max_context: int | None = None,
     on_plan: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Write a tri-mode checkpoint whose AR view computes what the source computes.
@@ -68,6 +69,8 @@ def convert(
             file, whose dequantised weights are then exact.
         max_shard_size: Such as "5GB"; one shard at most is in memory while copying.
         proof_dtype: Element type of the proof, which holds one network of the source's size.
+        max_context: Positions of the result, for a source with a sliding window shorter than its
+            context; within the window the two agree. None keeps the source's.
         on_plan: Called with the record, all but its `proof`, before weights are read.
 
     Returns:
@@ -84,8 +87,15 @@ def convert(
         raise CheckpointError(f"{destination} is the source itself; give another folder")
     proved_in = io.as_dtype(proof_dtype)
     written_in = None if dtype is None else io.as_dtype(dtype)
-    with io.fresh_folder(target) as partial, _as_folder(place, partial) as folder:
-        opened = open_source(folder)
+    with (
+        io.fresh_folder(target) as partial,
+        _as_folder(place, partial, max_context=max_context) as folder,
+    ):
+        opened = open_source(folder, max_context=max_context)
+        if max_context is not None and max_context < block_length:
+            raise ConfigError(
+                f"max_context is {max_context}; allowed: at least the block length, {block_length}"
+            )
         mask = choose_mask_token(mask_token, opened)
         is_tied = opened.is_tied and not untie
         config = our_config(opened, mask, block_length=block_length, is_tied=is_tied)
@@ -98,6 +108,9 @@ def convert(
             config.dtype = record["tensors"][0]["dtype"]
             config.save_pretrained(partial)
             if opened.tokenizer is not None:
+                if max_context is not None:
+                    length = min(opened.tokenizer.model_max_length, max_context)
+                    opened.tokenizer.model_max_length = length
                 opened.tokenizer.save_pretrained(partial)
         if opened.tokenizer is not None:
             prove_tokenizer(opened, partial, mask)
@@ -115,20 +128,15 @@ def _find(source: str | Path) -> Path:
     """The source's folder, or its GGUF file."""
     if isinstance(source, str) and source in KNOWN:
         return find_source(source)
-    if gguf_file.is_gguf(source):
-        return Path(source)
+    file = gguf_file.find_gguf(source)
+    if file is not None:
+        return file
     folder = io.resolve(source)
-    files = sorted(folder.glob(f"*{gguf_file.SUFFIX}"))
-    if not files or (folder / io.CONFIG_NAME).exists():
-        return folder
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise CheckpointError(f"{folder} has several GGUF files; give one of them: {names}")
-    return files[0]
+    return gguf_file.find_gguf(folder) or folder
 
 
 @contextmanager
-def _as_folder(place: Path, partial: Path) -> Iterator[Path]:
+def _as_folder(place: Path, partial: Path, *, max_context: int | None) -> Iterator[Path]:
     """The source as a folder; a GGUF file is unpacked within, and errors name the file."""
     if not gguf_file.is_gguf(place):
         yield place
@@ -136,9 +144,9 @@ def _as_folder(place: Path, partial: Path) -> Iterator[Path]:
     folder = partial / UNPACKED
     try:
         with whole_folder.writing(partial.with_suffix(""), what="checkpoint"):
-            gguf_file.unpack(place, folder)
+            gguf_file.unpack(place, folder, max_context=max_context)
         yield folder
-    except (CheckpointError, UnsupportedError) as error:
+    except (CheckpointError, ConfigError, UnsupportedError) as error:
         raise type(error)(str(error).replace(str(folder), str(place))) from error
 
 
@@ -157,12 +165,16 @@ def our_config(
     if mask.token_id >= num_rows:
         num_tokens = max(num_tokens, mask.token_id + 1)
         num_rows = -(-num_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+    rope = {name: value for name, value in theirs.rope_parameters.items() if name != "type"}
+    if rope["rope_type"] == "yarn" and rope["factor"] is None:  # follows from the whole context
+        rope["factor"] = theirs.max_position_embeddings / rope["original_max_position_embeddings"]
     fields = {name: getattr(theirs, name) for name in (*key_maps.SHARED_FIELDS, *family.read)}
     fields |= family.fixed | {
         "vocab_size": num_rows,
+        "max_position_embeddings": source.context,
         "num_valid_tokens": num_tokens if num_tokens < num_rows else None,
         "head_dim": getattr(theirs, "head_dim", None),
-        "rope_parameters": {k: v for k, v in theirs.rope_parameters.items() if k != "type"},
+        "rope_parameters": rope,
         "eos_token_id": source.eos_token_id,
         "mask_token_id": mask.token_id,
         "block_size": block_length,
@@ -251,6 +263,8 @@ def make_record(
         "num_valid_tokens": config.num_valid_tokens,
         "num_new_rows": config.vocab_size - source.config.vocab_size,
         "block_size": config.block_size,
+        "context": source.context,
+        "source_context": source.config.max_position_embeddings,
         "head": _head(source, config),
         "has_tokenizer": source.tokenizer is not None,
         "mask_token": asdict(mask),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,12 @@ class GenerationDefaults:
             for name in self.__slots__
             if (value := getattr(self, name)) not in (None, ())
         }
+
+    def ended_also_by(self, token_id: int | None, config: TriModeConfig) -> GenerationDefaults:
+        """The same, where a turn also ends with the end of text of an adapter's tokenizer."""
+        if token_id is None or token_id in (*self.stop_token_ids, *config.eos_token_ids):
+            return self
+        return replace(self, stop_token_ids=(*self.stop_token_ids, token_id))
 
 
 def read_generation_defaults(

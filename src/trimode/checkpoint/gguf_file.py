@@ -63,13 +63,36 @@ def is_gguf(source: str | Path) -> bool:
     return str(source).lower().endswith(SUFFIX) and not Path(source).is_dir()
 
 
-def unpack(file: Path, folder: Path) -> None:
+def find_gguf(source: str | Path) -> Path | None:
+    """The GGUF file that a source is, or the only one of a folder without a configuration.
+
+    Raises:
+        CheckpointError: The file does not exist, or the folder has several.
+    """
+    place = Path(source)
+    if is_gguf(source):
+        if not place.is_file():
+            raise CheckpointError(f"{source}: no such file")
+        return place
+    if not place.is_dir() or (place / io.CONFIG_NAME).exists():
+        return None
+    files = sorted(place.glob(f"*{SUFFIX}"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{place} has several GGUF files; give one of them: {names}")
+    return files[0] if files else None
+
+
+def unpack(file: Path, folder: Path, *, max_context: int | None = None) -> None:
     """Write what a GGUF file holds as a checkpoint of transformers.
 
     Args:
         file: Of architecture `ARCHITECTURES`.
         folder: New; gets config.json, the tokenizer, float32 weights, and generation_config.json if
             the file has sampling defaults or a second end of text.
+
+        max_context: Positions that will be kept, which a sliding window must not be shorter than;
+            None for those of the file.
 
     Raises:
         CheckpointError: The file cannot be read.
@@ -83,7 +106,7 @@ def unpack(file: Path, folder: Path) -> None:
             " pip install 'trimode[gguf]'"
         )
     fields, tensors = _read_header(file)
-    _check(file, fields, tensors)
+    _check(file, fields, tensors, max_context=max_context)
     model, tokenizer = _read(file)
     _restore(tokenizer, fields)
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -102,8 +125,6 @@ def _read_header(file: Path) -> tuple[dict[str, Any], set[str]]:
     """Metadata without the vocabulary, and the names of tensors."""
     import gguf
 
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
     try:
         reader = gguf.GGUFReader(file)
         fields = {
@@ -111,13 +132,18 @@ def _read_header(file: Path) -> tuple[dict[str, Any], set[str]]:
             for name, field in reader.fields.items()
             if field.types[:1] != [gguf.GGUFValueType.ARRAY]
         }
-        return fields, {tensor.name for tensor in reader.tensors}
+        names = [tensor.name for tensor in reader.tensors]
     except Exception as error:  # the reader raises anything on a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{file} is not a whole GGUF file: {reason}") from error
+    if twice := sorted({name for name in names if names.count(name) > 1}):  # older readers allow it
+        raise CheckpointError(f"{file} holds tensor {twice[0]} twice")
+    return fields, set(names)
 
 
-def _check(file: Path, fields: dict[str, Any], tensors: set[str]) -> None:
+def _check(
+    file: Path, fields: dict[str, Any], tensors: set[str], *, max_context: int | None
+) -> None:
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
@@ -135,8 +161,10 @@ def _check(file: Path, fields: dict[str, Any], tensors: set[str]) -> None:
         raise UnsupportedError(f"{file}: the network is a mixture of experts; supported: dense")
     _check_tensors(file, fields, tensors)
     window = fields.get(f"{architecture}.attention.sliding_window")
-    if window and window < fields.get(f"{architecture}.context_length", window):
-        raise UnsupportedError(f"{file}: sliding_window is {window}; supported: none")
+    whole: int = fields.get(f"{architecture}.context_length", 0)
+    context = whole if max_context is None else min(max_context, whole)
+    if window and window < context:
+        raise UnsupportedError(key_maps.window_refusal(file, window, context))
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedError(

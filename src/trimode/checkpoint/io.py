@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_OF_RANK = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -114,6 +116,22 @@ def check_weights(folder: Path, config: TriModeConfig) -> None:
     if config.tie_word_embeddings and "diffusion_head.weight" not in found:
         del expected["diffusion_head.weight"]
     compare_shapes(folder, found=found, expected=expected)
+    if config.tie_word_embeddings and "diffusion_head.weight" in found:
+        _check_tied_head(folder, stored)
+
+
+def _check_tied_head(folder: Path, stored: dict[str, StoredTensor]) -> None:
+    """Refuse a tied head that is stored too, and is another matrix than the embedding."""
+    both, names = [], ("encoder.embed_tokens.weight", "diffusion_head.weight")
+    for name in names:
+        with safe_open(stored[name].file, framework="pt") as tensors:
+            both.append(tensors.get_tensor(name))
+    if not torch.equal(*both):
+        files = " and ".join(sorted({stored[name].file.name for name in names}))
+        raise CheckpointError(
+            f"{folder}: diffusion_head.weight differs from encoder.embed_tokens.weight in {files},"
+            " though tie_word_embeddings is true; set it to false, or remove the head"
+        )
 
 
 def read_with(auto: Any, folder: Path, what: str) -> Any:
@@ -216,11 +234,22 @@ class StoredTensor:
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """What is known of every tensor in the folder's safetensors files without reading weights."""
+    """Read shape, type and file of every tensor in a folder, without reading weights.
+
+    Read the files that transformers reads: the single file if there is one, else the shards that
+    the index names. Other files of the folder do not count.
+
+    Raises:
+        CheckpointError: A file is missing or damaged; a tensor is stored twice, or elsewhere than
+            the index says, or nowhere; transformers would read other files.
+    """
+    _check_files(folder)
+    index: dict[str, str] = {}
     if (folder / WEIGHTS_NAME).exists():  # transformers reads it even where there is an index
         files = [folder / WEIGHTS_NAME]
     elif (folder / INDEX_NAME).exists():
-        files = _indexed_files(folder)
+        index = _read_index(folder)
+        files = [folder / name for name in sorted(set(index.values()))]
     else:
         pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
         found = f"only {pickles[0]}, and pickles are not opened" if pickles else "none"
@@ -228,20 +257,63 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     headers: dict[str, StoredTensor] = {}
     for file in files:
         if not file.exists():
-            raise CheckpointError(f"{folder}: shard {file.name} named by {INDEX_NAME} is missing")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    tensor = tensors.get_slice(name)
-                    shape = tuple(tensor.get_shape())
-                    headers[name] = StoredTensor(file, shape, tensor.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+            first = min(name for name, shard in index.items() if shard == file.name)
+            raise CheckpointError(
+                f"{folder}: shard {file.name} named by {INDEX_NAME} is missing, which holds {first}"
+            )
+        for name, tensor in _read_header(file).items():
+            if name in headers:
+                raise CheckpointError(
+                    f"{folder}: tensor {name} is stored twice, in {headers[name].file.name} and in"
+                    f" {file.name}; allowed: one shard"
+                )
+            headers[name] = tensor
+    for name, shard in index.items():
+        found = headers[name].file.name if name in headers else "no shard"
+        if found != shard:
+            raise CheckpointError(
+                f"{folder}: {INDEX_NAME} says that tensor {name} is in {shard}, but {found} holds"
+                " it; get index and shards of one version"
+            )
     return headers
 
 
-def _indexed_files(folder: Path) -> list[Path]:
-    """The shards that the index names, which must lie in the folder itself."""
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            return {
+                name: StoredTensor(file, tuple(tensor.get_shape()), tensor.get_dtype())
+                for name, tensor in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder of which transformers would read other files than we check."""
+    if (folder / CONFIG_NAME).is_file():
+        other = read_json(folder / CONFIG_NAME).get("transformers_weights")
+        if other is not None:
+            raise CheckpointError(
+                f"{folder / CONFIG_NAME}: transformers_weights is {other!r}; allowed: none, so that"
+                f" the weights are {WEIGHTS_NAME} or the shards of {INDEX_NAME}"
+            )
+        if (folder / "adapter_config.json").exists():  # transformers would load it on top
+            raise CheckpointError(
+                f"{folder} holds a model and an adapter; move adapter_config.json and"
+                " adapter_model.safetensors to a folder of their own"
+            )
+    ranks = sorted(path.name for path in folder.glob("shard-*") if _OF_RANK.fullmatch(path.name))
+    if ranks:
+        raise CheckpointError(
+            f"{folder} has {ranks[0]}, a part of a distributed checkpoint, which transformers would"
+            f" read instead; allowed: {WEIGHTS_NAME}, or the shards of {INDEX_NAME}"
+        )
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor -> its shard, which must lie in the folder itself."""
     index = read_json(folder / INDEX_NAME)
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names or not isinstance(index.get("metadata"), dict):
@@ -251,7 +323,7 @@ def _indexed_files(folder: Path) -> list[Path]:
             raise CheckpointError(
                 f"{folder / INDEX_NAME}: weight_map has {name!r}; allowed: a file name"
             )
-    return [folder / name for name in sorted(set(names.values()))]
+    return names
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What other families' checkpoints call things, and which of them we can be. Data only.
+"""What other families' checkpoints call things, and which of them we can be. Data, and one message.
 
 Source: the configuration classes and state dicts of transformers 5; facts 1.4 and 1.5.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3ForCausalLM", read=("attention_bias",), fixed={"use_qk_norm": True}),
 }
 
+WINDOWED_FAMILIES = ("mistral", "ministral3", "qwen2", "qwen3")
+"""Those whose networks read `sliding_window`; Llama's does not, whatever its configuration says."""
+
 VISION_FAMILIES: dict[str, Family] = {"mistral3": Family("Mistral3ForConditionalGeneration")}
 """Vision-language models whose text part is one of `FAMILIES`."""
 
@@ -51,7 +55,6 @@ SHARED_FIELDS = (
     "num_attention_heads",
     "num_key_value_heads",
     "hidden_act",
-    "max_position_embeddings",
     "initializer_range",
     "rms_norm_eps",
     "attention_dropout",
@@ -154,3 +157,12 @@ below, a wrong tensor, angle or epsilon well above. In 16 bits this tells a wron
 
 PROBE_TEXT = "def f(x):\n\treturn 'é'  # 12 + 34 = 46, Straße 東京 🙂\n\n  <b> </b> [x] <|x|>"
 """What a saved tokenizer must read as the source's does."""
+
+
+def window_refusal(place: Path, window: int, context: int) -> str:
+    """Say what to do about a sliding window that is shorter than the context."""
+    cut = f"; `trimode convert --max-context {window}` cuts the context to it, which is exact"
+    return (
+        f"{place}: sliding_window is {window}, within the context of {context}; supported: none, or"
+        f" one as long as the context{cut if window > 0 else ''}"
+    )

@@ -1,4 +1,8 @@
-"""From what a user calls a model to its folder; a named model is converted once, into the cache."""
+"""From what a user calls a model to its folder.
+
+A named model and a GGUF file are converted once, into the cache. The cache knows a file by its
+content, wherever it lies and whatever it is called.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from trimode.checkpoint import io
+from trimode.checkpoint.content_key import content_key
 from trimode.checkpoint.convert import VERSION, convert
+from trimode.checkpoint.gguf_file import find_gguf, is_gguf
 from trimode.checkpoint.names import KNOWN, NAMES, POCKET, find_source
 from trimode.errors import CheckpointError
 from trimode.user_cache import cache_folder
@@ -22,35 +29,69 @@ from trimode.user_cache import cache_folder
 logger = logging.getLogger(__name__)
 
 
+BLOCK_LENGTH = 8
+"""Default of a converted file: its drafts are poor until it is trained, so long ones cost more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is to be in the cache.
+
+    Attributes:
+        name: For messages.
+        key: The folder's name in the cache.
+        block_length: Default diffusion block length.
+        file: The GGUF file; None is the source behind the name.
+    """
+
+    name: str
+    key: str
+    block_length: int
+    file: Path | None = None
+
+
 def resolve(path: str | Path | None) -> Path:
     """The local folder of a checkpoint.
 
     Args:
-        path: A name, a folder, or an id on the hub; None is the default model.
+        path: A name, a folder, an id on the hub, a GGUF file, or a folder with nothing but one;
+            None is the default model.
 
     Raises:
         CheckpointError: There is none.
     """
     if isinstance(path, str) and path in NAMES:
         return named_folder(path)
+    file = None if path is None else find_gguf(path)
+    if file is not None:
+        return _converted(_of_file(file))
     try:
-        return io.resolve(path)
+        folder = io.resolve(path)
     except CheckpointError as error:
         if not isinstance(path, str) or "/" in path or Path(path).exists():
             raise
         raise CheckpointError(f"{error}; names of models are {', '.join(NAMES)}") from error
+    file = find_gguf(folder)  # of the hub
+    return folder if file is None else _converted(_of_file(file))
 
 
 def named_folder(path: str | Path) -> Path:
-    """The folder of a named model; any other path as it is."""
+    """The folder of a named model, or of a GGUF file; any other path as it is."""
     if path == POCKET:
         return io.DEFAULT_MODEL
-    return _converted(path) if isinstance(path, str) and path in KNOWN else Path(path)
+    if isinstance(path, str) and path in KNOWN:
+        return _converted(_Wanted(path, f"{path}_{VERSION}", KNOWN[path].block_length))
+    file = find_gguf(path) if is_gguf(path) else None
+    return Path(path) if file is None else _converted(_of_file(file))
 
 
-def _converted(name: str) -> Path:
+def _of_file(file: Path) -> _Wanted:
+    return _Wanted(file.name, f"gguf_{content_key(file)}_{VERSION}", BLOCK_LENGTH, file)
+
+
+def _converted(wanted: _Wanted) -> Path:
     """The folder in the user's cache, made if it is not there."""
-    folder = cache_folder() / "models" / f"{name}_{VERSION}"
+    folder = cache_folder() / "models" / wanted.key
     if (folder / io.CONFIG_NAME).exists():
         return folder
     try:
@@ -58,30 +99,35 @@ def _converted(name: str) -> Path:
         lock = folder.with_suffix(".lock").open("w")
     except OSError as error:
         reason = f"{folder.parent} cannot be written ({error.strerror})"
-        return _converted_for_now(name, reason)
-    with lock, _locked(lock, name):
+        return _converted_for_now(wanted, reason)
+    with lock, _locked(lock, wanted.name):
         if not (folder / io.CONFIG_NAME).exists():
             partial = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)  # of one that was killed: we have the lock
-            _convert(name, folder)
+            _convert(wanted, folder)
     return folder
 
 
 @functools.cache
-def _converted_for_now(name: str, reason: str) -> Path:
+def _converted_for_now(wanted: _Wanted, reason: str) -> Path:
     """A folder for this process alone, where there is no cache."""
     root = Path(tempfile.mkdtemp(prefix="trimode_"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    logger.warning("%s; %s goes into %s and is gone with this process", reason, name, root)
-    _convert(name, root / name)
-    return root / name
+    logger.warning("%s; %s goes into %s and is gone with this process", reason, wanted.name, root)
+    _convert(wanted, root / wanted.key)
+    return root / wanted.key
 
 
-def _convert(name: str, folder: Path) -> None:
-    source = find_source(name)
-    logger.warning("converting %s from %s, once; it takes about a minute", name, source)
-    convert(source, folder, block_length=KNOWN[name].block_length)
-    logger.warning("%s is converted: %s", name, folder)
+def _convert(wanted: _Wanted, folder: Path) -> None:
+    name, file = wanted.name, wanted.file
+    source = find_source(name) if file is None else file
+    if file is None:
+        logger.warning("converting %s from %s, once; it takes about a minute", name, source)
+    else:
+        logger.warning("converting %s into %s, once, in float32", file, folder)
+    convert(source, folder, block_length=wanted.block_length)
+    if file is None:
+        logger.warning("%s is converted: %s", name, folder)
 
 
 @contextmanager

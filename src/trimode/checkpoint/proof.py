@@ -72,7 +72,7 @@ class Probe:
 def make_probes(source: Source) -> list[Probe]:
     """Random tokens and edge cases, also where YaRN's or Llama 3's original context ends."""
     config = source.config
-    num_rows, context = config.vocab_size, config.max_position_embeddings
+    num_rows, context = config.vocab_size, source.context
     generator = torch.Generator().manual_seed(0)
     length = min(PROBE_LEN, context)
     ids = torch.randint(num_rows, (length,), generator=generator).tolist()

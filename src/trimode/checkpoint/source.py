@@ -12,7 +12,9 @@ from typing import Any
 import transformers
 
 from trimode.checkpoint import io, key_maps
-from trimode.errors import CheckpointError, UnsupportedError
+from trimode.errors import CheckpointError, ConfigError, UnsupportedError
+
+_WINDOWED = "sliding_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Source:
         layout: Where the text network is among the tensors.
         stored: What the safetensors headers say.
         tokenizer: transformers' tokenizer, or None; choosing a mask token adds that to it.
+        context: Positions of the result: of the source, or fewer where that was asked for.
         eos_token_id: The generation defaults' if they name any, else the configuration's.
         special_ids: BOS, EOS, PAD and UNK of all its files: never a mask token.
     """
@@ -38,12 +41,23 @@ class Source:
     layout: key_maps.Layout
     stored: dict[str, io.StoredTensor]
     tokenizer: Any
+    context: int
     eos_token_id: int | list[int] | None
     special_ids: frozenset[int]
 
 
-def open_source(folder: Path) -> Source:
-    """Read everything but weights, and refuse what our network cannot be."""
+def open_source(folder: Path, *, max_context: int | None = None) -> Source:
+    """Read everything but weights, and refuse what our network cannot be.
+
+    Args:
+        folder: In the layout of transformers.
+        max_context: Positions to keep; None keeps all.
+
+    Raises:
+        CheckpointError: The source is damaged, or of another kind.
+        ConfigError: `max_context` is beyond the source's context.
+        UnsupportedError: The source computes something that our network does not.
+    """
     path = folder / io.CONFIG_NAME
     content = io.read_json(path)
     model_type = _known_type(content, path)
@@ -55,7 +69,8 @@ def open_source(folder: Path) -> Source:
             f"{path}: text_config is of type {config.model_type!r}; "
             f"allowed: {', '.join(key_maps.FAMILIES)}"
         )
-    _check_expressible(config, path)
+    context = _context(config, path, max_context)
+    _check_expressible(config, path, context=context)
     is_vision = model_type in key_maps.VISION_FAMILIES
     layout = _find_layout(stored, is_vision=is_vision)
     is_tied = whole.tie_word_embeddings or config.tie_word_embeddings
@@ -76,6 +91,7 @@ def open_source(folder: Path) -> Source:
         layout=layout,
         stored=stored,
         tokenizer=tokenizer,
+        context=context,
         eos_token_id=eos_token_id if has_defaults_eos else config.eos_token_id,
         special_ids=_ids(folder, taken),
     )
@@ -103,7 +119,19 @@ def _known_type(content: dict[str, Any], path: Path) -> str:
     return model_type
 
 
-def _check_expressible(config: Any, path: Path) -> None:
+def _context(config: Any, path: Path, max_context: int | None) -> int:
+    """Positions of the result."""
+    whole: int = config.max_position_embeddings
+    if max_context is None:
+        return whole
+    if not 1 <= max_context <= whole:
+        raise ConfigError(
+            f"max_context is {max_context}; allowed: 1 to {whole}, the context of {path.parent}"
+        )
+    return max_context
+
+
+def _check_expressible(config: Any, path: Path, *, context: int) -> None:
     rope = config.rope_parameters or {}
     rope_type, share = rope.get("rope_type"), rope.get("partial_rotary_factor", 1.0)
     if rope_type not in key_maps.ROPE_TYPES:
@@ -111,28 +139,36 @@ def _check_expressible(config: Any, path: Path) -> None:
         raise UnsupportedError(f"{path}: rope_type is {rope_type!r}; supported: {allowed}")
     if share != 1.0:
         raise UnsupportedError(f"{path}: partial_rotary_factor is {share}; supported: 1.0")
-    context, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
-    layer_types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    if other := layer_types - {"full_attention", "sliding_attention"}:
+    layer_types = set(getattr(config, "layer_types", None) or [_WINDOWED])
+    if other := layer_types - {"full_attention", _WINDOWED}:
         raise UnsupportedError(f"{path}: layer_types has {min(other)!r}; supported: full_attention")
-    if "sliding_attention" in layer_types and window is not None and window < context:
-        raise UnsupportedError(
-            f"{path}: sliding_window is {window}, within the context of {context}; "
-            "supported: none, or one as long as the context"
-        )
+    window = getattr(config, "sliding_window", None)
+    if config.model_type not in key_maps.WINDOWED_FAMILIES or _WINDOWED not in layer_types:
+        return  # nobody reads it
+    if window is not None and window < context:
+        raise UnsupportedError(key_maps.window_refusal(path, window, context))
 
 
-def _read_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer, None if there is no file of one."""
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files of a tokenizer.
+
+    Raises:
+        CheckpointError: There are some, but no vocabulary; transformers would make one up.
+    """
     found = {name for name in key_maps.TOKENIZER_FILES if (folder / name).exists()}
-    if not found:
-        return None
-    if not any(found.issuperset(files) for files in key_maps.VOCABULARY_FILES):
+    if found and not any(found.issuperset(files) for files in key_maps.VOCABULARY_FILES):
         allowed = ", ".join(" with ".join(files) for files in key_maps.VOCABULARY_FILES)
         raise CheckpointError(
             f"{folder}: the tokenizer has no vocabulary beside {', '.join(sorted(found))}; one of"
             f" these is missing: {allowed}"
         )
+    return bool(found)
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer, None if there is no file of one."""
+    if not has_tokenizer(folder):
+        return None
     return io.read_with(transformers.AutoTokenizer, folder, "tokenizer")
 
 

@@ -11,7 +11,14 @@ from typing import Any
 NAME = "convert"
 HELP = "turn an autoregressive checkpoint into a tri-mode one"
 
-_OF_NETWORKS = ("block_length", "mask_token", "untie", "max_shard_size", "proof_dtype")
+_OF_NETWORKS = (
+    "block_length",
+    "mask_token",
+    "untie",
+    "max_shard_size",
+    "proof_dtype",
+    "max_context",
+)
 """Options that mean nothing to an adapter."""
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
@@ -63,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " (default %(default)s)",
     )
     parser.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="keep N positions only; within a source's sliding window this is exact",
+    )
+    parser.add_argument(
         "--rank",
         type=int,
         metavar="R",
@@ -89,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         proof_dtype=args.proof_dtype,
+        max_context=args.max_context,
         on_plan=lambda plan: print(_plan(plan, args.proof_dtype), file=sys.stderr),
     )
     print(json.dumps(record) if args.json else _summary(record, args.destination))
@@ -167,4 +181,6 @@ def _summary(record: dict[str, Any], destination: str) -> str:
         f" {proof['allowed_difference']:.2g}, largest {proof['largest_logit']:.3g}"
         f" ({proof['dtype']}, {len(proof['probes'])} inputs)",
     }
+    if record["context"] < record["source_context"]:
+        table["context"] = f"{record['context']:,} of the source's {record['source_context']:,}"
     return "\n".join(f"{name:<12}{value}" for name, value in table.items())

@@ -211,7 +211,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, has_drafter: bool = 
     """Declare what `trimode.load` takes; no drafter for a command that drafts nothing."""
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", metavar="PATH", help="pocket (built in, default), smollm2, a folder or a hub id"
+        "--model",
+        metavar="PATH",
+        help="pocket (built in, default), smollm2, a folder, a GGUF file or a hub id",
     )
     model.add_argument(
         "--lora",

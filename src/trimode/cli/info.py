@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path",
         nargs="?",
         metavar="PATH",
-        help="a name, folder or hub id (default: pocket, built in)",
+        help="a name, folder, GGUF file or hub id (default: pocket, built in)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -119,31 +120,21 @@ def _as_use(adapter: dict[str, Any]) -> str:
 
 def _weights(folder: Path) -> dict[str, Any]:
     """Counts from the safetensors headers."""
-    from safetensors import safe_open
+    from trimode.checkpoint.io import read_headers
 
-    from trimode.checkpoint.io import INDEX_NAME, WEIGHTS_NAME, read_json
-
-    names = {WEIGHTS_NAME}
-    if (folder / INDEX_NAME).exists():
-        names = set(read_json(folder / INDEX_NAME)["weight_map"].values())
-    sizes: dict[str, int] = {}
+    stored = read_headers(folder)
+    files = {tensor.file for tensor in stored.values()}
+    sizes = {name: math.prod(tensor.shape) for name, tensor in stored.items()}
     dtypes: Counter[str] = Counter()
-    for name in sorted(names):
-        with safe_open(folder / name, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                tensor = tensors.get_slice(key)
-                size = 1
-                for extent in tensor.get_shape():
-                    size *= extent
-                sizes[key] = size
-                dtypes[tensor.get_dtype()] += size
+    for name, tensor in stored.items():
+        dtypes[tensor.dtype] += sizes[name]
     outer = ("encoder.embed_tokens.weight", "diffusion_head.weight")
     return {
         "parameters": sum(sizes.values()),
         "embedding_parameters": sum(sizes.get(name, 0) for name in outer),
         "tensors": len(sizes),
-        "files": len(names),
-        "bytes": sum((folder / name).stat().st_size for name in names),
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
         "dtypes": [dtype for dtype, _ in dtypes.most_common()],
     }
 

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="pocket (built in, default), smollm2, a folder or a hub id",
+        help="pocket (built in, default), smollm2, a folder, a GGUF file or a hub id",
     )
     model.add_argument("--name", metavar="NAME", help="what requests call it (default: its own)")
     model.add_argument("--lora", metavar="PATH", help="PEFT LoRA folder to merge into the weights")
