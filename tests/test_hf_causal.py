@@ -37,6 +37,7 @@ from tests.checkpoint.made_sources import make_source
 from trimode import hf
 from trimode.checkpoint.convert import convert
 from trimode.errors import CheckpointError, RequestError, UnsupportedError
+from trimode.hf import generation
 
 SMALL = {"vocab_size": 12, "mask_token_id": 11, "eos_token_id": 10, "bos_token_id": 9}
 """A vocabulary so small that a random drafter is often right, and that rows meet EOS."""
@@ -142,6 +143,20 @@ def test_greedy_text_is_that_of_ar_generate_and_of_their_loop(
         assert model.generate(ids, repetition_penalty=1.7).equal(
             their_loop(model, ids, repetition_penalty=1.7)
         )
+
+
+def test_a_least_length_is_kept_or_refused(causal_lm: Models) -> None:
+    """Prevents: `min_new_tokens` taken and not kept."""
+    model = causal_lm(**SMALL)
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        for options in ({"min_new_tokens": 12}, {"min_length": 15}):
+            options = {"max_new_tokens": 16} | options
+            if generation.HAS_MIN_TOKENS:
+                assert model.generate(ids, **options).equal(their_loop(model, ids, **options))
+            else:
+                with pytest.raises(UnsupportedError, match="min_.* supported: 0"):
+                    model.generate(ids, **options)
 
 
 def test_batches_end_as_theirs(causal_lm: Models) -> None:
@@ -318,6 +333,7 @@ def test_the_models_own_config_is_read_from_its_folder(
         ({"max_new_tokens": 600}, RequestError, "context of 512"),
         ({"max_length": 2}, RequestError, "max_length is 2; .* 2 tokens of the prompt"),
         ({"do_sample": True, "temperature": 0.0}, RequestError, "do_sample=False is greedy"),
+        ({"do_sample": "yes"}, RequestError, "do_sample is 'yes'"),
         ({"do_sample": True, "top_p": 1.5}, RequestError, "top_p is 1.5"),
         ({"num_return_sequences": 2}, RequestError, "num_return_sequences is 2; allowed: 1"),
         ({"stop_strings": "x"}, RequestError, "tokenizer is None"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ from trimode.errors import UnsupportedError
 
 Models = Callable[..., hf.TriModeForCausalLM]
 
-ignore_peft = pytest.mark.filterwarnings("ignore::FutureWarning")
-"""PEFT beside newer transformers."""
+ignore_renamed = pytest.mark.filterwarnings("ignore::FutureWarning")
+"""Arguments that newer transformers calls something else, PEFT's among them."""
 
 
 @pytest.fixture
@@ -60,10 +59,10 @@ def test_pipeline_over_a_model(
     first = pipe("def f", max_new_tokens=8, do_sample=True, temperature=0.9)
     torch.manual_seed(0)
     assert pipe("def f", max_new_tokens=8, do_sample=True, temperature=0.9) == first
-    stop = texts[0][0]["generated_text"][2:4]
+    text = texts[0][0]["generated_text"]
+    stop = next(character for character in text[1:] if character.isascii())
     cut = pipe("def f", **options, return_full_text=False, stop_sequence=stop)
-    assert texts[0][0]["generated_text"].startswith(cut[0]["generated_text"])
-    assert cut[0]["generated_text"].endswith(stop)
+    assert cut == [{"generated_text": text[: text.index(stop) + 1]}]
 
 
 def test_pipeline_over_a_folder(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -82,7 +81,7 @@ def batch(num_rows: int = 2, num_tokens: int = 12) -> torch.Tensor:
     return torch.randint(0, 256, (num_rows, num_tokens), generator=generator)
 
 
-@ignore_peft
+@ignore_renamed
 def test_peft_trains_the_adapter_alone(causal_lm: Models, tmp_path: Path) -> None:
     """Prevents: frozen weights with gradients, a step without effect, a lost adapter."""
     peft = pytest.importorskip("peft")
@@ -121,6 +120,7 @@ def test_peft_trains_the_adapter_alone(causal_lm: Models, tmp_path: Path) -> Non
         assert merged.generate(ids[:, :4], max_new_tokens=6, mode=mode).equal(out)
 
 
+@ignore_renamed
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_trainer_takes_a_step(causal_lm: Models, tmp_path: Path, is_checkpointed: bool) -> None:
     """Prevents: a loss averaged over other tokens than the Trainer counted; a folder of a Trainer
@@ -165,7 +165,12 @@ def test_trl_takes_a_step(
     datasets = pytest.importorskip("datasets")
     texts = ["def f(x):\n    return x\n", "class A:\n    pass\n"] * 2
     model = causal_lm(torch.float32, initializer_range=0.1).requires_grad_(True)
-    ids = padder([text + padder.eos_token for text in texts], padding=True, return_tensors="pt")
+    ids = padder(
+        [text + padder.eos_token for text in texts],
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
     labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
     expected = model(**{**ids, "labels": labels}).loss.item()
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
@@ -206,7 +211,7 @@ def test_lm_evaluation_harness(causal_lm: Models, padder: PreTrainedTokenizerFas
     model = causal_lm(torch.float32)
     lm = HFLM(pretrained=model, tokenizer=padder, batch_size=2)
     assert lm.backend == "causal"
-    pairs = [("def f", "(x):"), ("class ", "A"), ("import", " os\n")]
+    pairs = [("def f", "(x):"), ("class", " A"), ("import", " os\n")]
     requests = [
         Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i)
         for i, pair in enumerate(pairs)

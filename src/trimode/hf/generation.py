@@ -36,11 +36,8 @@ DEFAULT_TOP_K = 50
 
 _TRANSLATED = {"max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"}
 _UNSAID = {"seed", "stop", "stop_token_ids", "ignore_eos", "control", "logprobs", "min_tokens"}
-OUR_NAMES = tuple(
-    name
-    for name in (*(field.name for field in fields(GenerationParams)), *CONTROL_NAMES)
-    if name not in _TRANSLATED | _UNSAID
-)
+_ALL_NAMES = (*(field.name for field in fields(GenerationParams)), *CONTROL_NAMES)
+OUR_NAMES = tuple(name for name in _ALL_NAMES if name not in _TRANSLATED | _UNSAID)
 """Our own arguments: `mode`, `block_length` and the others, under their names everywhere."""
 
 HONOURED = {
@@ -49,7 +46,7 @@ HONOURED = {
     *("max_length", "max_time", "stop_strings", "do_sample", "num_return_sequences"),
     *("return_dict_in_generate", "pad_token_id", "bos_token_id", "eos_token_id"),
 }
-HAS_MIN_TOKENS = "min_tokens" in (*GenerationParams.__slots__, *CONTROL_NAMES)
+HAS_MIN_TOKENS = "min_tokens" in _ALL_NAMES
 if HAS_MIN_TOKENS:
     HONOURED |= {"min_length", "min_new_tokens"}
 
@@ -159,8 +156,14 @@ def translated(
         UnsupportedError: a mode that a model wrapped by PEFT does not have.
     """
     criteria = StoppingCriteriaList(criteria or [])
-    is_sampled = values["do_sample"] is True
-    options = {name: values[name] for name in OUR_NAMES if values[name] is not None}
+    is_sampled = values["do_sample"] or False
+    if not isinstance(is_sampled, bool):
+        raise RequestError(f"do_sample is {is_sampled!r}; allowed: None, True or False")
+    options = {
+        name: values[name]
+        for name in OUR_NAMES
+        if values[name] is not None and values[name] not in _NEUTRAL.get(name, ())
+    }
     control = {name: options.pop(name) for name in CONTROL_NAMES if name in options}
     if values["repetition_penalty"] is not None:
         control["repetition_penalty"] = float(values["repetition_penalty"])
