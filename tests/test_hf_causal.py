@@ -390,7 +390,7 @@ class Recorder:
 def test_streamers_get_columns(causal_lm: Models, mode: str) -> None:
     """Prevents: tokens in blocks, rows out of step, or a stream that differs from the result."""
     model, encoded, streamer = causal_lm(**SMALL), padded(), Recorder()
-    options = {"max_new_tokens": 20, "pad_token_id": 0, "mode": mode, "block_length": 4}
+    options = {"max_new_tokens": 20, "pad_token_id": 6, "mode": mode, "block_length": 4}
     if mode == "ar":
         del options["block_length"]
     out = model.generate(**encoded, **options, streamer=streamer)
@@ -437,13 +437,46 @@ class Sum(StoppingCriteria):
 def test_criteria_cut_where_theirs_do(causal_lm: Models, mode: str) -> None:
     """Prevents: a text that runs on to the end of a round, or criteria that see other ids."""
     model, encoded = causal_lm(**SMALL), padded()
-    options = {"max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": 10}
+    options = {"max_new_tokens": 24, "pad_token_id": 6, "eos_token_id": 10}
     for enough in (1, 20, 60, 1000):
         ours, theirs = Sum(7, enough), Sum(7, enough)
         out = model.generate(**encoded, **options, mode=mode, stopping_criteria=[ours])
         expected = their_loop(model, **encoded, **options, stopping_criteria=[theirs])
         assert out.equal(expected)
         assert ours.seen == theirs.seen
+
+
+def num_fed(model: hf.TriModeForCausalLM, ids: Tensor, **options: Any) -> int:
+    """Tokens that one call of `generate` feeds to the network."""
+    counts: list[int] = []
+    embed = model.encoder.embed_tokens
+    handle = embed.register_forward_hook(lambda _, inputs, __: counts.append(inputs[0].numel()))
+    model.generate(ids, **options)
+    handle.remove()
+    return sum(counts)
+
+
+def test_a_row_that_a_criterion_ended_is_not_fed_on(causal_lm: Models) -> None:
+    """Prevents: work for rows whose text has ended."""
+
+    class First(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            return torch.tensor([True, False])
+
+    model, ids = causal_lm(), torch.tensor([[1, 2, 3], [3, 2, 1]])
+    options = {"max_new_tokens": 20, "eos_token_id": [], "mode": "ar"}
+    assert num_fed(model, ids, **options) == 2 * (3 + 19)
+    assert num_fed(model, ids, **options, stopping_criteria=[First()]) <= 3 + 3 + 19 + 1
+
+
+def test_the_drafter_drafts(causal_lm: Models) -> None:
+    """Prevents: an adapter that is attached and never used."""
+    model, ids = causal_lm(**SMALL), torch.tensor([[4, 5, 6, 7, 8, 1, 2]])
+    options = {"max_new_tokens": 24, "eos_token_id": [], "block_length": 4}
+    text, fed = model.generate(ids, **options), num_fed(model, ids, **options)
+    hf.load_drafter(model, None)
+    assert model.generate(ids, **options).equal(text)
+    assert num_fed(model, ids, **options) != fed
 
 
 def test_their_criteria(causal_lm: Models, byte_tokenizer: PreTrainedTokenizerFast) -> None:

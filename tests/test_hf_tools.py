@@ -38,9 +38,13 @@ def padder(byte_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def test_pipeline_over_a_model(
-    causal_lm: Models, padder: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+    causal_lm: Models,
+    padder: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prevents: a pipeline that calls the model unsupported, or gives other text than it."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
     model = causal_lm(torch.float32)
     with caplog.at_level(logging.WARNING):
         pipe = make_pipeline("text-generation", model=model, tokenizer=padder)

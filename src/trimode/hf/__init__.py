@@ -27,7 +27,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trimode.hf.causal_lm import NemotronLabsDiffusionForCausalLM, TriModeForCausalLM
 from trimode.hf.network import load_drafter
@@ -54,15 +53,12 @@ def _register(
     model_class: type[TriModeModel],
     causal_lm_class: type[TriModeForCausalLM],
 ) -> None:
-    model_type = config_class.model_type
-    AutoConfig.register(model_type, config_class, exist_ok=True)
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, causal_lm_class, exist_ok=True)
     AutoTokenizer.register(
         config_class, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True
     )
-    # Pipelines and lm-evaluation-harness look names up here, which `register` leaves alone.
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = causal_lm_class.__name__
 
 
 _register(TriModeConfig, TriModeModel, TriModeForCausalLM)
