@@ -75,6 +75,22 @@ def hf_model() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def causal_lm(hf_model: Callable[..., Any]) -> Callable[..., Any]:
+    """`causal_lm(dtype=torch.float64, **overrides)`: as `hf_model`, with transformers' manners."""
+
+    def make(dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
+        from trimode import hf
+
+        published = hf_model(dtype, **overrides)
+        model = hf.TriModeForCausalLM(published.config).to(dtype).eval()
+        model.load_state_dict(published.state_dict())
+        object.__setattr__(model, "drafter", published.drafter)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte (id = byte), then `<|bos|>`, `<|eos|>`, `<|mask|>`; adds none itself."""
     return _byte_tokenizer()
