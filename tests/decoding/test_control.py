@@ -277,7 +277,7 @@ def test_a_mode_that_cannot_is_not_switched_to(alone: TriModeLM) -> None:
     ("name", "replacement"),
     [
         # What a drafted position would see if its law were made before the round.
-        ("_new", lambda real: lambda seq, place: real(seq, place)[:1]),
+        ("_beyond", lambda real: lambda seq, place: real(seq, place)[:1]),
         ("_places", lambda real: lambda seq, step: [_blind(place) for place in real(seq, step)]),
     ],
     ids=["budget blind to drafts", "penalty blind to drafts"],

@@ -162,13 +162,17 @@ class Rules:
 
     def _is_thought_over(self, seq: Text, place: _Place) -> bool:
         end = self._control.end_think_token_id
-        fed = place.before[max(seq.new_start - seq.length, 0) :]
-        return end in seq.new_ids[seq.num_inside :] or end in fed
+        return end in seq.new_ids[seq.num_inside :] or end in _beyond(seq, place)
 
 
 def _new(seq: Text, place: _Place) -> list[int]:
     """Of the fed tokens before a place, those that are not the prompt's."""
     return place.before[max(len(seq.prompt_ids) - seq.length, 0) :]
+
+
+def _beyond(seq: Text, place: _Place) -> list[int]:
+    """Of these, those that go beyond the prompt's end."""
+    return place.before[max(seq.new_start - seq.length, 0) :]
 
 
 def _places(seq: Text, step: Step) -> Iterator[_Place]:
