@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -66,6 +68,45 @@ class Vocabulary:
                 as_text += self._literal(content, add_special_tokens=False)["input_ids"]
         return as_text
 
+    def replace_control(self, text: str, change: Callable[[str], str]) -> str:
+        """A text with every control token that it spells replaced."""
+        return text if self._spelled is None else self._spelled.sub(lambda m: change(m[0]), text)
+
+    def encode_marked(self, text: str, as_text: Mapping[str, str]) -> list[int]:
+        """Token ids of a text whose control tokens are tokens, but those behind stand-ins are text.
+
+        The ids are those of the whole text: no word begins or ends at a stand-in.
+
+        Args:
+            text: In which stand-ins occur.
+            as_text: Stand-in, one character, to the control token that it stands for.
+
+        Raises:
+            ValueError: The tokenizer has no other tokens for such a text.
+        """
+        show = str.maketrans(dict(as_text))
+        if not any(sign in text for sign in as_text):
+            return self.encode(text, parse_special=True)
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            return self._encode_pieces(text, show)
+        tokenizer, signs, id_of = self._renamed
+        marked = self.replace_control(text, lambda name: signs.get(name, name)).translate(show)
+        ids = tokenizer.encode(marked, add_special_tokens=False).ids
+        foreign = (self.control_ids | {self._mask_token_id}) - {self.tokenizer.unk_token_id}
+        wrong = [i for i in ids if i not in id_of and i in foreign]
+        if wrong:
+            name = self.tokenizer.convert_ids_to_tokens(wrong[0])
+            raise ValueError(f"this tokenizer cannot take {name} for text")
+        return [id_of.get(i, i) for i in ids]
+
+    def _encode_pieces(self, text: str, show: dict[int, str]) -> list[int]:
+        assert self._spelled is not None
+        ids: list[int] = []
+        for piece in re.split(f"({self._spelled.pattern})", text):
+            is_control = piece in self._control
+            ids += self.encode(piece.translate(show), parse_special=is_control) if piece else []
+        return ids
+
     @cached_property
     def token_bytes(self) -> TokenBytes:
         """Of all tokens that are text, as they are inside of a text; none where the tokenizer does
@@ -91,6 +132,27 @@ class Vocabulary:
     def bytes_of(self, token_ids: Sequence[int]) -> bytes:
         """Of some tokens together; control tokens have none."""
         return b"".join(self.token_bytes[i] for i in token_ids if i in self.token_bytes)
+
+    @cached_property
+    def _renamed(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
+        """The tokenizer, its control tokens under names that no text can spell; these names; and
+        the true ids of added tokens. The mask token is not among them."""
+        content = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        nonce, signs, id_of = secrets.token_hex(8), dict[str, str](), dict[int, int]()
+        added = [one for one in content["added_tokens"] if one["id"] != self._mask_token_id]
+        content |= {"added_tokens": [], "truncation": None, "padding": None}
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        for one in added:
+            name = one["content"]
+            if one["id"] in self.control_ids:
+                signs[name] = f"\U0010fffd{nonce}-{one['id']}\U0010fffd"
+                name = signs[name]
+            flags = {flag: one[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized")}
+            tokenizer.add_tokens([AddedToken(name, **flags)])
+            new_id = tokenizer.token_to_id(name)
+            assert new_id is not None
+            id_of[new_id] = one["id"]
+        return tokenizer, signs, id_of
 
     @cached_property
     def _literal(self) -> PreTrainedTokenizerBase:
