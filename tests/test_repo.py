@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "serving": {
         *("loading", "runtime", "infill"),  # it runs what runtime runs, in steps
-        *("conversation", "detokenize", "rendering", "tool_calls"),
+        *("conversation", "detokenize", "messages", "rendering", "tool_calls"),
         *("engine", "decoding", "checkpoint", "model", "errors", "_version"),
     },
     "selfgen": {

@@ -131,9 +131,7 @@ def asking(
         )
     turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": _STAND_IN}]
     prompt = renderer.prompt([*before, *turns], open_at=-2)
-    return {**options, "prompt": prompt.token_ids} | _ended_by(
-        renderer.vocabulary, ending, options
-    )
+    return {**options, "prompt": prompt.token_ids} | _ended_by(renderer.vocabulary, ending, options)
 
 
 def end_of_answer(vocabulary: Vocabulary) -> str | None:
@@ -187,9 +185,7 @@ def _check_shown(renderer: Renderer, messages: Messages) -> None:
             raise RequestError("the chat template leaves out messages of role 'tool'")
 
 
-def _continued(
-    renderer: Renderer, messages: Messages, options: Mapping[str, Any]
-) -> EncodedPrompt:
+def _continued(renderer: Renderer, messages: Messages, options: Mapping[str, Any]) -> EncodedPrompt:
     """The conversation up to the end of its last message, which is healed there."""
     rendering, text = renderer.prompt(messages, open_at=-1), messages[-1]["content"]
     said = os.path.commonprefix([rendering.text[::-1], text[::-1]])[::-1]
@@ -241,9 +237,7 @@ def _first_line(text: str) -> tuple[str, str]:
 def _added_word(vocabulary: Vocabulary, breaks: str, line: str) -> str | None:
     """The added token that ends a turn though it is not special; none where it begins a line of
     other text."""
-    added = vocabulary.tokenizer.added_tokens_decoder.items()
-    words = [one.content for i, one in added if i not in vocabulary.control_ids]
-    found = [word for word in words if word.strip() and line.startswith(word)]
+    found = [word for word in vocabulary.ordinary_words if line.startswith(word)]
     word = max(found, key=len, default=None)
     return word if word == line or not breaks else None
 

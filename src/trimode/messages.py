@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from trimode.errors import RequestError
@@ -11,6 +12,26 @@ from trimode.errors import RequestError
 Messages = Sequence[Mapping[str, Any]]
 
 _ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call.
+
+    Attributes:
+        id: Nine signs, which every template takes.
+        name: Of the tool.
+        arguments: A JSON object, as text.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+    def as_message(self) -> dict[str, Any]:
+        """Return the call as `tool_calls` of a message have it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 def checked_messages(messages: Messages) -> list[dict[str, Any]]:

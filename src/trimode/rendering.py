@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimode.errors import RequestError
 from trimode.messages import strings_in
-from trimode.vocabulary import Vocabulary
+from trimode.vocabulary import Vocabulary, pattern_of
 
 _PRIVATE = range(0xE000, 0xF900)
 """Characters without a meaning of their own, which no template strips or changes."""
@@ -104,19 +104,17 @@ class Renderer:
             opened = f"{'' if content.strip() else begin}{content}{end}"
             given[0] = list(messages)
             given[0][open_at] = {**messages[open_at], "content": opened}
-        spelled = sorted(
-            {name for text in strings_in(given) for name in self.vocabulary.spelled_control(text)}
-        )
+        spelled = self._spelled(given)
         sign_of = {name: next(free) for name in spelled}
         as_text = {sign: name for name, sign in sign_of.items()}
         show = str.maketrans(as_text)
         text = self._render(given, add_generation_prompt)
         if spelled:
-            hidden = self._render(self._hidden(given, sign_of), add_generation_prompt)
+            hidden = self._render(_hidden(given, sign_of), add_generation_prompt)
             if hidden.translate(show) != text:
                 raise RequestError(
                     f"messages spell the control token {spelled[0]}, and the chat template does"
-                    " not hand it on as text; leave it out"
+                    " not hand it on as it is; leave it out"
                 )
             text = hidden
         if open_at is not None:
@@ -134,15 +132,17 @@ class Renderer:
             raise RequestError("the chat template writes nothing for these messages")
         return Rendering(ids, text.translate(show))
 
-    def _hidden(self, value: Any, sign_of: Mapping[str, str]) -> Any:
-        """Plain JSON in which every control token that a string spells is its sign."""
-        if isinstance(value, str):
-            return self.vocabulary.replace_control(value, sign_of.__getitem__)
-        if isinstance(value, Mapping):
-            return {self._hidden(k, sign_of): self._hidden(v, sign_of) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._hidden(item, sign_of) for item in value]
-        return value
+    def _spelled(self, given: Sequence[Any]) -> list[str]:
+        """Control tokens that a caller spells, and other added tokens that mark turns."""
+        vocabulary = self.vocabulary
+        found = {name for text in strings_in(given) for name in vocabulary.spelled_control(text)}
+        words = vocabulary.ordinary_words
+        if words and any(map(pattern_of(words).search, strings_in(given))):
+            ask = {"role": "user", "content": ""}
+            turns = self._render([[ask, {**ask, "role": "assistant"}, ask], None, {}], False)
+            marks = {word for word in pattern_of(words).findall(turns)}
+            found |= {word for word in marks if any(word in text for text in strings_in(given))}
+        return sorted(found)
 
     def _render(self, given: Sequence[Any], add_generation_prompt: bool) -> str:
         messages, tools, variables = given
@@ -159,6 +159,17 @@ class Renderer:
             raise RequestError(f"the chat template refuses the conversation: {reason}") from error
         assert isinstance(text, str)
         return text
+
+
+def _hidden(value: Any, sign_of: Mapping[str, str]) -> Any:
+    """Plain JSON in which every token that a string spells is its sign."""
+    if isinstance(value, str):
+        return pattern_of(sign_of).sub(lambda match: sign_of[match[0]], value)
+    if isinstance(value, Mapping):
+        return {_hidden(key, sign_of): _hidden(item, sign_of) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden(item, sign_of) for item in value]
+    return value
 
 
 def _free_signs(given: Any) -> Iterator[str]:

@@ -30,12 +30,12 @@ from trimode.engine.ranks import Ranks
 from trimode.errors import RequestError
 from trimode.heal import EncodedPrompt
 from trimode.infill import Infilling, infill_text
-from trimode.messages import Messages
+from trimode.messages import Messages, ToolCall
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.adapter import PUBLISHED_FORM, AdapterForm
 from trimode.prompts import Prompt, encode_prompt
 from trimode.revision import Revision, revise_text
-from trimode.tool_calls import ToolCall, split_answer
+from trimode.tool_calls import split_answer
 from trimode.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 
 from trimode.detokenize import GrowingText, StandingText, free_len, text_before
 from trimode.errors import RequestError
-from trimode.messages import offered_tools, strings_in
+from trimode.messages import ToolCall, offered_tools, strings_in
 from trimode.rendering import Renderer
 from trimode.vocabulary import Vocabulary
 
@@ -37,26 +37,6 @@ _USER = {"role": "user", "content": "x"}
 _TEXT = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 Path = tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """One call.
-
-    Attributes:
-        id: Nine signs, which every template takes.
-        name: Of the tool.
-        arguments: A JSON object, as text.
-    """
-
-    id: str
-    name: str
-    arguments: str
-
-    def as_message(self) -> dict[str, Any]:
-        """Return the call as `tool_calls` of a message have it."""
-        function = {"name": self.name, "arguments": self.arguments}
-        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +81,7 @@ class ToolForm:
             Where the first call begins, and all calls; the length of the text, and none.
         """
         if not self.opening:
-            call = self._call(text, 0)
-            if call is None or text[call[1] :].strip():
-                return len(text), []
-            return (0, call[0]) if {one.name for one in call[0]} <= {*names} else (len(text), [])
+            return (0, calls) if (calls := self._whole(text, names)) else (len(text), [])
         found: list[ToolCall] = []
         first, at = len(text), 0
         opening = _loosely(self.opening)
@@ -117,6 +94,17 @@ class ToolForm:
                 found += call[0]
                 at = call[1]
         return first, found
+
+    def _whole(self, text: str, names: Collection[str]) -> list[ToolCall]:
+        """The calls that a text consists of; none if it has anything else."""
+        found: list[ToolCall] = []
+        while text.strip():
+            call = self._call(text, 0)
+            if call is None or not {one.name for one in call[0]} <= {*names}:
+                return []
+            found += call[0]
+            text = text[call[1] :].lstrip().removeprefix(";")
+        return found
 
     def _call(self, text: str, start: int) -> tuple[list[ToolCall], int] | None:
         """The calls at a place, and where they end."""

@@ -6,7 +6,7 @@ import copy
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 
 from tokenizers import AddedToken, Tokenizer
@@ -36,8 +36,7 @@ class Vocabulary:
         self.control_ids = frozenset(i for i, token in added.items() if token.special)
         self._mask_token_id = mask_token_id
         self._control = {added[i].content: i for i in self.control_ids}
-        longest_first = sorted(map(re.escape, self._control), key=len, reverse=True)
-        self._spelled = re.compile("|".join(longest_first)) if longest_first else None
+        self._spelled = pattern_of(self._control) if self._control else None
 
     def spelled_control(self, text: str) -> list[str]:
         """Control tokens that a text spells, in its order."""
@@ -68,18 +67,14 @@ class Vocabulary:
                 as_text += self._literal(content, add_special_tokens=False)["input_ids"]
         return as_text
 
-    def replace_control(self, text: str, change: Callable[[str], str]) -> str:
-        """A text with every control token that it spells replaced."""
-        return text if self._spelled is None else self._spelled.sub(lambda m: change(m[0]), text)
-
     def encode_marked(self, text: str, as_text: Mapping[str, str]) -> list[int]:
-        """Token ids of a text whose control tokens are tokens, but those behind stand-ins are text.
+        """Token ids of a text whose added tokens are tokens, but those behind stand-ins are text.
 
         The ids are those of the whole text: no word begins or ends at a stand-in.
 
         Args:
             text: In which stand-ins occur.
-            as_text: Stand-in, one character, to the control token that it stands for.
+            as_text: Stand-in, one character, to the added token that it stands for.
 
         Raises:
             ValueError: The tokenizer has no other tokens for such a text.
@@ -90,7 +85,7 @@ class Vocabulary:
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:
             return self._encode_pieces(text, show)
         tokenizer, signs, id_of = self._renamed
-        marked = self.replace_control(text, lambda name: signs.get(name, name)).translate(show)
+        marked = pattern_of(signs).sub(lambda match: signs[match[0]], text).translate(show)
         ids = tokenizer.encode(marked, add_special_tokens=False).ids
         foreign = (self.control_ids | {self._mask_token_id}) - {self.tokenizer.unk_token_id}
         wrong = [i for i in ids if i not in id_of and i in foreign]
@@ -100,12 +95,18 @@ class Vocabulary:
         return [id_of.get(i, i) for i in ids]
 
     def _encode_pieces(self, text: str, show: dict[int, str]) -> list[int]:
-        assert self._spelled is not None
         ids: list[int] = []
-        for piece in re.split(f"({self._spelled.pattern})", text):
+        for piece in re.split(f"({pattern_of(self._control).pattern})", text):
             is_control = piece in self._control
             ids += self.encode(piece.translate(show), parse_special=is_control) if piece else []
         return ids
+
+    @cached_property
+    def ordinary_words(self) -> list[str]:
+        """Added tokens that are text and no white space, such as `<think>`."""
+        added = self.tokenizer.added_tokens_decoder
+        ordinary = [token.content for i, token in added.items() if i not in self.control_ids]
+        return [word for word in ordinary if word.strip()]
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
@@ -135,8 +136,8 @@ class Vocabulary:
 
     @cached_property
     def _renamed(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
-        """The tokenizer, its control tokens under names that no text can spell; these names; and
-        the true ids of added tokens. The mask token is not among them."""
+        """The tokenizer, its added tokens under names that no text can spell; these names; and the
+        true ids. The mask token is not among them."""
         content = json.loads(self.tokenizer.backend_tokenizer.to_str())
         nonce, signs, id_of = secrets.token_hex(8), dict[str, str](), dict[int, int]()
         added = [one for one in content["added_tokens"] if one["id"] != self._mask_token_id]
@@ -144,7 +145,7 @@ class Vocabulary:
         tokenizer = Tokenizer.from_str(json.dumps(content))
         for one in added:
             name = one["content"]
-            if one["id"] in self.control_ids:
+            if name.strip() and not one["single_word"]:
                 signs[name] = f"\U0010fffd{nonce}-{one['id']}\U0010fffd"
                 name = signs[name]
             flags = {flag: one[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized")}
@@ -161,6 +162,11 @@ class Vocabulary:
         literal = copy.deepcopy(self.tokenizer)
         literal.split_special_tokens = True
         return literal
+
+
+def pattern_of(words: Collection[str]) -> re.Pattern[str]:
+    """Finds words, at least one, in a text; where several begin, the longest."""
+    return re.compile("|".join(sorted(map(re.escape, words), key=len, reverse=True)))
 
 
 def _speller(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:

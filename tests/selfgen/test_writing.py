@@ -16,12 +16,12 @@ from trimode.conversation import asking
 from trimode.errors import ConfigError, RequestError
 from trimode.loading import load
 from trimode.runtime import TriModeLM
-from trimode.vocabulary import Vocabulary
 from trimode.selfgen import SelfgenOptions, Writing
 from trimode.selfgen.outcome import Outcome
 from trimode.selfgen.prompt_file import read_prompts
 from trimode.selfgen.repeats import PromptsSeen, is_loop
 from trimode.training.chat import ChatFormat
+from trimode.vocabulary import Vocabulary
 
 OPTIONS = SelfgenOptions(
     num=24, temperatures=(0.0, 1.0, 1.0), max_prompt_tokens=16, max_answer_tokens=64, held_out=0.25

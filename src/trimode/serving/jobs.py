@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from trimode.checkpoint.generation_defaults import GenerationDefaults
 from trimode.decoding.stats import Stats
+from trimode.messages import ToolCall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,12 +137,13 @@ class Done:
         text: All of it.
         token_ids: All new tokens.
         prompt_tokens: Tokens of the prompt.
-        finish_reason: `stop` or `length`.
+        finish_reason: `stop`, `length` or `tool_calls`.
         seed: That reproduces it.
         mode: It was decoded in.
         stats: What it cost.
         gaps: `infill`: of each gap, where its fill starts in `text` and the candidates, the best
             first, each as an object of JSON.
+        tool_calls: Of the tools that were offered; they are not part of `text`.
     """
 
     text: str
@@ -152,6 +154,7 @@ class Done:
     mode: str
     stats: Stats
     gaps: tuple[Mapping[str, Any], ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
