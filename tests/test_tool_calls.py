@@ -172,8 +172,7 @@ def test_several_calls_without_a_mark(vocabulary_of: Any) -> None:
     vocabulary = vocabulary_of(LLAMA_3)
     form = find_form(Renderer(vocabulary))
     assert form is not None
-    one, two = ('{"name": "%s", "parameters": {}}' % name for name in ("look", "go"))
-    ids = vocabulary.encode(f"{one}; {two}\n")
+    ids = vocabulary.encode('{"name": "look", "parameters": {}}; {"name": "go", "parameters": {}}')
     assert split(vocabulary, form, ids) == ("", [("look", {}), ("go", {})])
 
 
