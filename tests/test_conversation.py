@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests import chat_templates
@@ -153,6 +154,32 @@ def test_ordinary_tokens_that_mark_turns(vocabulary_of: Any) -> None:
     assert (ids.count(end), ids.count(think)) == (1, 1)
     assert "a<end>b  <think><|im_end|><end>" in text_of(vocabulary, ids)
     plain = [{"role": "user", "content": "a b  <think>"}]
+    assert ids_of(vocabulary, plain) == theirs(vocabulary, plain)
+
+
+@pytest.mark.parametrize("is_prepended", [False, True])
+def test_spelled_tokens_of_sentencepiece(is_prepended: bool) -> None:
+    """Prevents: a space before every piece around a spelled token, where the text has none."""
+    signs = ["<unk>", "<s>", "</s>", "\u2581", *map(chr, range(33, 127)), "\u2581h"]
+    bpe = models.BPE({sign: i for i, sign in enumerate(signs)}, [("\u2581", "h")])
+    backend = Tokenizer(bpe)
+    if is_prepended:
+        steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        backend.normalizer = normalizers.Sequence(steps)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = LLAMA_2
+    vocabulary = Vocabulary(tokenizer, mask_token_id=None)
+    ids = ids_of(vocabulary, [{"role": "user", "content": "h</s>h h"}])
+    begin = "\u2581[" if is_prepended else "["
+    wanted = f"<s>{begin}INST]\u2581h</s>h\u2581h\u2581[/INST]"
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert "".join(tokens) == wanted
+    assert tokens.count("\u2581h") == 2
+    assert [i for i in ids if i < 3] == [1]
+    plain = [{"role": "user", "content": "h h"}]
     assert ids_of(vocabulary, plain) == theirs(vocabulary, plain)
 
 

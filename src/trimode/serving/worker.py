@@ -194,7 +194,7 @@ class LocalBackend:
         ticket = Ticket(client=job.client, timeout_s=job.timeout_s)
         ticket.seq = seq = await self._in_pool(lambda: self._sequence(job, ticket))
         standing = StandingText(self._lm.growing_text(seq), stop=seq.params.stop)
-        form = self._tool_form(job)
+        form = await self._in_pool(lambda: self._tool_form(job))
         text = standing if form is None else CallsHeldBack(form, standing)
         shown = _ShownLogprobs(self._lm.growing_text(seq), self._shown)
         num_taken = 0
