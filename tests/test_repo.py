@@ -28,7 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"model", "errors", "user_cache"},
     "decoding": {"model", "errors"},
     "engine": {"decoding", "model", "errors", "user_cache"},
-    "conversation": {"errors"},
+    "messages": {"errors"},
+    "rendering": {"messages", "vocabulary", "errors"},
+    "tool_calls": {"messages", "rendering", "detokenize", "vocabulary", "errors"},
+    "conversation": {
+        *("messages", "rendering", "tool_calls", "heal", "vocabulary"),
+        *("decoding", "errors"),
+    },
     "vocabulary": {"decoding"},
     "heal": {"vocabulary"},
     "detokenize": {"vocabulary"},
@@ -41,11 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "runtime": {
         *("arguments", "conversation", "detokenize", "heal", "infill", "prompts", "revision"),
-        "vocabulary",
+        *("vocabulary", "messages", "rendering", "tool_calls"),
         *("engine", "decoding", "checkpoint", "model", "errors"),
     },
     "loading": {"runtime", "arguments", "engine", "checkpoint", "model", "errors"},
-    "training": {"conversation", "checkpoint", "model", "errors", "_version"},
+    "training": {"conversation", "vocabulary", "checkpoint", "model", "errors", "_version"},
     "evaluation": {
         "training",
         "loading",
@@ -58,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "serving": {
         *("loading", "runtime", "infill"),  # it runs what runtime runs, in steps
-        *("conversation", "detokenize"),
+        *("conversation", "detokenize", "messages", "rendering", "tool_calls"),
         *("engine", "decoding", "checkpoint", "model", "errors", "_version"),
     },
     "selfgen": {

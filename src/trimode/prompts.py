@@ -34,6 +34,7 @@ def encode_prompt(
         RequestError: it is not valid.
     """
     if isinstance(prompt, EncodedPrompt):
+        _check_ids([*prompt.token_ids, *prompt.taken_ids], config)
         return prompt
     if isinstance(prompt, str):
         return _of_text(
@@ -43,10 +44,7 @@ def encode_prompt(
             parse_special=parse_special,
         )
     ids = [plain(token_id) for token_id in prompt]
-    most = config.num_real_tokens
-    wrong = [i for i in ids if type(i) is not int or not 0 <= i < most]
-    if wrong:
-        raise RequestError(f"prompt has token id {wrong[0]!r}; allowed: 0 to {most - 1}")
+    _check_ids(ids, config)
     return EncodedPrompt(_not_empty(ids, config))
 
 
@@ -79,6 +77,13 @@ def _of_text(
             " parse_special it is that token"
         )
     return found
+
+
+def _check_ids(ids: Sequence[int], config: TriModeConfig) -> None:
+    most = config.num_real_tokens
+    wrong = [i for i in ids if type(i) is not int or not 0 <= i < most]
+    if wrong:
+        raise RequestError(f"prompt has token id {wrong[0]!r}; allowed: 0 to {most - 1}")
 
 
 def _not_empty(ids: Sequence[int], config: TriModeConfig) -> list[int]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimode.arguments import as_prompts, as_seeds, as_tuple, plain
 from trimode.checkpoint.generation_defaults import GenerationDefaults
-from trimode.conversation import Messages, answering
+from trimode.conversation import answering
 from trimode.decoding import Event, GenerationParams, Sequence, Stats
 from trimode.decoding.control import CONTROL_NAMES, Control
 from trimode.decoding.grammar import Grammars
@@ -30,10 +30,12 @@ from trimode.engine.ranks import Ranks
 from trimode.errors import RequestError
 from trimode.heal import EncodedPrompt
 from trimode.infill import Infilling, infill_text
+from trimode.messages import Messages, ToolCall
 from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.adapter import PUBLISHED_FORM, AdapterForm
 from trimode.prompts import Prompt, encode_prompt
 from trimode.revision import Revision, revise_text
+from trimode.tool_calls import split_answer
 from trimode.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -185,9 +187,11 @@ class TriModeLM:
         """The assistant's answer to a conversation, by the tokenizer's chat template.
 
         Args:
-            messages: `{"role": "user", "content": ...}` and so on; the last is not assistant's.
+            messages: `{"role": "user", "content": ...}` and so on; an answer of the assistant that
+                comes last is continued.
             options: Of `generate`; what is left open is as `generation_config.json` of the model
-                has it. The end of the assistant's turn ends the answer as well.
+                has it. The end of the assistant's turn ends the answer as well. And those of
+                `trimode.conversation.CHAT_OPTIONS`.
 
         Raises:
             RequestError: as `generate`; or there is no template, or it refuses the conversation.
@@ -199,11 +203,18 @@ class TriModeLM:
     def answering(self, messages: Messages, options: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of `generate` and `stream` that answer a conversation; see `chat`."""
         defaults = self.generation_defaults
-        arguments = answering(self.tokenizer, messages, defaults.fill(options))
+        arguments = answering(self.vocabulary, messages, defaults.fill(options))
         if defaults.max_new_tokens is not None:
-            room = self.model.config.max_position_embeddings - len(arguments["prompt"])
+            room = self.model.config.max_position_embeddings - arguments["prompt"].most_tokens
             arguments.setdefault("max_new_tokens", max(1, min(defaults.max_new_tokens, room)))
         return arguments
+
+    def tool_calls(
+        self, answer: Generation, tools: Items[Mapping[str, Any]]
+    ) -> tuple[str, list[ToolCall]]:
+        """The text of an answer before its first call of a tool, and its calls."""
+        seen = {"text": answer.text, "token_ids": answer.token_ids, "prompt_ids": answer.prompt_ids}
+        return split_answer(self.vocabulary, tools, seen)
 
     def revise(self, text: str, **options: Any) -> Revision:
         """Replace the least likely tokens of a text; see `trimode.revision.revise_text`."""

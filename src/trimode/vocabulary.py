@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -34,8 +36,7 @@ class Vocabulary:
         self.control_ids = frozenset(i for i, token in added.items() if token.special)
         self._mask_token_id = mask_token_id
         self._control = {added[i].content: i for i in self.control_ids}
-        longest_first = sorted(map(re.escape, self._control), key=len, reverse=True)
-        self._spelled = re.compile("|".join(longest_first)) if longest_first else None
+        self._spelled = pattern_of(self._control) if self._control else None
 
     def spelled_control(self, text: str) -> list[str]:
         """Control tokens that a text spells, in its order."""
@@ -65,6 +66,47 @@ class Vocabulary:
                 content = self.tokenizer.added_tokens_decoder[token_id].content
                 as_text += self._literal(content, add_special_tokens=False)["input_ids"]
         return as_text
+
+    def encode_marked(self, text: str, as_text: Mapping[str, str]) -> list[int]:
+        """Token ids of a text whose added tokens are tokens, but those behind stand-ins are text.
+
+        The ids are those of the whole text: no word begins or ends at a stand-in.
+
+        Args:
+            text: In which stand-ins occur.
+            as_text: Stand-in, one character, to the added token that it stands for.
+
+        Raises:
+            ValueError: The tokenizer has no other tokens for such a text.
+        """
+        show = str.maketrans(dict(as_text))
+        if not any(sign in text for sign in as_text):
+            return self.encode(text, parse_special=True)
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            return self._encode_pieces(text, show)
+        tokenizer, signs, id_of = self._renamed
+        marked = pattern_of(signs).sub(lambda match: signs[match[0]], text).translate(show)
+        ids = tokenizer.encode(marked, add_special_tokens=False).ids
+        foreign = (self.control_ids | {self._mask_token_id}) - {self.tokenizer.unk_token_id}
+        wrong = [i for i in ids if i not in id_of and i in foreign]
+        if wrong:
+            name = self.tokenizer.convert_ids_to_tokens(wrong[0])
+            raise ValueError(f"this tokenizer cannot take {name} for text")
+        return [id_of.get(i, i) for i in ids]
+
+    def _encode_pieces(self, text: str, show: dict[int, str]) -> list[int]:
+        ids: list[int] = []
+        for piece in re.split(f"({pattern_of(self._control).pattern})", text):
+            is_control = piece in self._control
+            ids += self.encode(piece.translate(show), parse_special=is_control) if piece else []
+        return ids
+
+    @cached_property
+    def ordinary_words(self) -> list[str]:
+        """Added tokens that are text and no white space, such as `<think>`."""
+        added = self.tokenizer.added_tokens_decoder
+        ordinary = [token.content for i, token in added.items() if i not in self.control_ids]
+        return [word for word in ordinary if word.strip()]
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
@@ -99,12 +141,38 @@ class Vocabulary:
         return b"".join(self.token_bytes[i] for i in token_ids if i in self.token_bytes)
 
     @cached_property
+    def _renamed(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
+        """The tokenizer, its added tokens under names that no text can spell; these names; and the
+        true ids. The mask token is not among them."""
+        content = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        nonce, signs, id_of = secrets.token_hex(8), dict[str, str](), dict[int, int]()
+        added = [one for one in content["added_tokens"] if one["id"] != self._mask_token_id]
+        content |= {"added_tokens": [], "truncation": None, "padding": None}
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        for one in added:
+            name = one["content"]
+            if name.strip() and not one["single_word"]:
+                signs[name] = f"\U0010fffd{nonce}-{one['id']}\U0010fffd"
+                name = signs[name]
+            flags = {flag: one[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized")}
+            tokenizer.add_tokens([AddedToken(name, **flags)])
+            new_id = tokenizer.token_to_id(name)
+            assert new_id is not None
+            id_of[new_id] = one["id"]
+        return tokenizer, signs, id_of
+
+    @cached_property
     def _literal(self) -> PreTrainedTokenizerBase:
         """A tokenizer of its own, to which spelled control tokens are text: whether they are is a
         state of the tokenizer, and threads may share ours."""
         literal = copy.deepcopy(self.tokenizer)
         literal.split_special_tokens = True
         return literal
+
+
+def pattern_of(words: Collection[str]) -> re.Pattern[str]:
+    """Finds words, at least one, in a text; where several begin, the longest."""
+    return re.compile("|".join(sorted(map(re.escape, words), key=len, reverse=True)))
 
 
 def _speller(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:

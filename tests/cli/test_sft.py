@@ -200,8 +200,7 @@ def test_message_from_stdin(folder: Path, capsys: Capture, monkeypatch: pytest.M
     ("messages", "message"),
     [
         ([], "there is nothing to answer"),
-        ([{"role": "assistant", "content": "x"}], "there is nothing to answer"),
-        ([{"role": "tool", "content": "x"}], "message 1 has role 'tool'"),
+        ([{"role": "function", "content": "x"}], "message 1 has role 'function'"),
         ([{"role": "user", "content": None}], "content of type NoneType"),
         (["hi"], "message 1 is a str; allowed: a mapping"),
         ("hi", "messages is a str; allowed: a list of mappings"),
@@ -221,19 +220,19 @@ def test_ends_of_turns(folder: Path) -> None:
     lm = trimode.load(folder / "full" / "final")
     assert lm.tokenizer is not None
     ask = [{"role": "user", "content": "x"}]
-    found = answering(lm.tokenizer, ask, {"stop_token_ids": [7], "stop": "a", "seed": 3})
+    found = answering(lm.vocabulary, ask, {"stop_token_ids": [7], "stop": "a", "seed": 3})
     end = lm.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert (found["stop_token_ids"], found["stop"], found["seed"]) == ([7, end], "a", 3)
     lm.tokenizer.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} [end]\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    found = answering(lm.tokenizer, ask, {"stop": ["a"]})
+    found = answering(lm.vocabulary, ask, {"stop": ["a"]})
     assert found["stop"] == ["a", "[end]"]
     assert "stop_token_ids" not in found
-    assert lm.decode(found["prompt"]) == "[user] x [end]\n[assistant]"
+    assert lm.decode(found["prompt"].token_ids) == "[user] x [end]\n[assistant]"
     odd = [{"role": "user", "content": "\ufffc x \ufffc"}]
-    assert answering(lm.tokenizer, odd, {})["stop"] == ["[end]"]
+    assert answering(lm.vocabulary, odd, {})["stop"] == ["[end]"]
 
 
 @pytest.mark.parametrize(
@@ -243,8 +242,8 @@ def test_ends_of_turns(folder: Path) -> None:
         (" <|im_end|>\n", "token"),
         ("\n\n<|im_end|>", "token"),
         ("", "Q:"),
-        ("\n", "Q:"),
-        (" over <|im_end|>", "over <|im_end|>Q:"),
+        ("\n", "\nQ:"),
+        (" over <|im_end|>", "token"),
     ],
 )
 def test_what_ends_a_turn(folder: Path, close: str, expected: str) -> None:
@@ -257,7 +256,7 @@ def test_what_ends_a_turn(folder: Path, close: str, expected: str) -> None:
         + close.replace("\n", "{{ '\\n' }}")
         + "{% endfor %}{{ 'A: ' if add_generation_prompt }}"
     )
-    found = answering(lm.tokenizer, [{"role": "user", "content": "x"}], {})
+    found = answering(lm.vocabulary, [{"role": "user", "content": "x"}], {})
     if expected == "token":
         end = lm.tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert found["stop_token_ids"] == [end]
@@ -287,7 +286,7 @@ def test_arguments_of_chat(folder: Path) -> None:
     lm = trimode.load(folder / "full" / "final")
     ask = [{"role": "user", "content": "71: sea?"}]
     end = lm.tokenizer.convert_tokens_to_ids("<|im_end|>")  # type: ignore[union-attr]
-    found = answering(lm.tokenizer, ask, {"stop_token_ids": np.array([0])})
+    found = answering(lm.vocabulary, ask, {"stop_token_ids": np.array([0])})
     assert found["stop_token_ids"] == [0, end]
     with pytest.raises(RequestError, match="stop_token_ids is 3; allowed: a list"):
         lm.chat(ask, stop_token_ids=3)

@@ -21,6 +21,7 @@ from trimode.selfgen.outcome import Outcome
 from trimode.selfgen.prompt_file import read_prompts
 from trimode.selfgen.repeats import PromptsSeen, is_loop
 from trimode.training.chat import ChatFormat
+from trimode.vocabulary import Vocabulary
 
 OPTIONS = SelfgenOptions(
     num=24, temperatures=(0.0, 1.0, 1.0), max_prompt_tokens=16, max_answer_tokens=64, held_out=0.25
@@ -59,7 +60,7 @@ def test_generate_and_chat_write_the_same(lm: TriModeLM, outcomes: list[Outcome]
     for record in kept(outcomes)[:6]:
         seed = OPTIONS.seed_of(record["index"], "prompt")
         settings = {"mode": "ar", "max_new_tokens": 16, "temperature": 1.0, "top_p": 0.97}
-        prompt = lm.generate(**asking(lm.tokenizer, settings, system=None), seed=seed)
+        prompt = lm.generate(**asking(lm.vocabulary, settings, system=None), seed=seed)
         assert [{"role": "user", "content": prompt.text.strip()}] == record["messages"][:-1]
         answer = lm.chat(
             record["messages"][:-1],
@@ -199,7 +200,7 @@ def test_prompts_of_the_callers(lm: TriModeLM) -> None:
         [{"role": "user", "content": "  "}],
         [{"role": "user", "content": "ONE "}],
         [{"role": "user", "content": "x" * 200}],
-        [{"role": "tool", "content": "t"}, {"role": "user", "content": "two"}],
+        [{"role": "ipython", "content": "t"}, {"role": "user", "content": "two"}],
         [{"role": "system", "content": "s"}, {"role": "user", "content": "three"}],
     ]
     options = replace(OPTIONS, num=None, system="be brief", temperatures=(1.0,))
@@ -254,8 +255,8 @@ def test_a_turn_may_end_with_a_string(lm: TriModeLM) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n##\n' }}{% endfor %}"
     )
-    found = asking(tokenizer, {}, system="s")
-    assert found == {"prompt": list(b"system:s\n##\nuser:"), "stop": ["##"]}
+    found = asking(Vocabulary(tokenizer, mask_token_id=None), {}, system="s")
+    assert found == {"prompt": list(b"system:s\n##\nuser:"), "stop": ["\n##"]}
 
 
 @pytest.mark.parametrize(

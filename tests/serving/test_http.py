@@ -23,6 +23,10 @@ from trimode.serving.settings import Settings
 
 KEY, OTHER_KEY = "secret-of-one", "secret-of-two"
 ASSISTANT = {"role": "assistant", "content": "x"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TOOL_SAYS = {"role": "tool", "content": "x", "tool_call_id": "1"}
 BAD_SCHEMA = {"name": "x", "schema": {"type": "objct"}}
 
 
@@ -94,7 +98,27 @@ def test_what_is_wrong_is_named(served: Served, fields: dict[str, Any], message:
         ("completions", {"max_thinking_tokens": 1}, "end_think_token_id", "is null; give an id"),
         ("completions", {"mode": "auto"}, "mode", "auto is off here"),
         ("completions", {"json_schema": {"type": "x"}}, "json_schema", "json_schema is not valid"),
-        ("chat", {"messages": [ASSISTANT]}, "messages", "there is nothing to answer"),
+        ("chat", {"tools": [TOOL]}, "tools", "declares no form for tool calls"),
+        (
+            "chat",
+            {"continue_final_message": True},
+            "continue_final_message",
+            "continue_final_message is true, but the last message is of role 'user'",
+        ),
+        (
+            "chat",
+            {
+                "messages": [ASSISTANT],
+                "continue_final_message": True,
+                "add_generation_prompt": True,
+            },
+            "continue_final_message",
+            "add_generation_prompt is true; allowed: one of them",
+        ),
+        ("chat", {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "does not read"),
+        ("chat", {"chat_template_kwargs": {"tokenize": 1}}, "chat_template_kwargs", "'tokenize'"),
+        ("chat", {"enable_thinking": True}, "enable_thinking", "enable_thinking is true, but"),
+        ("chat", {"messages": [CALLING, TOOL_SAYS]}, "messages", "declares no form for tool"),
         ("chat", {"max_tokens": 508}, "max_tokens", "max_tokens=508"),
         (
             "chat",
@@ -131,19 +155,20 @@ def test_the_field_that_was_sent_is_named(
     ("fields", "message"),
     [
         ({"messages": []}, "messages is []; allowed: at least 1 of them"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 'messages.0.role is "tool"; allowed:'),
-        ({"messages": [{"role": "user"}]}, "messages.0.content is missing"),
-        (
-            {"messages": [{"role": "assistant", "content": "x"}]},
-            "there is nothing to answer",
-        ),
+        ({"messages": [{"role": "ipython", "content": "x"}]}, 'messages.0.role is "ipython"; a'),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id is missing"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content is null or missing"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content is null"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "allowed: a string, or a list of text parts",
         ),
-        ({"messages": [{**ASSISTANT, "tool_calls": []}]}, "tool_calls is []; allowed: null"),
+        ({"messages": [{**ASSISTANT, "tool_calls": []}]}, "tool_calls is []; allowed: at least 1"),
         ({"prompt": "x"}, "it is one of /v1/completions and /v1/infill"),
-        ({"tools": [{"type": "function"}]}, "tools is "),
+        ({"tools": [{"type": "function"}]}, "tools.0.function is missing"),
+        ({"tools": [{**TOOL, "function": {"name": "f", "strict": True}}]}, "strict is true; allow"),
+        ({"tool_choice": "required"}, "tool_choice is \"required\"; allowed: 'none' or 'auto'"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice is {"),
         ({"top_logprobs": 2}, "top_logprobs is 2; allowed: only with logprobs true"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "allowed: one of them"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema is missing"),

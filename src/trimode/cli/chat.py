@@ -11,6 +11,7 @@ from trimode.cli.generate import (
     add_decoding_arguments,
     add_model_arguments,
     as_object,
+    check_template,
     given_options,
     in_force,
     load_model,
@@ -41,6 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="answer this and end; `-`, or none with something piped in, reads stdin as it is",
     )
     parser.add_argument("--system", metavar="TEXT", help="what the conversation begins with")
+    parser.add_argument(
+        "--prefill",
+        metavar="TEXT",
+        help="how the answer begins (with MESSAGE); printed is what comes behind it",
+    )
+    parser.add_argument(
+        "--enable-thinking",
+        action=argparse.BooleanOptionalAction,
+        help="whether the model thinks before it answers, if its chat template knows of that",
+    )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="variables of the chat template, as one JSON object",
+    )
     add_model_arguments(parser)
     add_decoding_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object (with MESSAGE)")
@@ -51,13 +67,20 @@ def run(args: argparse.Namespace) -> int:
     is_talk = args.message is None and sys.stdin is not None and sys.stdin.isatty()
     if is_talk and args.json:
         raise RequestError("--json prints one answer: give a MESSAGE, or pipe one in")
+    if is_talk and args.prefill is not None:
+        raise RequestError("--prefill begins one answer: give a MESSAGE, or pipe one in")
     message = None if is_talk else read_prompt(args.message)
+    options = given_options(args) | _template_options(args)
 
-    lm, options = load_model(args), given_options(args)
+    lm = load_model(args)
+    check_template(lm, args)
+    messages: list[dict[str, str]]
     messages = [] if args.system is None else [{"role": "system", "content": args.system}]
     if message is None:
         return _talk(lm, messages, options)
     messages.append({"role": "user", "content": message})
+    if args.prefill is not None:
+        messages.append({"role": "assistant", "content": args.prefill})
     if args.json:
         generation = lm.chat(messages, **options)
         mode, block_length = in_force(lm, options)
@@ -65,6 +88,22 @@ def run(args: argparse.Namespace) -> int:
     else:
         generation = _answer(lm, messages, options)
     return 1 if generation.finish_reason == "abort" else 0
+
+
+def _template_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of `TriModeLM.chat` that the chat template reads."""
+    options: dict[str, Any] = {}
+    if args.enable_thinking is not None:
+        options["enable_thinking"] = args.enable_thinking
+    if args.chat_template_kwargs is not None:
+        try:
+            options["chat_template_kwargs"] = json.loads(args.chat_template_kwargs)
+        except ValueError as error:
+            raise RequestError(
+                f"--chat-template-kwargs is {args.chat_template_kwargs!r}, which is not JSON:"
+                f" {error}"
+            ) from None
+    return options
 
 
 def _talk(lm: TriModeLM, messages: list[dict[str, str]], options: dict[str, Any]) -> int:

@@ -207,6 +207,22 @@ def load_model(args: argparse.Namespace) -> TriModeLM:
     )
 
 
+def check_template(lm: TriModeLM, args: argparse.Namespace) -> None:
+    """Refuse conversations with the default model where it has no chat template.
+
+    Raises:
+        RequestError: naming the LoRA that brings one; other models are left to `lm.chat`.
+    """
+    from trimode.checkpoint.names import POCKET
+
+    has_template = lm.tokenizer is not None and lm.tokenizer.chat_template
+    if args.model in (None, POCKET) and not has_template:
+        raise RequestError(
+            "a conversation needs a chat template, and the default model has none; give it the LoRA"
+            " that was tuned on conversations: --lora instruct_lora"
+        )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser, *, has_drafter: bool = True) -> None:
     """Declare what `trimode.load` takes; no drafter for a command that drafts nothing."""
     model = parser.add_argument_group("model")

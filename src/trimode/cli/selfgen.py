@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimode.cli.generate import add_model_arguments, load_model
+from trimode.cli.generate import add_model_arguments, check_template, load_model
 from trimode.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
     lm = load_model(args)
     if lm.tokenizer is None:
         raise RequestError("writing conversations needs a tokenizer, and this checkpoint has none")
+    check_template(lm, args)
     arguments = _arguments(args, options, lm)
     started_s = time.monotonic()
     console = Console(stderr=True)

@@ -160,7 +160,7 @@ class Writing:
             "temperature": options.prompt_temperature,
             "top_p": options.prompt_top_p,
         }
-        return asking(self._lm.tokenizer, settings, system=options.system)
+        return asking(self._lm.vocabulary, settings, system=options.system)
 
     def _answer(self, index: int, messages: Messages) -> Sequence:
         """The sequence that answers; RequestError if the template refuses the messages."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from trimode.checkpoint.generation_defaults import GenerationDefaults
 from trimode.decoding.stats import Stats
+from trimode.messages import ToolCall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,13 +137,14 @@ class Done:
         text: All of it.
         token_ids: All new tokens.
         prompt_tokens: Tokens of the prompt, before its end was healed.
-        finish_reason: `stop` or `length`.
+        finish_reason: `stop`, `length` or `tool_calls`.
         seed: That reproduces it.
         mode: It was decoded in.
         stats: What it cost.
         remarks: What the client should know of its prompt.
         gaps: `infill`: of each gap, where its fill starts in `text` and the candidates, the best
             first, each as an object of JSON.
+        tool_calls: Of the tools that were offered; they are not part of `text`.
     """
 
     text: str
@@ -154,6 +156,7 @@ class Done:
     stats: Stats
     remarks: tuple[str, ...] = ()
     gaps: tuple[Mapping[str, Any], ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -122,19 +122,63 @@ class TextPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    """Of a tool call."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: Text
+    arguments: str = Field(description="a JSON object, as a string")
+
+
+class CalledTool(BaseModel):
+    """A tool call of an earlier answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = Field(None, description="of a stream's delta; taken and not used")
+
+
 class Message(BaseModel):
     """One message of a conversation; `developer` is `system`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] = Field(description="a string, or a list of text parts")
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = Field(
+        None, description="a string, or a list of text parts; null beside tool_calls"
+    )
+    name: str | None = Field(None, description="handed to the chat template")
+    tool_call_id: str | None = Field(None, description="with role tool")
+    tool_calls: Annotated[list[CalledTool], Field(min_length=1)] | None = None
     # An answer may be sent back as it came.
     annotations: None = None
     audio: None = None
     function_call: None = None
     refusal: None = None
-    tool_calls: None = None
+
+
+class ToolFunction(BaseModel):
+    """Of a tool."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: Text
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
+    strict: Literal[False] | None = Field(None, description="false or null; calls are not forced")
+
+
+class Tool(BaseModel):
+    """One that the model may call."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["function"]
+    function: ToolFunction
 
 
 class JsonSchema(BaseModel):
@@ -168,7 +212,6 @@ class ChatRequest(_Generating):
         "metadata": ({},),
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (True, False),
         "prediction": (),
         "presence_penalty": (0,),
         "prompt_cache_key": (),
@@ -178,8 +221,6 @@ class ChatRequest(_Generating):
         "safety_identifier": (),
         "service_tier": ("auto", "default"),
         "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -189,6 +230,19 @@ class ChatRequest(_Generating):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = Field(None, description='"none" or "auto"')
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="variables of the chat template"
+    )
+    enable_thinking: bool | None = Field(None, description="one of chat_template_kwargs")
+    continue_final_message: bool | None = Field(
+        None, description="the answer goes on in the last message, an assistant's (default)"
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="the assistant's turn is opened; not where a message is continued"
+    )
 
 
 class InfillRequest(_Request):
@@ -211,6 +265,12 @@ OURS = (
     "grammar",
 )
 """Fields that are arguments of `TriModeLM.generate` by the same name."""
+
+OURS_OF_CHAT = (
+    *("tool_choice", "parallel_tool_calls", "chat_template_kwargs", "enable_thinking"),
+    *("continue_final_message", "add_generation_prompt"),
+)
+"""Fields that are options of `TriModeLM.chat` by the same name."""
 
 OURS_OF_INFILL = (
     *("lengths", "language", "context", "threshold", "steps", "top_k", "top_p", "seed"),

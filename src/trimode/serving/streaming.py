@@ -132,7 +132,7 @@ class Answer:
             done = self.done[index]
             choice: dict[str, Any] = {"index": index}
             if self.is_chat:
-                choice["message"] = {"role": "assistant", "content": done.text, "refusal": None}
+                choice["message"] = _message(done)
             else:
                 choice["text"] = done.text
             choice["logprobs"] = self._logprobs(index, self.logprobs.get(index, []))
@@ -153,6 +153,12 @@ class Answer:
         choice["logprobs"] = self._logprobs(index, piece.logprobs) if piece.logprobs else None
         choice["finish_reason"] = update.finish_reason if isinstance(update, Done) else None
         return self._chunk([choice])
+
+    def calls_chunk(self, index: int, done: Done) -> dict[str, Any]:
+        """What a stream says of an answer's tool calls, each of them whole."""
+        calls = [{"index": i, **call.as_message()} for i, call in enumerate(done.tool_calls)]
+        choice = {"index": index, "delta": {"tool_calls": calls}}
+        return self._chunk([{**choice, "logprobs": None, "finish_reason": None}])
 
     def event_chunk(self, index: int, happening: Happening) -> dict[str, Any]:
         """A happening, in a chunk that others' clients take for an empty one."""
@@ -231,6 +237,15 @@ def usage(texts: list[Done], job: Job, card: ModelCard, *, prompt_tokens: int) -
     }
 
 
+def _message(done: Done) -> dict[str, Any]:
+    """An answer as a message; an empty text before tool calls is null."""
+    message = {"role": "assistant", "content": done.text, "refusal": None}
+    if not done.tool_calls:
+        return message
+    calls = [call.as_message() for call in done.tool_calls]
+    return {**message, "content": done.text or None, "tool_calls": calls}
+
+
 def _chat_logprob(one: TextLogprobs) -> dict[str, Any]:
     top = [{**_chat_token(token), "logprob": x} for token, x in one.top]
     return {**_chat_token(one.token), "logprob": one.logprob, "top_logprobs": top}
@@ -273,6 +288,8 @@ async def chunks(
                 yield _event(answer.event_chunk(index, update))
                 continue
             answer.take(index, update)
+            if isinstance(update, Done) and update.tool_calls:
+                yield _event(answer.calls_chunk(index, update))
             if isinstance(update, Done) or update.text or update.logprobs:
                 yield _event(answer.chunk(index, update))
     if answer.has_usage:

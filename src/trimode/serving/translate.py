@@ -17,6 +17,7 @@ import pydantic_core
 from pydantic import BaseModel, ValidationError
 
 from trimode.checkpoint.generation_defaults import GenerationDefaults
+from trimode.serving.chat_fields import chat_options, messages_of
 from trimode.serving.jobs import Failed, Job, ModelCard
 from trimode.serving.refusals import Refusal, bad_request
 from trimode.serving.schemas import (
@@ -25,7 +26,6 @@ from trimode.serving.schemas import (
     ChatRequest,
     CompletionRequest,
     InfillRequest,
-    Message,
 )
 from trimode.serving.settings import Settings
 
@@ -178,10 +178,10 @@ def chat_jobs(
     if form := _format(request):
         options |= form
         names["json_schema"] = "response_format"
-    messages = [_plain(message) for message in request.messages]
+    options |= chat_options(request)
     return _jobs(
         "chat",
-        [messages],
+        [messages_of(request)],
         request,
         options=options,
         usual=_usual(defaults, settings),
@@ -327,16 +327,6 @@ def _format(request: ChatRequest) -> dict[str, Any]:
             param="response_format",
         )
     return {"json_schema": wanted.json_schema.schema_}
-
-
-def _plain(message: Message) -> dict[str, str]:
-    content = message.content
-    if not isinstance(content, str):
-        content = "".join(part.text for part in content)
-    return {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": content,
-    }
 
 
 def _max_tokens(name: str, number: int, *, settings: Settings) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +24,12 @@ from trimode.detokenize import GrowingText, StandingText
 from trimode.engine import Engine
 from trimode.errors import CapacityError, ConfigError, RequestError, UnsupportedError
 from trimode.infill import DEFAULT_CONTEXT, DEFAULT_LENGTHS, FilledGap, Infilling, infill_steps
+from trimode.messages import ToolCall
+from trimode.rendering import Renderer
 from trimode.runtime import MAX_BATCH, TriModeLM
 from trimode.serving.draining import SHUTTING_DOWN, RunningJobs
 from trimode.serving.engine_thread import EngineThread, Ticket
+from trimode.serving.failures import ABORTS, BROKEN, GIVEN_UP, TOO_SLOW, no_room, refused
 from trimode.serving.jobs import (
     Accepted,
     Done,
@@ -41,6 +43,13 @@ from trimode.serving.jobs import (
     Update,
 )
 from trimode.serving.model_metrics import ModelMetrics
+from trimode.tool_calls import (
+    CallsHeldBack,
+    ToolForm,
+    find_form,
+    names_of,
+    read_calls,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,29 +57,6 @@ T = TypeVar("T")
 
 INFILL_CELLS = DEFAULT_CONTEXT + 64 * len(DEFAULT_LENGTHS)
 """Cells of a row in which a gap is filled with the default arguments."""
-
-_ABORTS = {
-    "cancelled": SHUTTING_DOWN,
-    "deadline": Failed(status=504, code="deadline", message="the request's time was up"),
-    "non_finite": Failed(
-        status=500, code="internal_error", message="the network gave non-finite numbers"
-    ),
-    "no_token": Failed(
-        status=400,
-        code="invalid_request",
-        message="what was asked for (grammar, logit_bias, ...) leaves no token to go on with",
-    ),
-}
-_TOO_SLOW = Failed(status=408, code="too_slow", message="events came faster than they were read")
-_BROKEN = Failed(status=500, code="internal_error", message="the model broke down; see the log")
-_GIVEN_UP = Failed(
-    status=503,
-    code="unavailable",
-    message="the model broke down and takes no requests; see the log, and start the server anew",
-    retry_after_s=5,
-)
-
-_JSON = {"None": "null", "True": "true", "False": "false"}
 
 
 class LocalBackend:
@@ -167,7 +153,7 @@ class LocalBackend:
         """Why none are; None if they are."""
         if self._jobs.is_closing:
             return SHUTTING_DOWN
-        return None if self._thread.is_alive else _GIVEN_UP
+        return None if self._thread.is_alive else GIVEN_UP
 
     def metrics(self) -> str:
         """What is measured on the model's side, in Prometheus' text format."""
@@ -185,15 +171,15 @@ class LocalBackend:
                     async for update in updates:
                         yield update
             except (RequestError, UnsupportedError) as error:
-                yield _refused(job, error)
+                yield refused(job, error)
             except CapacityError as error:
-                yield _no_room(job, error)
+                yield no_room(job, error)
             except Exception:
                 if self._pool_is_shut:
                     yield SHUTTING_DOWN
                     return
                 logger.exception("job failed", extra={"request_id": job.request_id})
-                yield _BROKEN
+                yield BROKEN
 
     async def close(self, *, timeout_s: float) -> None:
         """Take no more jobs, finish those that run until the time is up, abort the rest."""
@@ -208,7 +194,9 @@ class LocalBackend:
         ticket = Ticket(client=job.client, timeout_s=job.timeout_s)
         seq, remarks = await self._in_pool(lambda: self._sequence(job, ticket))
         ticket.seq = seq
-        text = StandingText(self._lm.growing_text(seq), stop=seq.params.stop)
+        standing = StandingText(self._lm.growing_text(seq), stop=seq.params.stop)
+        form = await self._in_pool(lambda: self._tool_form(job))
+        text = standing if form is None else CallsHeldBack(form, standing)
         shown = _ShownLogprobs(self._lm.growing_text(seq), self._shown)
         num_taken = 0
         is_owed_word = job.wants_word
@@ -237,17 +225,29 @@ class LocalBackend:
             yield failed
             return
         generation = self._lm.generation(seq)
-        rest = text.finish(generation.text)
+        content, calls = generation.text, list[ToolCall]()
+        if form is not None:
+            content, calls = read_calls(
+                *(self._vocabulary, form, names_of(job.options["tools"])),
+                text=content,
+                token_ids=seq.new_ids,
+                before=self._lm.growing_text(seq),
+            )
+        rest = text.finish(content)
         if rest or num_taken < len(seq.new_ids):
             token_ids = tuple(seq.new_ids[max(num_taken, seq.num_inside) :])
             yield Piece(rest, token_ids, shown.push(seq, num_taken, len(seq.new_ids)))
         mode = seq.params.mode
         self._metrics.note_done(mode, seq.stats, prompt_tokens=seq.num_prompt)
+        if job.options.get("parallel_tool_calls") is False:
+            calls = calls[:1]
+        is_call = bool(calls) and generation.finish_reason == "stop"
         yield Done(
-            text=generation.text,
+            text=content,
             token_ids=tuple(seq.new_ids[seq.num_inside :]),
             prompt_tokens=seq.num_prompt,
-            finish_reason=generation.finish_reason,
+            finish_reason="tool_calls" if is_call else generation.finish_reason,
+            tool_calls=tuple(calls),
             seed=seq.params.seed,
             mode=mode,
             stats=seq.stats,
@@ -297,7 +297,8 @@ class LocalBackend:
                     "messages need a chat template, and this model has none; serve one tuned on"
                     " conversations, such as `trimode serve --lora instruct_lora`"
                 )
-            options = answering(self._lm.tokenizer, job.inputs, options)
+            options.pop("parallel_tool_calls", None)
+            options = answering(self._lm.vocabulary, job.inputs, options)
             prompt = options.pop("prompt")
         else:
             prompt = job.inputs
@@ -332,6 +333,11 @@ class LocalBackend:
         sequence = self._lm.prepare(encoded.fitting(context - num_new), **options)
         return sequence, tuple(encoded.remarks)
 
+    def _tool_form(self, job: Job) -> ToolForm | None:
+        """How the template writes calls of the tools that a job offers; None without any."""
+        has_tools = job.options.get("tools") and job.options.get("tool_choice") != "none"
+        return find_form(Renderer(self._vocabulary)) if has_tools else None
+
     @asynccontextmanager
     async def _running(self, ticket: Ticket) -> AsyncIterator[None]:
         """A ticket in the engine's hands; whoever leaves early has it aborted."""
@@ -357,16 +363,16 @@ class LocalBackend:
         if ticket.error is not None:
             if isinstance(ticket.error, (RequestError, CapacityError, UnsupportedError)):
                 raise ticket.error
-            return SHUTTING_DOWN if self._jobs.is_closing else _BROKEN
+            return SHUTTING_DOWN if self._jobs.is_closing else BROKEN
         seq = ticket.seq
         if seq.finish_reason != "abort":
             return None
         self._metrics.note_abort(seq.abort_reason or "error")
         if isinstance(seq.error, BufferError):
-            return _TOO_SLOW
+            return TOO_SLOW
         if seq.error is not None:
             logger.error("a watcher of a sequence raised", exc_info=seq.error)
-        return _ABORTS.get(seq.abort_reason or "", _BROKEN)
+        return ABORTS.get(seq.abort_reason or "", BROKEN)
 
     def _happening(self, ticket: Ticket) -> Happening | None:
         """The next event; None where it is about the prompt's end only."""
@@ -460,32 +466,6 @@ def _gap_as_object(gap: FilledGap) -> dict[str, Any]:
             for fill in gap.candidates
         ],
     }
-
-
-def _no_room(job: Job, error: CapacityError) -> Failed:
-    message = _in_words_of(job, error)
-    if error.retry_after_s is None:
-        return Failed(status=413, code="too_large", message=message, param=_param(job, message))
-    return Failed(status=429, code="overloaded", message=message, retry_after_s=error.retry_after_s)
-
-
-def _refused(job: Job, error: Exception) -> Failed:
-    message = _in_words_of(job, error)
-    param = _param(job, message)
-    return Failed(status=400, code="invalid_request", message=message, param=param)
-
-
-def _in_words_of(job: Job, error: Exception) -> str:
-    """A message that speaks of arguments in Python, by the request's fields and in JSON."""
-    words = {**_JSON, **{name: job.names[name] for name in job.options if name in job.names}}
-    return re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], str(error))
-
-
-def _param(job: Job, message: str) -> str | None:
-    """The first field of the request that a message names, else what the text is made from."""
-    fields = {job.names.get(name, name) for name in job.options} | {"end_think_token_id"}
-    named = (word for word in re.findall(r"\w+", message) if word in fields)
-    return next(named, job.names.get("inputs"))
 
 
 def _defaults(lm: TriModeLM, generation_config: str) -> GenerationDefaults:

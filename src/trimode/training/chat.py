@@ -17,8 +17,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from trimode.checkpoint.model_cache import named_folder
-from trimode.conversation import answering
-from trimode.errors import ConfigError, RequestError
+from trimode.conversation import end_of_answer
+from trimode.errors import ConfigError
 from trimode.training.byte_bpe import load_tokenizer, special_token_ids
 from trimode.training.chat_markers import with_markers
 from trimode.training.chat_template import (
@@ -33,6 +33,7 @@ from trimode.training.manifest import ChatRecord
 from trimode.training.prepare_config import PrepareConfig
 from trimode.training.shard_writer import SupervisedDocument
 from trimode.training.written_ids import FIELDS, written_ids
+from trimode.vocabulary import Vocabulary
 
 _STAND_INS = 0x100000
 """First of the private-use characters that stand for special tokens written by a person."""
@@ -65,7 +66,8 @@ class ChatFormat:
         )
         self._template_source, self._markers = template_source, markers
         self._messages_field, self._takes_ids = messages_field, takes_ids
-        self._stop = _end_of_turn(tokenizer)
+        # The string that ended an answer of `trimode selfgen`, if a string did.
+        self._stop = end_of_answer(Vocabulary(tokenizer, mask_token_id=None))
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._stand_ins = {name: chr(_STAND_INS + i) for i, name in enumerate(names)}
         self._spelled = {ord(sign): name for name, sign in self._stand_ins.items()}
@@ -278,15 +280,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item)
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """The string that ended an answer of `trimode selfgen`; None where a special token did."""
-    try:
-        options = answering(tokenizer, [{"role": "user", "content": "x"}], {})
-    except RequestError:  # no template from which anything can be written
-        return None
-    return options["stop"][0] if "stop" in options else None
 
 
 def _find_template(file: str | None, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:

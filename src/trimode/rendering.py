@@ -1,0 +1,207 @@
+"""What a chat template writes, with its own control tokens told from those that a caller spells."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from trimode.errors import RequestError
+from trimode.messages import strings_in
+from trimode.vocabulary import Vocabulary, pattern_of
+
+_PRIVATE = range(0xE000, 0xF900)
+"""Characters without a meaning of their own, which no template strips or changes."""
+
+_FREE_ARGUMENTS = ("documents",)
+"""Arguments of `apply_chat_template` that are variables of the template."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A conversation as a prompt.
+
+    Attributes:
+        token_ids: In which only the template's control tokens are control tokens.
+        text: As the caller's reader would see it.
+    """
+
+    token_ids: list[int]
+    text: str
+
+
+class Renderer:
+    """The chat template of a tokenizer.
+
+    Args:
+        vocabulary: Of a tokenizer with a chat template.
+        tools: Handed to the template.
+        variables: Handed to the template, by name.
+
+    Raises:
+        RequestError: There is no template, or it cannot take a variable.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary | None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        if vocabulary is None or not vocabulary.tokenizer.chat_template:
+            raise RequestError(
+                "a conversation needs a tokenizer with a chat template, and this model has none;"
+                " give a model that was tuned on conversations, or a LoRA that was"
+            )
+        self.vocabulary = vocabulary
+        self._tools = tools
+        self._variables = _checked_variables(vocabulary.tokenizer, tools, variables or {})
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> Renderer:
+        """Return the same template without variables, given other tools."""
+        return Renderer(self.vocabulary, tools=tools)
+
+    def text(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
+    ) -> str:
+        """Render messages as they are.
+
+        Raises:
+            RequestError: The template refuses them.
+        """
+        return self._render([list(messages), self._tools, self._variables], add_generation_prompt)
+
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        open_at: int | None = None,
+    ) -> Rendering:
+        """Render messages as tokens. Control tokens that they spell are text.
+
+        Args:
+            messages: Checked.
+            add_generation_prompt: Whether the assistant's next turn begins at the end.
+            open_at: Index of a message with whose text the rendering ends; the template neither
+                closes it nor strips it at its end. None renders all.
+
+        Raises:
+            RequestError: The template refuses the messages, or treats control tokens as more than
+                text.
+        """
+        given: list[Any] = [list(messages), self._tools, self._variables]
+        free = _free_signs([*given, str(self.vocabulary.tokenizer.chat_template)])
+        begin, end = next(free), next(free)
+        if open_at is not None:
+            content = messages[open_at]["content"]
+            # White space alone would be stripped from both sides.
+            opened = f"{'' if content.strip() else begin}{content}{end}"
+            given[0] = list(messages)
+            given[0][open_at] = {**messages[open_at], "content": opened}
+        spelled = self._spelled(given)
+        sign_of = {name: next(free) for name in spelled}
+        as_text = {sign: name for name, sign in sign_of.items()}
+        show = str.maketrans(as_text)
+        text = self._render(given, add_generation_prompt)
+        if spelled:
+            hidden = self._render(_hidden(given, sign_of), add_generation_prompt)
+            if hidden.translate(show) != text:
+                raise RequestError(
+                    f"messages spell the control token {spelled[0]}, and the chat template does"
+                    " not hand it on as it is; leave it out"
+                )
+            text = hidden
+        if open_at is not None:
+            before, found, _ = text.rpartition(end)
+            if not found:
+                raise RequestError(
+                    "the chat template leaves out the end of a message, so it cannot be continued"
+                )
+            text = before.replace(begin, "")
+        try:
+            ids = self.vocabulary.encode_marked(text, as_text)
+        except ValueError as error:
+            raise RequestError(f"messages spell a control token, and {error}") from error
+        if not ids:
+            raise RequestError("the chat template writes nothing for these messages")
+        return Rendering(ids, text.translate(show))
+
+    def _spelled(self, given: Sequence[Any]) -> list[str]:
+        """Control tokens that a caller spells, and other added tokens that mark turns."""
+        vocabulary = self.vocabulary
+        found = {name for text in strings_in(given) for name in vocabulary.spelled_control(text)}
+        words = vocabulary.ordinary_words
+        if words and any(map(pattern_of(words).search, strings_in(given))):
+            ask = {"role": "user", "content": ""}
+            turns = self._render([[ask, {**ask, "role": "assistant"}, ask], None, {}], False)
+            marks = {word for word in pattern_of(words).findall(turns)}
+            found |= {word for word in marks if any(word in text for text in strings_in(given))}
+        return sorted(found)
+
+    def _render(self, given: Sequence[Any], add_generation_prompt: bool) -> str:
+        messages, tools, variables = given
+        try:
+            text = self.vocabulary.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+        except Exception as error:  # a template is a program of its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RequestError(f"the chat template refuses the conversation: {reason}") from error
+        assert isinstance(text, str)
+        return text
+
+
+def _hidden(value: Any, sign_of: Mapping[str, str]) -> Any:
+    """Plain JSON in which every token that a string spells is its sign."""
+    if isinstance(value, str):
+        return pattern_of(sign_of).sub(lambda match: sign_of[match[0]], value)
+    if isinstance(value, Mapping):
+        return {_hidden(key, sign_of): _hidden(item, sign_of) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden(item, sign_of) for item in value]
+    return value
+
+
+def _free_signs(given: Any) -> Iterator[str]:
+    """Yield characters that no string of a caller has."""
+    used = set().union(*strings_in(given))
+    return (sign for code in _PRIVATE if (sign := chr(code)) not in used)
+
+
+def _checked_variables(
+    tokenizer: PreTrainedTokenizerBase, tools: Any, variables: Mapping[str, Any]
+) -> dict[str, Any]:
+    arguments = inspect.signature(tokenizer.apply_chat_template).parameters
+    taken = {*arguments, *tokenizer.special_tokens_map, "messages"} - {*_FREE_ARGUMENTS}
+    source = ""
+    if variables:
+        try:
+            source = str(tokenizer.get_chat_template(tools=tools))
+        except ValueError as error:
+            raise RequestError(f"chat_template_kwargs is given, but {error}") from error
+    read = {}
+    for name, value in variables.items():
+        if name in taken:
+            raise RequestError(
+                f"chat_template_kwargs has {name!r}, which is not a variable of the template's own"
+            )
+        if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", source):
+            read[name] = value
+        elif name != "enable_thinking" or value:  # who does not think need not be told not to
+            raise RequestError(
+                f"chat_template_kwargs has {name!r}, which this model's chat template does not read"
+                if name != "enable_thinking"
+                else f"enable_thinking is {value!r}, but this model's chat template does not read"
+                " it; allowed: False"
+            )
+    return read

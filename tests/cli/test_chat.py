@@ -1,0 +1,88 @@
+"""`trimode chat`: how an answer begins, variables of the template, and a model without one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trimode
+from tests.chat_templates import THINKING
+from trimode.cli.main import BAD_INPUT, main
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
+    made = tiny_checkpoint()
+    (made / "chat_template.jinja").write_text(THINKING.replace("<|im_end|>", "<|eos|>"))
+    return made
+
+
+def answered(folder: Path, capsys: Capture, *words: str) -> dict[str, Any]:
+    """What `--json` prints."""
+    capsys.readouterr()
+    fixed = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "8", "--json"]
+    assert main(["chat", "hi", *fixed, *words]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_a_prefill_is_continued(folder: Path, capsys: Capture) -> None:
+    """Prevents: a prefill that is a turn of its own, or printed as if it were new."""
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "So "}]
+    wanted = trimode.load(folder, device="cpu").chat(messages, max_new_tokens=8)
+    found = answered(folder, capsys, "--prefill", "So ")
+    assert found["text"] == wanted.text
+    assert found["prompt_tokens"] == len(wanted.prompt_ids)
+    assert found != answered(folder, capsys)
+
+
+def test_variables_of_the_template(folder: Path, capsys: Capture) -> None:
+    """Prevents: a switch that is taken and not used."""
+    plain = answered(folder, capsys)["prompt_tokens"]
+    off = answered(folder, capsys, "--no-enable-thinking")["prompt_tokens"]
+    assert plain < off
+    spelled = answered(folder, capsys, "--chat-template-kwargs", '{"enable_thinking": false}')
+    assert spelled["prompt_tokens"] == off
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--chat-template-kwargs", "{"], "--chat-template-kwargs is '{', which is not JSON"),
+        (["--chat-template-kwargs", "[1]"], "chat_template_kwargs is [1]; allowed: a mapping"),
+        (["--chat-template-kwargs", '{"padding": 1}'], "has 'padding', which is not a variable"),
+        (["--chat-template-kwargs", '{"mood": 1}'], "'mood', which this model's chat template doe"),
+        (["--prefill", "\udcff"], "message 2 is not valid Unicode"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    folder: Path, capsys: Capture, words: list[str], message: str
+) -> None:
+    """Prevents: a word of the command line that is dropped, or a traceback."""
+    assert main(["chat", "hi", "--model", str(folder), "--device", "cpu", *words]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("model", [[], ["--model", "pocket"]])
+def test_the_default_model_names_its_lora(
+    capsys: Capture, tmp_path: Path, model: list[str]
+) -> None:
+    """Prevents: a first try that fails without a word of how to have a chat."""
+    selfgen = ["selfgen", "--output", str(tmp_path / "x.jsonl"), "--num", "1"]
+    for command in (["chat", "hi"], selfgen):
+        assert main([*command, *model, "--device", "cpu"]) == BAD_INPUT
+        assert "--lora instruct_lora" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_another_model_does_not(tiny_checkpoint: Any, capsys: Capture) -> None:
+    """Prevents: a LoRA recommended for a model that it does not fit."""
+    assert main(["chat", "hi", "--model", str(tiny_checkpoint()), "--device", "cpu"]) == BAD_INPUT
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "needs a tokenizer with a chat template" in line
+    assert "instruct_lora" not in line

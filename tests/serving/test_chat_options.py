@@ -1,0 +1,163 @@
+"""Chats over HTTP: answers that are continued, tools and their calls, variables of the template."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.chat_templates import HERMES, SPECIALS, THINKING
+from tests.conftest import NUM_TOKENS
+from tests.serving.conftest import Served, serving
+from trimode.runtime import TriModeLM
+
+ASK: dict[str, Any] = {"role": "user", "content": "x"}
+BEGUN: dict[str, Any] = {"role": "assistant", "content": "so it"}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"default": None}},
+}
+CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call>'
+TEXT = "I look. "
+OPTIONS: dict[str, Any] = {"model": "tiny", "max_tokens": 200, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model: Any, byte_tokenizer: Any) -> TriModeLM:
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS})
+    tokenizer.chat_template = HERMES
+    return TriModeLM(tiny_model(vocab_size=NUM_TOKENS + len(SPECIALS)), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def served_tools(lm: TriModeLM) -> Iterator[Served]:
+    with serving(lm) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(served_tools: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served_tools.url}/v1", api_key="x", max_retries=0) as one:
+        yield one
+
+
+def test_an_answer_goes_on(client: openai.OpenAI, lm: TriModeLM) -> None:
+    """Prevents: a prefill that HTTP closes, or sends back as if it were new."""
+    options = {"temperature": 0.0, "max_new_tokens": 9, "mode": "ar"}
+    wanted = lm.chat([ASK, BEGUN], **options)
+    assert wanted.prompt_ids[-5:] == list(b"so it")
+    for more in ({}, {"continue_final_message": True}, {"add_generation_prompt": False}):
+        answer = client.chat.completions.create(
+            messages=[ASK, BEGUN], **OPTIONS | {"max_tokens": 9}, extra_body={"mode": "ar", **more}
+        )
+        assert answer.choices[0].message.content == wanted.text
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == len(wanted.prompt_ids)
+    opened = lm.chat([ASK, BEGUN], continue_final_message=False, **options)
+    assert opened.prompt_ids != wanted.prompt_ids
+
+
+def test_calls_are_parsed(client: openai.OpenAI, lm: TriModeLM) -> None:
+    """Prevents: a call left in the text, and one that a client cannot read or send back."""
+    ask: dict[str, Any] = {"messages": [ASK], "tools": [TOOL], **OPTIONS}
+    for before in ("", TEXT):
+        extra = {"regex": re.escape(before + CALL)}
+        answer = client.chat.completions.create(**ask, extra_body=extra)
+        (choice,) = answer.choices
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content == (before or None)
+        assert choice.message.tool_calls is not None
+        (call,) = choice.message.tool_calls
+        assert call.type == "function"
+        assert (call.function.name, json.loads(call.function.arguments)) == ("look", {"at": "sky"})
+        generation = lm.chat([ASK], tools=[TOOL], max_new_tokens=200, temperature=0.0, **extra)
+        assert generation.text == before + CALL
+        content, (own,) = lm.tool_calls(generation, [TOOL])
+        assert (content, own.name, own.arguments) == (before, "look", call.function.arguments)
+    said = {"role": "tool", "tool_call_id": call.id, "content": "blue"}
+    again = client.chat.completions.create(
+        messages=[ASK, choice.message, said], tools=[TOOL], **OPTIONS | {"max_tokens": 4}
+    )
+    assert again.choices[0].finish_reason == "length"
+    own_messages = [ASK, choice.message.model_dump(exclude_none=True), said]
+    assert again.usage is not None
+    wanted = lm.answering(own_messages, {"tools": [TOOL]})["prompt"]
+    assert again.usage.prompt_tokens == wanted.num_tokens
+
+
+@pytest.mark.parametrize("before", ["", TEXT])
+def test_calls_in_a_stream(client: openai.OpenAI, before: str) -> None:
+    """Prevents: half a call streamed as text; a stream whose last reason is another."""
+    stream = client.chat.completions.create(
+        messages=[ASK],
+        tools=[TOOL],
+        stream=True,
+        n=2,
+        **OPTIONS,
+        extra_body={"regex": re.escape(before + CALL), "mode": "ar"},
+    )
+    texts, calls, reasons = ["", ""], [0, 0], ["", ""]
+    for chunk in stream:
+        for choice in chunk.choices:
+            assert not calls[choice.index] or not choice.delta.content
+            texts[choice.index] += choice.delta.content or ""
+            for call in choice.delta.tool_calls or []:
+                assert call.index == calls[choice.index]
+                calls[choice.index] += 1
+                assert call.function is not None
+                assert call.function.name == "look"
+                assert json.loads(call.function.arguments or "") == {"at": "sky"}
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert (texts, calls, reasons) == ([before] * 2, [1, 1], ["tool_calls"] * 2)
+
+
+def test_what_is_asked_of_tools(client: openai.OpenAI) -> None:
+    """Prevents: calls where none, or one, is wanted; a call that was cut taken for a whole one."""
+    ask: dict[str, Any] = {"messages": [ASK], "tools": [TOOL], **OPTIONS}
+    one = client.chat.completions.create(
+        **ask, tool_choice="none", extra_body={"regex": re.escape(CALL)}
+    ).choices[0]
+    assert (one.message.content, one.message.tool_calls, one.finish_reason) == (CALL, None, "stop")
+    two = {"regex": re.escape(f"{CALL}\n{CALL}")}
+    calls = client.chat.completions.create(**ask, extra_body=two).choices[0].message.tool_calls
+    assert calls is not None
+    assert len(calls) == 2
+    assert calls[0].id != calls[1].id
+    first = client.chat.completions.create(**ask, parallel_tool_calls=False, extra_body=two)
+    assert len(first.choices[0].message.tool_calls or ()) == 1
+    cut = client.chat.completions.create(**ask | {"max_tokens": 30}, extra_body=two).choices[0]
+    assert (cut.message.content, cut.finish_reason) == (CALL[:30], "length")
+
+
+def test_tools_are_as_they_were_sent(lm: TriModeLM, served_tools: Served) -> None:
+    """Prevents: a null inside of a tool's schema lost on the way to the template."""
+    tool = {**TOOL, "function": {**TOOL["function"], "description": None, "strict": False}}
+    body = {"messages": [ASK], "tools": [tool], "max_tokens": 1}
+    usage = served_tools.post("chat/completions", body).json()["usage"]
+    tool["function"] = {**TOOL["function"], "strict": False}
+    prompt = lm.answering([ASK], {"tools": [tool]})["prompt"]
+    assert usage["prompt_tokens"] == prompt.num_tokens
+
+
+def test_variables_of_the_template(lm: TriModeLM) -> None:
+    """Prevents: a switch of thinking that is taken and not used."""
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    assert tokenizer is not None
+    tokenizer.chat_template = THINKING
+    body = {"messages": [ASK], "max_tokens": 1}
+    with serving(TriModeLM(lm.model, tokenizer)) as served:
+        found = [
+            served.post("chat/completions", body | more).json()["usage"]["prompt_tokens"]
+            for more in (
+                {},
+                {"enable_thinking": False},
+                {"chat_template_kwargs": {"enable_thinking": False}},
+            )
+        ]
+    assert found[0] < found[1] == found[2]

@@ -1,0 +1,209 @@
+"""Tool calls: the form that a template declares, and answers split by it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.chat_templates import (
+    CHATML,
+    DEEPSEEK,
+    HERMES,
+    LLAMA_3,
+    MISTRAL,
+    MISTRAL_11,
+    SPECIALS,
+    THINKING,
+)
+from tests.conftest import MASK
+from trimode.detokenize import GrowingText, StandingText
+from trimode.errors import RequestError
+from trimode.rendering import Renderer
+from trimode.tool_calls import (
+    CallsHeldBack,
+    ToolForm,
+    find_form,
+    read_calls,
+    shows_calls,
+    split_answer,
+)
+from trimode.vocabulary import Vocabulary
+
+NESTED = HERMES.replace(
+    '{"name": "\' + c.function.name + \'", "arguments": \' }}{{ c.function.arguments | tojson }}'
+    "{{ '}",
+    "' }}{{ {'type': 'function', 'function': {'name': c.function.name,"
+    " 'arguments': c.function.arguments | tojson}} | tojson }}{{ '",
+)
+"""Arguments as a string of JSON inside of JSON."""
+
+PLAIN = HERMES.replace('{"name": "\' + c.function.name + \'", "arguments": \' }}', "' }}")
+"""Calls without a name."""
+
+ONE = [("look", {"at": "sky", "n": [1, {"x": None}]})]
+TWO = [*ONE, ("go", {})]
+FORMS = {
+    "hermes": HERMES,
+    "thinking": THINKING,
+    "nested": NESTED,
+    "llama": LLAMA_3,
+    "mistral": MISTRAL,
+    "mistral 11": MISTRAL_11,
+    "deepseek": DEEPSEEK,
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary_of(byte_tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Vocabulary]:
+    def make(template: str) -> Vocabulary:
+        tokenizer = copy.deepcopy(byte_tokenizer)
+        tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS})
+        tokenizer.chat_template = template
+        return Vocabulary(tokenizer, mask_token_id=MASK)
+
+    return make
+
+
+def written(vocabulary: Vocabulary, calls: Any, *, before: str = "") -> list[int]:
+    """The tokens of an answer as the template itself writes it, up to the end of the turn."""
+    asked = [{"role": "user", "content": "x"}]
+    made = [
+        {
+            "id": f"abcdefgh{i}",
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
+        for i, (name, arguments) in enumerate(calls)
+    ]
+    renderer = Renderer(vocabulary)
+    answer = {"role": "assistant", "content": before, "tool_calls": made}
+    whole = renderer.text([*asked, answer])
+    prompt = renderer.text(asked, add_generation_prompt=True)
+    assert whole.startswith(prompt)
+    return vocabulary.encode(whole[len(prompt) :].rstrip("\n"), parse_special=True)
+
+
+def split(vocabulary: Vocabulary, form: ToolForm, ids: list[int]) -> tuple[str, list[Any]]:
+    text = str(vocabulary.tokenizer.decode(ids, skip_special_tokens=True))
+    before = GrowingText(vocabulary.tokenizer)
+    content, calls = read_calls(
+        vocabulary, form, ["look", "go"], text=text, token_ids=ids, before=before
+    )
+    assert all(len(call.id) == 9 and call.id.isalnum() for call in calls)
+    return content, [(call.name, json.loads(call.arguments)) for call in calls]
+
+
+def streamed(vocabulary: Vocabulary, form: ToolForm, ids: list[int], content: str) -> list[str]:
+    """The pieces of an answer whose tokens come one by one, and the rest."""
+    held = CallsHeldBack(form, StandingText(GrowingText(vocabulary.tokenizer)))
+    pieces = [held.push([token_id]) for token_id in ids]
+    return [*pieces, held.finish(content)]
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("calls", [ONE, TWO], ids=["one", "two"])
+def test_what_a_template_writes_is_read(vocabulary_of: Any, name: str, calls: Any) -> None:
+    """Prevents: a form known by its model's name alone; a second call lost; a call in the text."""
+    vocabulary = vocabulary_of(FORMS[name])
+    form = find_form(Renderer(vocabulary))
+    assert form is not None
+    if name == "llama":
+        calls = calls[:1]  # its template writes no more
+    ids = written(vocabulary, calls)
+    content, found = split(vocabulary, form, ids)
+    assert found == calls
+    opening = content.replace("<think>\n\n</think>", "").strip()
+    assert not opening
+    assert "".join(streamed(vocabulary, form, ids, content)) == content
+
+
+@pytest.mark.parametrize("name", ["hermes", "nested", "mistral", "mistral 11", "deepseek"])
+def test_text_before_a_call(vocabulary_of: Any, name: str) -> None:
+    """Prevents: text before a call lost, or held back until the end."""
+    vocabulary = vocabulary_of(FORMS[name])
+    form = find_form(Renderer(vocabulary))
+    assert form is not None
+    ids = [*b"I look. ", *written(vocabulary, ONE)]
+    content, found = split(vocabulary, form, ids)
+    assert found == ONE
+    assert content.strip() == "I look."
+    pieces = streamed(vocabulary, form, ids, content)
+    assert "".join(pieces) == content
+    assert "".join(pieces[:8]).startswith("I look.")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", "no call < <tool> at all"),
+        ("hermes", "<tool_call>\nnot JSON\n</tool_call>"),
+        ("hermes", '<tool_call>{"arguments": {}}'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": [1]}'),
+        ("hermes", '<tool_call>{"name": "look", "argum'),
+        ("llama", '{"name": "other", "parameters": {}}'),
+        ("llama", '{"name": "look", "parameters": {}} and more'),
+        ("llama", '{"title": 3}'),
+        ("llama", "Sure: {}"),
+        ("llama", ""),
+        ("mistral", '[{"name": "look", "arguments": {}}]'),
+        ("mistral", "[TOOL_CALLS] none"),
+        ("mistral 11", "[TOOL_CALLS]look[ARGS]{"),
+        ("deepseek", "<|calls|><|call|>function<|sep|>look\n```json\n3"),
+    ],
+)
+def test_what_is_no_call_stays_text(vocabulary_of: Any, name: str, text: str) -> None:
+    """Prevents: JSON that was asked for taken for a call, or text that is lost."""
+    vocabulary = vocabulary_of(FORMS[name])
+    form = find_form(Renderer(vocabulary))
+    assert form is not None
+    ids = vocabulary.encode(text, parse_special=True)
+    shown = str(vocabulary.tokenizer.decode(ids, skip_special_tokens=True))
+    assert split(vocabulary, form, ids) == (shown, [])
+    assert "".join(streamed(vocabulary, form, ids, shown)) == shown
+
+
+def test_several_calls_without_a_mark(vocabulary_of: Any) -> None:
+    """Prevents: two calls of Llama's taken for text."""
+    vocabulary = vocabulary_of(LLAMA_3)
+    form = find_form(Renderer(vocabulary))
+    assert form is not None
+    ids = vocabulary.encode('{"name": "look", "parameters": {}}; {"name": "go", "parameters": {}}')
+    assert split(vocabulary, form, ids) == ("", [("look", {}), ("go", {})])
+
+
+def test_a_call_without_arguments(vocabulary_of: Any) -> None:
+    """Prevents: a call of a tool without parameters taken for text."""
+    vocabulary = vocabulary_of(HERMES)
+    form = find_form(Renderer(vocabulary))
+    assert form is not None
+    ids = vocabulary.encode('<tool_call>{"name": "go"}</tool_call>')
+    assert split(vocabulary, form, ids) == ("", [("go", {})])
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN, HERMES.replace("m.tool_calls or []", "[]")])
+def test_templates_without_a_form(vocabulary_of: Any, template: str) -> None:
+    """Prevents: a form that is guessed."""
+    vocabulary = vocabulary_of(template)
+    assert find_form(Renderer(vocabulary)) is None
+    assert not shows_calls(Renderer(vocabulary))
+    answer = {"text": "x", "token_ids": [1], "prompt_ids": [1]}
+    with pytest.raises(RequestError, match="declares no form for tool calls"):
+        split_answer(vocabulary, [], answer)
+
+
+def test_a_template_whose_form_is_not_json(vocabulary_of: Any) -> None:
+    """Prevents: earlier calls refused where only new ones cannot be read."""
+    template = HERMES.replace(
+        '{"name": "\' + c.function.name + \'", "arguments": \' }}{{ c.function.arguments | tojson'
+        " }}{{ '}",
+        "<function=' + c.function.name + '>' }}{% for k, v in c.function.arguments.items() %}"
+        "{{ '<' + k + '>' + v }}{% endfor %}{{ '",
+    )
+    renderer = Renderer(vocabulary_of(template))
+    assert shows_calls(renderer)
+    assert find_form(renderer) is None
