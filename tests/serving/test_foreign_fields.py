@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests.serving.conftest import Served
 from trimode.checkpoint.generation_defaults import GenerationDefaults
+from trimode.runtime import Generation, TriModeLM
 from trimode.serving.foreign_fields import IGNORED, NEUTRAL_OF_CHATS, NEUTRAL_OF_COMPLETIONS
 from trimode.serving.schemas import ChatRequest, CompletionRequest
 from trimode.serving.settings import Settings
@@ -81,26 +81,35 @@ def test_an_off_of_a_request_wins_over_the_model_s_own() -> None:
     }
 
 
-def test_penalties_and_min_p_reach_the_text(served: Served) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"frequency_penalty": 2.0},
+        {"presence_penalty": 2.0},
+        {"min_p": 0.9},
+        {"min_tokens": 20},
+        {"top_k": 2, "temperature": 1e-7},
+    ],
+    ids=str,
+)
+def test_new_fields_reach_the_text(
+    served: Served, tiny_lm: TriModeLM, given: dict[str, Any]
+) -> None:
     """Prevents: a field that is checked and dropped."""
-    base = {"max_tokens": 24, "seed": 3, "ignore_eos": True, "stop_token_ids": [97, 98, 99]}
-    base["logit_bias"] = {"120": 14, "121": 14}  # of which the text has many
-    for path, body in (
-        ("completions", {"prompt": "x", **base}),
-        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], **base}),
-    ):
-        found = [
-            served.post(path, body | more).json()["choices"][0]
-            for more in (
-                {},
-                {"frequency_penalty": 2.0},
-                {"presence_penalty": 2.0},
-                {"min_p": 0.9},
-                {"min_tokens": 24, "logit_bias": {"97": 90}},
-            )
-        ]
-        assert len({json.dumps(one) for one in found}) == 5
-        assert found[-1]["finish_reason"] == "length"
+    law: dict[str, Any] = {"seed": 3, "ignore_eos": True, "stop_token_ids": [99]}
+    bias = {120: 9.0, 121: 8.0, 122: 7.0, 99: 6.0}  # of which the text has many
+    spelled = {str(token_id): value for token_id, value in bias.items()}
+    body = {"prompt": "q", "max_tokens": 24, "logit_bias": spelled, **law}
+    found, plain = (
+        served.post("completions", body | more).json()["choices"][0]["text"] for more in (given, {})
+    )
+    options = {"temperature": 1.0, **law, **given}
+    expected = tiny_lm.generate("q", max_new_tokens=24, logit_bias=bias, **options)
+    assert isinstance(expected, Generation)
+    assert found == expected.text != plain
+    chat = {"messages": [{"role": "user", "content": "q"}], **body}
+    del chat["prompt"]
+    assert served.post("chat/completions", chat | given).status_code == 200
 
 
 def test_a_field_is_ours_or_another_s() -> None:
