@@ -308,7 +308,12 @@ class TestOptions:
             ({"temperature": -1}, "temperature is -1"),
             ({"temperature": float("nan")}, "temperature is nan"),
             ({"top_p": 0}, "top_p is 0"),
-            ({"top_k": 0}, "top_k is 0"),
+            ({"top_k": -2}, "top_k is -2"),
+            ({"min_p": -0.1}, "min_p is -0.1"),
+            (
+                {"min_tokens": 129},
+                "min_tokens is 129; allowed: an integer of 0 to max_new_tokens=128",
+            ),
             ({"stop": ""}, "stop is"),
             ({"stop_token_ids": ["x"]}, "stop_token_ids is"),
         ],

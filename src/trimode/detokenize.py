@@ -158,10 +158,15 @@ class StandingText:
         self._held = ""
         self._num_given = 0
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Take the next tokens; returns the text that now stands, possibly none."""
+    def push(self, token_ids: Sequence[int], *, num_deaf: int = 0) -> str:
+        """Take the next tokens; returns the text that now stands, possibly none.
+
+        Args:
+            token_ids: Some tokens.
+            num_deaf: Characters of all the text, from its start, within which no string counts.
+        """
         self._held += self._text.push(token_ids)
-        length = free_len(self._held, self._stop)
+        length = free_len(self._held, self._stop, num_deaf=num_deaf - self._num_given)
         piece, self._held = self._held[:length], self._held[length:]
         self._num_given += length
         return piece
@@ -172,9 +177,19 @@ class StandingText:
         return rest
 
 
-def free_len(text: str, stop: Sequence[str]) -> int:
-    """Characters of `text` that cannot belong to a stop string, whatever follows."""
+def free_len(text: str, stop: Sequence[str], *, num_deaf: int = 0) -> int:
+    """Characters of `text` that cannot belong to a stop string, whatever follows.
+
+    Args:
+        text: Some text.
+        stop: The strings.
+        num_deaf: Characters of `text`, from its start, within which no string counts.
+    """
     for start in range(len(text)):
-        if any(string.startswith(text[start : start + len(string)]) for string in stop):
+        if any(
+            string.startswith(text[start : start + len(string)])
+            for string in stop
+            if start + len(string) > num_deaf
+        ):
             return start
     return len(text)

@@ -155,6 +155,7 @@ def infill_steps(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     seed: int | None = None,
 ) -> Generator[Sequence, None, Infilling]:
     """`infill_text` for one who runs the engine: yields a sequence for each gap, and goes on when
@@ -169,7 +170,7 @@ def infill_steps(
         language: `python`: of the candidates with which the text parses, if there are any, the
             likeliest; None: the likeliest of all.
         context: Tokens of the text before a gap that are in view; None means 192.
-        threshold, steps, temperature, top_k, top_p: As in block diffusion
+        threshold, steps, temperature, top_k, top_p, min_p: As in block diffusion
             (`GenerationParams`); steps are spread over each length of its own.
         seed: Fixes the fills; None draws one.
 
@@ -202,6 +203,7 @@ def infill_steps(
         temperature=plain(temperature),
         top_k=plain(top_k),
         top_p=plain(top_p),
+        min_p=plain(min_p),
         seed=seed,
     )
     has_crlf = "\r\n" in text and "\n" not in text.replace("\r\n", "")

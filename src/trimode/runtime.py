@@ -132,12 +132,16 @@ class TriModeLM:
         temperature: float = 0.0,
         top_p: float | None = None,
         top_k: int | None = None,
+        min_p: float | None = None,
         seed: int | Items[int] | None = None,
         stop: str | Items[str] | None = None,
         stop_token_ids: Items[int] | None = None,
         ignore_eos: bool = False,
+        min_tokens: int = 0,
         logit_bias: Mapping[int, float] | None = None,
         repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
         logprobs: int | None = None,
         max_thinking_tokens: int | None = None,
         end_think_token_id: int | None = None,
@@ -156,14 +160,15 @@ class TriModeLM:
                 every round. For one seed all but `diffusion` give the same text.
             max_new_tokens, block_length, threshold, steps, policy, entropy_bound, revision,
             edit_threshold, edit_budget, doubt, remask_schedule, remask_rate, branches, guesses,
-            draft_form, skip_masks, lookup, draft_cutoff, temperature, top_p, top_k, ignore_eos,
-            stop_token_ids: See
+            draft_form, skip_masks, lookup, draft_cutoff, temperature, top_p, top_k, min_p,
+            stop_token_ids, ignore_eos, min_tokens: See
                 `trimode.decoding.params.GenerationParams`. `block_length` is by default the model's
                 own; it means nothing in mode `ar` and is refused there.
             seed: One for all prompts, one each, or None to draw (see `Generation.seed`).
             stop: String or strings that end the text.
-            logit_bias, repetition_penalty, logprobs, max_thinking_tokens, end_think_token_id,
-            json_schema, regex, grammar: See `trimode.decoding.control.Control`.
+            logit_bias, repetition_penalty, frequency_penalty, presence_penalty, logprobs,
+            max_thinking_tokens, end_think_token_id, json_schema, regex, grammar: See
+                `trimode.decoding.control.Control`.
             heal: Whether the end of a string may be chosen anew in other tokens, so that the text
                 goes on where the string ended, be it inside of a token. Ids are left alone.
             parse_special: Whether control tokens that a string spells become these tokens; else
@@ -488,7 +493,7 @@ class Stream(Iterator[str]):
             return self._text.finish(self._lm.generation(self._seq).text)
         new_ids = self._seq.new_ids[self._num_taken :]
         self._num_taken += len(new_ids)
-        return self._text.push(new_ids)
+        return self._text.push(new_ids, num_deaf=self._seq.num_deaf)
 
 
 def _bind(

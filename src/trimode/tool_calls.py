@@ -257,15 +257,20 @@ class CallsHeldBack:
         self._is_closed = False
         self._is_free = False
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Take the next tokens; returns the text that is no call, possibly none."""
+    def push(self, token_ids: Sequence[int], *, num_deaf: int = 0) -> str:
+        """Take the next tokens; returns the text that is no call, possibly none.
+
+        Args:
+            token_ids: The next.
+            num_deaf: As `StandingText.push` has it.
+        """
         if self._is_closed:
             return ""
         mark = self._form.opening_id
         if mark in token_ids:
             token_ids = token_ids[: token_ids.index(mark)]
             self._is_closed = True
-        self._held += self._text.push(token_ids)
+        self._held += self._text.push(token_ids, num_deaf=num_deaf)
         piece = self._held[: self._free_len(mark)]
         self._held = self._held[len(piece) :]
         self._num_given += len(piece)

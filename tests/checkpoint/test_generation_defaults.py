@@ -39,6 +39,8 @@ def read(tmp_path: Path, tiny_config: Callable[..., TriModeConfig]) -> Read:
         ),
         ({"temperature": 0.6}, {"temperature": 0.6}),
         ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": True, "min_p": 0.05}, {"temperature": 1.0, "min_p": 0.05}),
+        ({"temperature": 1e-6, "min_p": 0.05}, {"temperature": 0.0}),
         ({"do_sample": True, "temperature": 0.0, "top_p": 0.5}, {"temperature": 0.0}),
         (
             {"do_sample": False, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.1},
@@ -65,17 +67,19 @@ def test_no_file(tmp_path: Path, tiny_config: Callable[..., TriModeConfig]) -> N
 def test_what_is_not_used_is_said(read: Read, caplog: pytest.LogCaptureFixture) -> None:
     """Prevents: a setting that changes texts dropped without a word."""
     with caplog.at_level(logging.WARNING, logger="trimode"):
-        found = read(min_p=0.05, num_beams=4)
-    assert found.unread == ("min_p", "num_beams")
-    assert "not used here: min_p, num_beams" in caplog.text
+        found = read(typical_p=0.5, num_beams=4)
+    assert found.unread == ("typical_p", "num_beams")
+    assert "not used here: typical_p, num_beams" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"temperature": "hot"}, "temperature is 'hot'; allowed: a number of 1e-05 to 100000"),
+        ({"temperature": "hot"}, "temperature is 'hot'; allowed: a number of 0.0 to 100000"),
         ({"temperature": -1}, "temperature is -1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"min_p": 1.5}, "min_p is 1.5; allowed: a number of 0.0 to 1.0"),
+        ({"min_p": True}, "min_p is True"),
         ({"top_k": 2.5}, "top_k is 2.5; allowed: an integer"),
         ({"top_k": True}, "top_k is True"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),

@@ -37,7 +37,8 @@ def words(folder: Path, *more: str) -> list[str]:
 def test_flags_reach_the_law(folder: Path, capsys: Capture) -> None:
     """Prevents: a flag that is read and dropped; numbers of other tokens beside the text's."""
     flags = "--logit-bias 120=9 --logit-bias 97=-2.5 --repetition-penalty 1.2 --logprobs 2"
-    flags += " --max-thinking-tokens 4 --end-think-token-id 98"
+    flags += " --max-thinking-tokens 4 --end-think-token-id 98 --frequency-penalty 0.5"
+    flags += " --presence-penalty -0.25 --min-p 0.03 --top-k -1 --min-tokens 7 --temperature 1.2"
     assert main(words(folder, "--json", *flags.split())) == 0
     record = json.loads(capsys.readouterr().out)
     expected = load(folder).generate(
@@ -49,6 +50,11 @@ def test_flags_reach_the_law(folder: Path, capsys: Capture) -> None:
         logprobs=2,
         max_thinking_tokens=4,
         end_think_token_id=98,
+        frequency_penalty=0.5,
+        presence_penalty=-0.25,
+        min_p=0.03,
+        min_tokens=7,
+        temperature=1.2,
     )
     assert isinstance(expected, Generation)
     assert expected.logprobs is not None

@@ -31,12 +31,18 @@ LAW: dict[str, Any] = {"temperature": 1.3, "top_k": 5, "top_p": 0.9}
 
 
 def slow_law(
-    logits: list[float], *, temperature: float, top_k: int | None, top_p: float | None
+    logits: list[float],
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None = None,
 ) -> list[float]:
-    """The probabilities after temperature, top-k and top-p, one token at a time."""
+    """The probabilities after temperature, min-p, top-k and top-p, one token at a time."""
     top = max(logits)
     weights = [math.exp((x - top) / temperature) for x in logits]
     ranked = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+    ranked = [i for i in ranked if weights[i] >= (min_p or 0.0)]  # the likeliest has 1
     ranked = ranked[: top_k or len(ranked)]
     total = sum(weights[i] for i in ranked)
     kept: list[int] = []
@@ -120,6 +126,8 @@ def model(tiny_model: Callable[..., TriModeModel]) -> TriModeModel:
         {"temperature": 1.0, "top_k": None, "top_p": None},
         {"temperature": 0.7, "top_k": 4, "top_p": None},
         LAW,
+        {"temperature": 1.4, "top_k": None, "top_p": None, "min_p": 0.2},
+        {"temperature": 1.4, "top_k": 6, "top_p": 0.8, "min_p": 0.1},
     ],
     ids=str,
 )
@@ -169,15 +177,31 @@ def test_filter_agrees_with_its_slow_twin(top_k: int | None, top_p: float | None
     logits = torch.randn(6, 8, generator=generator, dtype=torch.float64) * 2
     logits[0] = torch.tensor(TIED)
     logits[1, 7] = -torch.inf
-    found = filter_logits(logits, top_k=[top_k] * 6, top_p=[top_p] * 6)
-    for row, kept in zip(logits.tolist(), found.softmax(-1).tolist(), strict=True):
-        assert kept == pytest.approx(slow_law(row, temperature=1, top_k=top_k, top_p=top_p))
+    for min_p in (None, 0.02, 0.3, 1.0):
+        found = filter_logits(logits, min_p=[min_p] * 6, top_k=[top_k] * 6, top_p=[top_p] * 6)
+        for row, kept in zip(logits.tolist(), found.softmax(-1).tolist(), strict=True):
+            law = {"temperature": 1, "min_p": min_p, "top_k": top_k, "top_p": top_p}
+            assert kept == pytest.approx(slow_law(row, **law))
+
+
+def test_min_p_is_before_top_p_and_behind_the_temperature() -> None:
+    """Prevents: a share of what min-p drops, or probabilities of another temperature."""
+    row = torch.tensor([[0.5, 0.2, 0.12, 0.09, 0.09]], dtype=torch.float64).log()
+    found = filter_logits(row, min_p=[0.2], top_k=[None], top_p=[0.85])
+    # 0.7 of 0.82 is enough; of 1 it would not be, nor 0.82.
+    assert found.isfinite().tolist() == [[True, True, False, False, False]]
+    hot = pick(row.expand(400, -1), temperature=3.0, min_p=0.5)
+    assert set(hot.token_ids) == {0, 1, 2, 3, 4}  # cube roots: 0.09 is 0.56 of 0.5
+    cold = pick(row.expand(400, -1), temperature=1.0, min_p=0.5)
+    assert set(cold.token_ids) == {0}
 
 
 def test_filters_of_one_row_leave_the_others_alone() -> None:
     """Prevents: one request's top_k applied to the whole batch."""
     logits = torch.tensor([TIED] * 3, dtype=torch.float64)
-    found = filter_logits(logits, top_k=[None, 2, None], top_p=[None, None, 0.3])
+    found = filter_logits(
+        logits, min_p=[None, None, 0.5], top_k=[None, 2, None], top_p=[None, None, 0.3]
+    )
     assert found[0].tolist() == TIED
     assert found[1].isfinite().nonzero()[:, 0].tolist() == [1, 2]
     assert found[2].isfinite().nonzero()[:, 0].tolist() == [1, 2]

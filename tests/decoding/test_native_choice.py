@@ -10,6 +10,7 @@ from dataclasses import fields
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ LAWS: list[dict[str, Any]] = [
     {"temperature": 1.0, "top_p": 1e-9},
     {"temperature": 0.7, "top_k": 200, "top_p": 0.9},
     {"temperature": 1e-3, "top_p": 1.0, "top_k": 20_000},
+    {"temperature": 0.8, "min_p": 0.05},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 1.2, "min_p": 0.1, "top_k": 30},
+    {"temperature": 0.9, "min_p": 0.02, "top_p": 0.7},
+    {"temperature": 1.5, "min_p": 0.3, "top_k": 300, "top_p": 0.8},
 ]
 
 
@@ -216,6 +222,8 @@ def mixed_laws(num_rows: int, num_tokens: int = NUM_TOKENS) -> list[RowLaw | Non
     generator = torch.Generator().manual_seed(8)
     seen, bias = no_tokens(num_tokens), {5: 9.5, 17: -3.0, num_tokens - 2: 8.0}
     add_tokens(seen, range(0, num_tokens, 7))
+    counts = np.zeros(num_tokens, dtype=np.int32)
+    counts[::5], counts[1], counts[num_tokens - 2] = 1, 4, 7
     laws: list[RowLaw | None] = []
     for w in range(num_rows):
         mask = torch.rand(num_tokens, generator=generator) < (0.001, 0.5, 0.999)[w % 3]
@@ -227,6 +235,10 @@ def mixed_laws(num_rows: int, num_tokens: int = NUM_TOKENS) -> list[RowLaw | Non
                 seen=seen if w % 7 else None,
                 fed=fed,
                 penalty=(1.6, 0.5)[w % 2],
+                counts=counts if w % 8 else None,
+                counted=[1, 1, 9, num_tokens - 2, num_tokens - 2] if w % 4 < 3 else [],
+                frequency=(0.37, -0.9, 0.0)[w % 3],
+                presence=(-0.2, 1.1)[w % 2],
             )
             if w % 3
             else None
@@ -302,7 +314,7 @@ def rows_of(choice: Choice, rows: list[int]) -> list[tuple[Any, ...]]:
     return [tuple(column[w] for column in columns if column) for w in rows]
 
 
-@pytest.mark.parametrize("law", [LAWS[0], LAWS[1], LAWS[4], LAWS[7]], ids=str)
+@pytest.mark.parametrize("law", [LAWS[0], LAWS[1], LAWS[4], LAWS[7], LAWS[-1]], ids=str)
 def test_a_row_has_the_same_bits_in_any_company(
     isa: str, law: dict[str, Any], pools: Callable[[int], ctypes.c_void_p]
 ) -> None:
@@ -458,6 +470,8 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
         lambda: RowLaw(bias={-1: 1.0}),
         lambda: RowLaw(seen=no_tokens(NUM_TOKENS), fed=[NUM_TOKENS], penalty=2.0),
         lambda: RowLaw(allowed=no_tokens(NUM_TOKENS - 64)),
+        lambda: RowLaw(counts=np.zeros(NUM_TOKENS - 1, dtype=np.int32)),
+        lambda: RowLaw(counts=np.zeros(NUM_TOKENS, dtype=np.int32), counted=[NUM_TOKENS]),
     ]
     for law in laws:
         with pytest.raises(AssertionError, match="9001"):

@@ -30,14 +30,22 @@ GOOD: dict[str, Any] = {"mode": "linear", "max_new_tokens": 4, "block_length": 4
         ("seed", -1, "0 to 18446744073709551615", {}),
         ("seed", 2**64, "0 to 18446744073709551615", {}),
         ("seed", None, "an integer", {}),
-        ("temperature", -0.1, "1e-5 to 1e5", {}),
-        ("temperature", math.nan, "1e-5 to 1e5", {}),
-        ("temperature", math.inf, "1e-5 to 1e5", {}),
-        ("temperature", "1", "1e-5 to 1e5", {}),
-        ("temperature", None, "1e-5 to 1e5", {}),
-        ("top_k", 0, "integer >= 1", {}),
-        ("top_k", -1, "integer >= 1", {}),
-        ("top_k", 1.5, "integer >= 1", {}),
+        ("temperature", -0.1, "0 to 1e5; less than 1e-05 is greedy", {}),
+        ("temperature", math.nan, "0 to 1e5; less than 1e-05 is greedy", {}),
+        ("temperature", math.inf, "0 to 1e5; less than 1e-05 is greedy", {}),
+        ("temperature", "1", "0 to 1e5; less than 1e-05 is greedy", {}),
+        ("temperature", None, "0 to 1e5; less than 1e-05 is greedy", {}),
+        ("top_k", -2, "integer >= -1", {}),
+        ("top_k", 1.5, "integer >= -1", {}),
+        ("top_k", False, "integer >= -1", {}),
+        ("min_p", -0.1, "0 to 1", {}),
+        ("min_p", 1.1, "0 to 1", {}),
+        ("min_p", math.nan, "0 to 1", {}),
+        ("min_p", "0", "0 to 1", {}),
+        ("min_tokens", -1, "an integer of 0 to max_new_tokens=4", {}),
+        ("min_tokens", 5, "an integer of 0 to max_new_tokens=4", {}),
+        ("min_tokens", True, "an integer of 0", {}),
+        ("min_tokens", None, "an integer of 0", {}),
         ("top_p", 0.0, "(0, 1]", {}),
         ("top_p", 1.01, "(0, 1]", {}),
         ("top_p", math.nan, "(0, 1]", {}),
@@ -72,7 +80,8 @@ def test_a_bad_value_is_one_clear_error(
     [
         {"seed": 2**64 - 1},
         {"mode": "diffusion", "block_length": 1},
-        {"top_p": 1, "top_k": 10**9, "temperature": 100},
+        {"top_p": 1, "top_k": 10**9, "temperature": 100, "min_p": 1},
+        {"min_tokens": 4, "temperature": 1e5},
         {"threshold": 0, "steps": 4},
         {"threshold": 1.0, "steps": 1},
         {"mode": "branching", "branches": 0, "guesses": True},
@@ -87,6 +96,27 @@ def test_a_bad_value_is_one_clear_error(
 def test_the_ends_of_every_range_are_allowed(options: dict[str, Any]) -> None:
     """Prevents: a check that is off by one."""
     GenerationParams(**(GOOD | options))
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ({"top_k": 0}, {"top_k": None}),
+        ({"top_k": -1}, {"top_k": None}),
+        ({"min_p": 0}, {"min_p": None}),
+        ({"min_p": 0.0}, {"min_p": None}),
+        ({"temperature": 9e-6}, {"temperature": 0.0}),
+        ({"temperature": 5e-324}, {"temperature": 0.0}),
+        ({"temperature": 1e-5}, {"temperature": 1e-5}),
+        ({"min_tokens": 0}, {}),
+        ({"control": Control(frequency_penalty=0, presence_penalty=-0.0)}, {}),
+    ],
+)
+def test_what_asks_for_nothing_is_off(written: dict[str, Any], meant: dict[str, Any]) -> None:
+    """Prevents: a client refused whose way to say `off` is another, or a division by next to 0."""
+    found = GenerationParams(**(GOOD | written))
+    assert found == GenerationParams(**(GOOD | meant))
+    assert not found.control.changes_laws
 
 
 @pytest.mark.parametrize(
@@ -318,7 +348,7 @@ def test_auto_takes_what_all_it_picks_from_take() -> None:
     """Prevents: a knob added later that is neither taken nor refused on purpose."""
     taken = {"draft_cutoff": 0.3, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "stop": ("x",)}
     more = {"stop_token_ids": (3,), "ignore_eos": True, "control": Control()}
-    more |= {"draft_form": "skip", "skip_masks": 3, "lookup": True}
+    more |= {"min_p": 0.1, "min_tokens": 2, "draft_form": "skip", "skip_masks": 3, "lookup": True}
     refused = {case[0] for case in AUTO_REFUSES}
     GenerationParams(**(GOOD | {"mode": "auto"} | taken | more))
     names = {field.name for field in dataclasses.fields(GenerationParams)}

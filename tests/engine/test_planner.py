@@ -488,6 +488,7 @@ LAWS: list[dict[str, Any]] = [
     {"temperature": 1.0},
     {"temperature": 0.8, "top_p": 0.9, "top_k": 20},
     {"temperature": 1.0, "repetition_penalty": 1.3, "logit_bias": {5: 2.0}},
+    {"temperature": 1.0, "frequency_penalty": -0.6, "min_p": 0.02, "min_tokens": 9},
     {"temperature": 1.0, "regex": "[ab]{3}[cd]{40}"},
     {"temperature": 0.7, "draft_cutoff": 0.3},
     {"temperature": 0.7, "skip_masks": 4},

@@ -255,8 +255,10 @@ def test_errors_are_the_clients(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="top_p is 0") as caught:
         client.completions.create(model="tiny", prompt="x", top_p=0)
     assert caught.value.param == "top_p"
-    with pytest.raises(openai.BadRequestError, match="frequency_penalty is 0.5, which is not"):
-        client.completions.create(model="tiny", prompt="x", frequency_penalty=0.5)
+    with pytest.raises(
+        openai.BadRequestError, match="frequency_penalty is 2.5; allowed: at most 2"
+    ):
+        client.completions.create(model="tiny", prompt="x", frequency_penalty=2.5)
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="/etc/passwd", prompt="x")
     assert missing.value.code == "model_not_found"

@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "generation_config.json"
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "min_p": (0,),
     "typical_p": (1,),
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
@@ -48,14 +47,15 @@ class GenerationDefaults:
     """Arguments of `TriModeLM.generate` for where nothing is asked; None: the file has none.
 
     Attributes:
-        temperature: 0 where the file has `do_sample: false`; then there is no top_p or top_k.
-        top_p, top_k, repetition_penalty, max_new_tokens: As in the file.
+        temperature: 0 where the file has `do_sample: false`; then it has none of the three filters.
+        min_p, top_p, top_k, repetition_penalty, max_new_tokens: As in the file.
         stop_token_ids: Ends of text that the model's configuration does not have.
         stop: Strings that end the text.
         unread: Fields of the file that would change a text and that we do not have.
     """
 
     temperature: float | None = None
+    min_p: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
@@ -69,7 +69,7 @@ class GenerationDefaults:
 
         Ends of text add up; `ignore_eos` leaves out those of the model.
         """
-        names = ("temperature", "top_p", "top_k", "repetition_penalty")
+        names = ("temperature", "min_p", "top_p", "top_k", "repetition_penalty")
         own = {name: value for name in names if (value := getattr(self, name)) is not None}
         options = own | dict(given)
         if self.stop_token_ids and not given.get("ignore_eos"):
@@ -123,12 +123,13 @@ def read_generation_defaults(
             )
         return value
 
-    temperature = read("temperature", 1e-5, 1e5, off=(0,))
-    if content.get("temperature") == 0 or content.get("do_sample") is False:
+    temperature = read("temperature", 0.0, 1e5)
+    if content.get("do_sample") is False or (temperature is not None and temperature < 1e-5):
         temperature = 0.0
     elif temperature is None and content.get("do_sample") is True:
         temperature = 1.0
     is_greedy = temperature == 0
+    min_p = read("min_p", 0.0, 1.0, off=(0,))
     top_p = read("top_p", 1e-9, 1.0, off=(1,))
     top_k = read("top_k", 1, 2**31, off=(0, -1))
     unread = tuple(
@@ -138,6 +139,7 @@ def read_generation_defaults(
         logger.warning("%s: not used here: %s", path, ", ".join(unread))
     return GenerationDefaults(
         temperature=temperature,
+        min_p=None if is_greedy else min_p,
         top_p=None if is_greedy else top_p,
         top_k=None if is_greedy else top_k,
         repetition_penalty=read("repetition_penalty", 0.01, 100.0, off=(1,)),

@@ -20,6 +20,16 @@ CONTROL_FLAGS: dict[str, dict[str, Any]] = {
         "help": "divide the scores of tokens already there by X, or multiply negative ones"
         " (default 1.0)",
     },
+    "frequency_penalty": {
+        "type": float,
+        "metavar": "X",
+        "help": "lower the scores of new tokens by X for each time they occur (default 0.0)",
+    },
+    "presence_penalty": {
+        "type": float,
+        "metavar": "X",
+        "help": "lower the scores of all tokens that the new text has by X (default 0.0)",
+    },
     "logprobs": {
         "type": int,
         "metavar": "K",

@@ -115,12 +115,22 @@ DECODING_FLAGS: dict[str, dict[str, Any]] = {
     },
     "temperature": {"type": float, "metavar": "T", "help": "0 is greedy (default 0.0)"},
     "top_p": {"type": float, "metavar": "P", "help": "likeliest tokens of this probability in all"},
-    "top_k": {"type": int, "metavar": "K", "help": "the K likeliest tokens only"},
+    "top_k": {"type": int, "metavar": "K", "help": "the K likeliest tokens only; 0 and -1: all"},
+    "min_p": {
+        "type": float,
+        "metavar": "P",
+        "help": "tokens at least P times as probable as the likeliest, before --top-k; 0: all",
+    },
     "seed": {"type": int, "metavar": "S", "help": "fixes the text (default: drawn, and reported)"},
     "stop": {
         "action": "append",
         "metavar": "STR",
         "help": "end the text before STR, taken as it is; may be given several times",
+    },
+    "min_tokens": {
+        "type": int,
+        "metavar": "N",
+        "help": "do not end the text before it has N new tokens (default 0)",
     },
     "ignore_eos": {"action": "store_true", "help": "go on past the end-of-text token"},
     **CONTROL_FLAGS,

@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, metavar="P", help="likeliest tokens of so much")
     parser.add_argument("--top-k", type=int, metavar="K", help="the K likeliest tokens only")
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="tokens of P times the likeliest's"
+    )
     parser.add_argument("--seed", type=int, metavar="S", help="fixes the fills (default: drawn)")
     parser.add_argument("--write", action="store_true", help="change the file, all or nothing")
     parser.add_argument(
@@ -144,7 +147,7 @@ def _source(what: str | None) -> tuple[Path | None, str, list[tuple[int, int]]]:
 
 def _options(args: argparse.Namespace, file: Path | None) -> dict[str, Any]:
     """What was given, as `TriModeLM.infill` takes it."""
-    names = ("context", "threshold", "steps", "temperature", "top_p", "top_k", "seed")
+    names = ("context", "threshold", "steps", "temperature", "top_p", "top_k", "min_p", "seed")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.lengths is not None:
         if not re.fullmatch(r"\d+(,\d+)*", args.lengths):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -34,6 +34,19 @@ def add_tokens(bits: Bits, token_ids: Sequence[int]) -> None:
     """Add some tokens, in place."""
     ids = np.asarray(token_ids, dtype=np.int64)
     np.bitwise_or.at(bits, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
+
+
+def has_others(bits: Bits, token_ids: Collection[int], num_tokens: int) -> bool:
+    """Whether a set has tokens beside these.
+
+    Args:
+        bits: The set.
+        token_ids: Some ids.
+        num_tokens: Size of the vocabulary V.
+    """
+    mask = unpacked(bits, num_tokens)
+    mask[list(token_ids)] = False
+    return bool(mask.any())
 
 
 def packed(mask: Tensor) -> Bits:

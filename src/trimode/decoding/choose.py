@@ -1,9 +1,9 @@
 """The law of a choice, and the choice: the token at position i is argmax(log p_i + g(seed, i)).
 
-Order of the law: ban, then those of `trimode.decoding.law`, temperature, top-k, top-p. Greedy
-(temperature 0) is zero noise. Everything over the vocabulary happens on the device; one small array
-comes back. On the CPU in float32 the compiled library does it all in one call; the torch code here
-is its twin, and what other devices and dtypes run.
+Order of the law: ban, then those of `trimode.decoding.law`, temperature, min-p, top-k, top-p.
+Greedy (temperature 0) is zero noise. Everything over the vocabulary happens on the device; one
+small array comes back. On the CPU in float32 the compiled library does it all in one call; the
+torch code here is its twin, and what other devices and dtypes run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trimode.decoding.choice import Choice
 from trimode.decoding.law import RowLaw, under
-from trimode.decoding.native_choice import choose_natively, is_native
+from trimode.decoding.native_choice import choose_natively, is_native, min_p_depth
 from trimode.decoding.noise import gumbel, noise_key, noisy_argmax
 from trimode.decoding.params import GenerationParams
 from trimode.decoding.step import TokenLogprobs
@@ -205,6 +205,7 @@ def _hot_scores(logits: Tensor, params: list[GenerationParams]) -> Tensor:
     temperature = [[p.temperature] for p in params]
     return filter_logits(
         logits / torch.tensor(temperature, device=logits.device, dtype=logits.dtype),
+        min_p=[p.min_p for p in params],
         top_k=[p.top_k for p in params],
         top_p=[p.top_p for p in params],
     )
@@ -219,26 +220,38 @@ def _noise_keys(
 
 
 def filter_logits(
-    logits: Tensor, *, top_k: Sequence[int | None], top_p: Sequence[float | None]
+    logits: Tensor,
+    *,
+    min_p: Sequence[float | None],
+    top_k: Sequence[int | None],
+    top_p: Sequence[float | None],
 ) -> Tensor:
-    """Top-k, then top-p within what is left; what is dropped becomes -inf.
+    """Min-p, then top-k and top-p, each within what is left; what is dropped becomes -inf.
 
-    Of equally likely tokens at the edge, the lower ids stay.
+    Of equally likely tokens at the edge of top-k or top-p, the lower ids stay.
 
     Args:
         logits: [W, V], at temperature 1 of the law.
+        min_p: [W] what is at least so many times as probable as the likeliest stays; None for all.
         top_k: [W] how many of the likeliest stay; None for all.
         top_p: [W] the smallest likeliest set of at least this probability stays; None for all.
     """
     filtered = [
         w for w, (k, p) in enumerate(zip(top_k, top_p, strict=True)) if (k, p) != (None, None)
     ]
+    if any(share is not None for share in min_p):
+        depths = torch.tensor([[min_p_depth(share)] for share in min_p], dtype=torch.float64)
+        floors = logits.amax(dim=-1, keepdim=True) + depths.to(logits.device, logits.dtype)
+        logits = logits.masked_fill(logits < floors, -torch.inf)
     if not filtered:
         return logits
     if len(filtered) < len(logits):  # sorting is slow
         rows = torch.tensor(filtered, device=logits.device)
         found = filter_logits(
-            logits[rows], top_k=[top_k[w] for w in filtered], top_p=[top_p[w] for w in filtered]
+            logits[rows],
+            min_p=[None] * len(filtered),
+            top_k=[top_k[w] for w in filtered],
+            top_p=[top_p[w] for w in filtered],
         )
         return logits.index_copy(0, rows, found)
     num_tokens, device = logits.shape[-1], logits.device

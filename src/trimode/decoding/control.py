@@ -1,4 +1,4 @@
-"""What a request may ask of single tokens: bias, penalty, log-probabilities, a thinking budget, a
+"""What a request may ask of single tokens: bias, penalties, log-probabilities, a thinking budget, a
 grammar. Checked once; `trimode.decoding.law` applies it."""
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from trimode.errors import RequestError
 
 MAX_BIAS = 1e5
 PENALTY_RANGE = (0.01, 100.0)
+MAX_COUNT_PENALTY = 2.0
 
 END_OF_THOUGHT = "</think>"
 
@@ -28,6 +29,12 @@ class Control:
             it where positive, else multiplied, after the bias; 1 changes nothing. In `diffusion`
             such tokens are those before the block, and those of the block that are already
             revealed, on either side.
+        frequency_penalty: Times the number of occurrences of a token in the new text, it is taken
+            from the token's logit, after the repetition penalty, -2 to 2; 0 changes nothing. The
+            prompt does not count. In `diffusion` the new text is that before the block, and what of
+            the block is already revealed, on either side.
+        presence_penalty: It is taken from the logits of all tokens that the new text has, -2 to 2;
+            0 changes nothing.
         logprobs: For every emitted token, its log-probability and those of so many of the likeliest
             tokens, under the AR view at temperature 1 after the ban, before all else; None for
             none. Not in `diffusion`.
@@ -49,6 +56,8 @@ class Control:
 
     logit_bias: Mapping[int, float] | None = None
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     logprobs: int | None = None
     max_thinking_tokens: int | None = None
     end_think_token_id: int | None = None
@@ -69,6 +78,10 @@ class Control:
         low, high = PENALTY_RANGE
         if not _is_number(self.repetition_penalty) or not low <= self.repetition_penalty <= high:
             _refuse("repetition_penalty", self.repetition_penalty, f"{low:g} to {high:g}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            if not _is_number(value) or not abs(value) <= MAX_COUNT_PENALTY:
+                _refuse(name, value, f"{-MAX_COUNT_PENALTY:g} to {MAX_COUNT_PENALTY:g}")
         for name in ("logprobs", "max_thinking_tokens", "end_think_token_id"):
             value = getattr(self, name)
             if value is not None and not _is_count(value):
@@ -119,6 +132,8 @@ class Control:
         return bool(
             self.logit_bias
             or self.repetition_penalty != 1
+            or self.frequency_penalty
+            or self.presence_penalty
             or self.max_thinking_tokens is not None
             or self.source
         )

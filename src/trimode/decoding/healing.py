@@ -8,6 +8,7 @@ beginning of them. All other laws and modes begin behind that.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Ids
 
 from trimode.decoding.bits import Bits, token_set
@@ -59,6 +60,11 @@ class Healing:
     def rest(self, token_ids: Ids[int]) -> bytes:
         """What is still owed after these new tokens."""
         return self.owed[self._paid(token_ids) :]
+
+    def going_beyond(self, token_ids: Ids[int], candidates: Iterable[int]) -> list[int]:
+        """Those of the candidates that say more than is still owed after these new tokens."""
+        num_left = len(self.rest(token_ids))
+        return [i for i in candidates if len(self._tokens[i]) > num_left]
 
     def allowed_after(self, token_ids: Ids[int]) -> Bits | None:
         """What may follow these new tokens; None for anything, since all is paid."""

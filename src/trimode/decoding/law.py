@@ -1,5 +1,5 @@
-"""What an answer is subject to beyond temperature and filters: healing, grammar, bias, penalty,
-budget.
+"""What an answer is subject to beyond temperature and filters: healing, grammar, bias, penalties,
+budget, and ends of text that come too early.
 
 A law is made from a sequence and the step it asks for, never by a mode: what a trunk token answers
 is subject to the true text up to it, the drafts fed before it included; so the verifier's law of a
@@ -8,14 +8,16 @@ drafted position is the one that AR has there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from trimode.decoding.bits import Bits, add_tokens, no_tokens, token_set, unpacked
+from trimode.decoding.bits import Bits, add_tokens, has_others, no_tokens, token_set, unpacked
 from trimode.decoding.control import Control
 from trimode.decoding.step import Step
 from trimode.model.masks import TRUNK
@@ -25,17 +27,26 @@ if TYPE_CHECKING:
     from trimode.decoding.sequence import Sequence as Text
 
 
+Counts = NDArray[np.int32]
+"""[V]. How often each token occurs."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RowLaw:
     """Of one answer.
 
     Attributes:
         allowed: What healing, grammar or thinking budget leave; None for all.
-        bias: Token id -> what is added.
+        bias: Token id -> what is added; -inf for what may not end the text yet.
         seen: Committed tokens that the penalty is for; None for no penalty.
             All laws of a sequence share them, so they hold until its text goes on.
         fed: Further tokens that the penalty is for.
         penalty: See `Control.repetition_penalty`.
+        counts: Occurrences of tokens in the committed new text; None for no penalty by number.
+            Shared as `seen` is.
+        counted: Further new tokens, one for each occurrence.
+        frequency: See `Control.frequency_penalty`.
+        presence: See `Control.presence_penalty`.
     """
 
     allowed: Bits | None = None
@@ -43,6 +54,10 @@ class RowLaw:
     seen: Bits | None = None
     fed: Sequence[int] = ()
     penalty: float = 1.0
+    counts: Counts | None = None
+    counted: Sequence[int] = ()
+    frequency: float = 0.0
+    presence: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +87,30 @@ class Rules:
     Args:
         control: What was asked for, its end of thought settled.
         matcher: Follows the grammar; None without one.
+        min_tokens: New tokens before which the text does not end.
+        stop_token_ids: Tokens that end it.
     """
 
-    def __init__(self, control: Control, *, matcher: Matcher | None = None) -> None:
+    def __init__(
+        self,
+        control: Control,
+        *,
+        matcher: Matcher | None = None,
+        min_tokens: int = 0,
+        stop_token_ids: Collection[int] = (),
+    ) -> None:
         if (matcher is None) != (control.source is None):
             raise AssertionError("a grammar needs a matcher, and a matcher a grammar")
         self._control = control
         self._matcher = matcher
         self._bias = dict(control.logit_bias or {})
+        self._min_tokens = min_tokens
+        self._stop_token_ids = stop_token_ids
+        self._early_bias = self._bias | dict.fromkeys(stop_token_ids, -torch.inf)
         self._seen: Bits | None = None  # of the committed text
         self._num_seen = 0
+        self._counts: Counts | None = None  # of the committed new text
+        self._num_counted = 0
 
     def rows(self, seq: Text, step: Step, *, num_tokens: int) -> list[RowLaw]:
         """A law for each of the step's wanted answers.
@@ -94,15 +123,23 @@ class Rules:
         control = self._control
         is_penalised = control.repetition_penalty != 1
         seen = self._committed(seq, num_tokens) if is_penalised else None
+        is_counted = bool(control.frequency_penalty or control.presence_penalty)
+        counts = self._committed_counts(seq, num_tokens) if is_counted else None
+        num_old = max(seq.new_start - seq.length, 0)  # fed tokens of the prompt
         laws = []
         for place in _places(seq, step):
             allowed = self._allowed(seq, place, num_tokens)
-            bias = self._bias
+            bias = self._bias_at(seq, place, allowed, num_tokens)
             if self._is_end_to_come(seq, step, place):
                 assert control.end_think_token_id is not None
                 bias = {**bias, control.end_think_token_id: -torch.inf}
             fed = [*place.before, *place.beside] if is_penalised else ()
-            laws.append(RowLaw(allowed, bias, seen, fed, control.repetition_penalty))
+            counted = [*place.before[num_old:], *place.beside] if is_counted else ()
+            law = RowLaw(
+                *(allowed, bias, seen, fed, control.repetition_penalty),
+                *(counts, counted, control.frequency_penalty, control.presence_penalty),
+            )
+            laws.append(law)
         return laws
 
     def write_fixed(self, seq: Text, canvas: list[int]) -> None:
@@ -128,6 +165,31 @@ class Rules:
         add_tokens(self._seen, seq.new_ids[max(first - num_prompt, 0) : max(stop - num_prompt, 0)])
         self._num_seen = stop
         return self._seen
+
+    def _committed_counts(self, seq: Text, num_tokens: int) -> Counts:
+        """Occurrences of tokens in the committed text, the prompt left out."""
+        start, num_prompt = seq.new_start, len(seq.prompt_ids)
+        stop = max(seq.length, start)
+        if self._counts is None or stop < self._num_counted:  # its row was taken
+            self._counts, self._num_counted = np.zeros(num_tokens, dtype=np.int32), start
+        first = max(self._num_counted, start)
+        np.add.at(self._counts, seq.new_ids[first - num_prompt : stop - num_prompt], 1)
+        self._num_counted = stop
+        return self._counts
+
+    def _bias_at(
+        self, seq: Text, place: _Place, allowed: Bits | None, num_tokens: int
+    ) -> Mapping[int, float]:
+        """What is added; it bans ends of text that come too early, unless nothing else is left."""
+        if place.index >= self._min_tokens or not self._stop_token_ids:
+            return self._bias
+        if seq.is_healing:
+            assert seq.healing is not None  # what says only what the prompt said ends nothing
+            beyond = seq.healing.going_beyond(seq.new_ids, self._stop_token_ids)
+            return self._bias | dict.fromkeys(beyond, -torch.inf)
+        if allowed is not None and not has_others(allowed, self._stop_token_ids, num_tokens):
+            return self._bias
+        return self._early_bias
 
     def _allowed(self, seq: Text, place: _Place, num_tokens: int) -> Bits | None:
         """What healing, and grammar or budget, leave, as far as the text before the place is
@@ -205,7 +267,7 @@ def _places(seq: Text, step: Step) -> Iterator[_Place]:
 
 
 def under(logits: Tensor, laws: Sequence[RowLaw | None]) -> Tensor:
-    """The logits under their laws: grammar and budget, then bias, then penalty.
+    """The logits under their laws: grammar and budget, then bias, then penalties.
 
     Args:
         logits: [W, V], the ban applied.
@@ -237,4 +299,15 @@ def under(logits: Tensor, laws: Sequence[RowLaw | None]) -> Tensor:
         scores = found[rows]
         less = torch.where(scores > 0, scores / penalty, scores * penalty)
         found[rows] = torch.where(seen.to(device), less, scores)
+    counted = [(w, law, law.counts) for w, law in some if law.counts is not None]
+    if counted:
+        rows = torch.tensor([w for w, _, _ in counted], device=device)
+        counts = torch.from_numpy(np.stack([counts for _, _, counts in counted]))
+        for row, (_, law, _) in zip(counts, counted, strict=True):
+            new_ids = torch.tensor(law.counted, dtype=torch.int64)
+            row.index_add_(0, new_ids, torch.ones(len(new_ids), dtype=row.dtype))
+        rates = [[law.frequency, law.presence] for _, law, _ in counted]
+        frequency, presence = torch.tensor(rates, device=device, dtype=found.dtype).T[..., None]
+        numbers = counts.to(device, found.dtype)
+        found[rows] -= numbers * frequency + (numbers > 0) * presence
     return found

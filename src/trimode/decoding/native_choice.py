@@ -7,6 +7,7 @@ fixed order, so a row gets the same whatever else is chosen beside it.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from trimode.decoding.bits import Bits
 from trimode.decoding.choice import Choice
-from trimode.decoding.law import RowLaw
+from trimode.decoding.law import Counts, RowLaw
 from trimode.decoding.noise import log_table
 from trimode.decoding.params import GenerationParams
 from trimode.decoding.step import TokenLogprobs
@@ -108,6 +109,11 @@ def choose_natively(
     )
 
 
+def min_p_depth(min_p: float | None) -> float:
+    """How far below the best score the last one is that min-p keeps, as a number to be added."""
+    return -math.inf if not min_p else math.log(min_p)
+
+
 class _Kept:
     """Makes rows, and keeps alive what their pointers point to.
 
@@ -129,26 +135,28 @@ class _Kept:
         target: int,
         num_logprobs: int,
     ) -> native.ChoiceRow:
-        allowed, seen, fed, bias_ids, bias, num_fed, num_bias, penalty = self._law(law)
         top_p = params.top_p
         return native.ChoiceRow(
-            *(params.seed, position, 1.0 if top_p is None else top_p),
-            *(allowed, seen, fed, bias_ids, bias, num_fed, num_bias, penalty),
-            *(params.temperature, params.top_k or 0, target, num_logprobs, *before),
+            *(params.seed, position, 1.0 if top_p is None else top_p, *self._law(law)),
+            *(params.temperature, min_p_depth(params.min_p), params.top_k or 0),
+            *(target, num_logprobs, *before),
         )
 
     def _law(self, law: RowLaw | None) -> tuple[Any, ...]:
+        """From `allowed` to `presence`."""
         if law is None:
-            return None, None, None, None, None, 0, 0, 1.0
-        fed, num_fed = None, 0
-        if law.seen is not None and law.fed:
-            num_fed = len(law.fed)
-            fed = self._ids(law.fed)
+            return *(None,) * 7, 0, 0, 0, 1.0, 0.0, 0.0
+        fed = law.fed if law.seen is not None else ()
+        counted = law.counted if law.counts is not None else ()
         bias_ids, bias = self._bias(law.bias) if law.bias else (None, None)
         return (
             None if law.allowed is None else self._bits(law.allowed),
             None if law.seen is None else self._bits(law.seen),
-            *(fed, bias_ids, bias, num_fed, len(law.bias), law.penalty),
+            *(self._ids(fed) if fed else None, bias_ids, bias),
+            None if law.counts is None else self._counts(law.counts),
+            self._ids(counted) if counted else None,
+            *(len(fed), len(law.bias), len(counted)),
+            *(law.penalty, law.frequency, law.presence),
         )
 
     def _bits(self, bits: Bits) -> int:
@@ -156,6 +164,13 @@ class _Kept:
             raise AssertionError(f"{bits.size} words for {self._num_tokens} tokens")
         self._alive.append(bits)
         address: int = bits.__array_interface__["data"][0]
+        return address
+
+    def _counts(self, counts: Counts) -> int:
+        if counts.size != self._num_tokens or not counts.flags.c_contiguous:
+            raise AssertionError(f"{counts.size} counts for {self._num_tokens} tokens")
+        self._alive.append(counts)
+        address: int = counts.__array_interface__["data"][0]
         return address
 
     def _bias(self, bias: Mapping[int, float]) -> tuple[int, int]:

@@ -64,6 +64,9 @@ REMASK_SCHEDULES = ("cap", "rescale", "conf", "loop")
 
 MAX_SEED = 2**64 - 1
 
+LEAST_TEMPERATURE = 1e-5
+"""Less is greedy."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationParams:
@@ -108,15 +111,22 @@ class GenerationParams:
         lookup: Speculation: whether the text's own repetitions may be drafts too; None means not.
         draft_cutoff: Speculation: a draft ends before its first token less probable than this;
             None verifies whole drafts.
-        temperature: 0 is greedy; else 1e-5 to 1e5, where float32 can still divide.
-        top_k: Keep the k likeliest tokens; None keeps all.
-        top_p: Keep the smallest likeliest set of at least this probability, in (0, 1]; None keeps
-            all.
+        temperature: 0 to 1e5; less than 1e-5, by which float32 cannot divide, is 0, which is
+            greedy.
+        min_p: Keep the tokens that are at least so many times as probable as the likeliest, 0 to 1,
+            at that temperature; None and 0 keep all.
+        top_k: Of these keep the k likeliest; None, 0 and -1 keep all.
+        top_p: Of these keep the smallest likeliest set of at least this share of their probability,
+            in (0, 1]; None keeps all.
         seed: Fixes the text, the same in `ar` and all speculation, and in any batch.
         stop: Strings that end the text; they are cut off.
         stop_token_ids: Tokens that end the text, beside the model's EOS; they are kept in
             `token_ids`.
         ignore_eos: Go on past EOS.
+        min_tokens: The text does not end before it has so many new tokens, 0 to `max_new_tokens`:
+            until then the tokens that would end it are banned, and stop strings count only where a
+            later token completes them. Where a grammar or a thinking budget leaves nothing else
+            than such a token, the token stands and the text ends early, as in vLLM.
         control: What single tokens are subject to.
 
     Raises:
@@ -146,9 +156,11 @@ class GenerationParams:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
     control: Control = Control()
 
     def __post_init__(self) -> None:
@@ -168,11 +180,18 @@ class GenerationParams:
         )
         check(
             "temperature",
-            lambda v: _is_number(v) and (v == 0 or 1e-5 <= v <= 1e5),
-            "0 (greedy), or 1e-5 to 1e5",
+            lambda v: _is_number(v) and 0 <= v <= 1e5,
+            f"0 to 1e5; less than {LEAST_TEMPERATURE} is greedy",
         )
         check("ignore_eos", lambda v: isinstance(v, bool), "True or False")
-        check("top_k", lambda v: v is None or (_is_int(v) and v >= 1), "None or an integer >= 1")
+        check("top_k", lambda v: v is None or (_is_int(v) and v >= -1), "None or an integer >= -1")
+        check("min_p", lambda v: v is None or (_is_number(v) and 0 <= v <= 1), "None, or 0 to 1")
+        most = self.max_new_tokens
+        check(
+            "min_tokens",
+            lambda v: _is_int(v) and 0 <= v <= most,
+            f"an integer of 0 to max_new_tokens={most}",
+        )
         check("top_p", lambda v: v is None or (_is_number(v) and 0 < v <= 1), "None, or in (0, 1]")
         check(
             "stop",
@@ -201,6 +220,16 @@ class GenerationParams:
         self._check_revision(check)
         self._check_speculation(check)
         self.control.check_mode(self.mode, ignore_eos=self.ignore_eos)
+        self._write_off_in_one_way()
+
+    def _write_off_in_one_way(self) -> None:
+        """What asks for nothing, in the one way that the law knows."""
+        if self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
+        if self.top_k in (0, -1):
+            object.__setattr__(self, "top_k", None)
+        if self.min_p == 0:
+            object.__setattr__(self, "min_p", None)
 
     def _check_policy(self, check: Callable[[str, Callable[[Any], bool], str], None]) -> None:
         if self.mode != "diffusion":

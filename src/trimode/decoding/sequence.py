@@ -139,11 +139,17 @@ class Sequence:
         self.mask_token_id = mask_token_id
         self.gap = gap
         self.healing = healing
-        has_rules = params.control.changes_laws or healing is not None
-        self.rules = Rules(params.control, matcher=matcher) if has_rules else None
         self.stop_token_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         )
+        self.rules: Rules | None = None
+        if params.control.changes_laws or params.min_tokens or healing is not None:
+            self.rules = Rules(
+                params.control,
+                matcher=matcher,
+                min_tokens=params.min_tokens,
+                stop_token_ids=self.stop_token_ids,
+            )
         self.stats = Stats()
         self.length = 0
         self.new_ids: list[int] = []
@@ -205,6 +211,11 @@ class Sequence:
     def new_start(self) -> int:
         """Position of the first token that goes beyond the prompt's end."""
         return len(self.prompt_ids) + self.num_inside
+
+    @property
+    def num_deaf(self) -> int:
+        """Characters of the text in which no stop string counts, since they came too early."""
+        return 0 if self._stops is None else self._stops.num_deaf
 
     @property
     def is_healing(self) -> bool:
@@ -318,11 +329,14 @@ class Sequence:
             self._on_event(event)
 
     def _reason_to_stop(self, token_id: int) -> str | None:
-        stop_string_at = None if self._stops is None else self._stops.push(token_id)
         if self.healing is not None:
             self.num_inside = self.healing.num_inside(self.new_ids)
-            if not self.num_new:
-                return None
+        stop_string_at = None
+        if self._stops is not None:
+            is_deaf = self.num_new <= self.params.min_tokens > 0
+            stop_string_at = self._stops.push(token_id, is_deaf=is_deaf)
+        if not self.num_new:
+            return None
         if token_id in self.stop_token_ids:
             return "stop"
         if stop_string_at is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+_HALF = "\ufffd"
+
 
 class Growing(Protocol):
     """A text that grows by tokens: `trimode.detokenize.GrowingText`."""
@@ -25,6 +27,9 @@ class StopStrings:
     Args:
         stop: The strings, at least one.
         text: The same text, which nobody else pushes.
+
+    Attributes:
+        num_deaf: Characters of the text, from its start, within which no string counts.
     """
 
     def __init__(self, stop: Sequence[str], text: Growing | None) -> None:
@@ -35,17 +40,27 @@ class StopStrings:
         self._longest = max(map(len, stop))
         self._tail = ""  # of the settled text
         self._num_before = 0  # characters before the tail
+        self.num_deaf = 0
 
-    def push(self, token_id: int) -> int | None:
+    def push(self, token_id: int, *, is_deaf: bool = False) -> int | None:
         """Take the next token.
+
+        Args:
+            token_id: The token.
+            is_deaf: Whether strings that the text holds by now never count.
 
         Returns:
             Where the first string begins that the text now holds, in characters; None without one.
         """
         self._tail += self._text.push([token_id])
         shown = self._tail + self._text.rest
-        found = [at for stop in self._stop if (at := shown.find(stop)) >= 0]
-        if found:
+        if is_deaf:  # half a character has not come yet
+            self.num_deaf = self._num_before + len(shown.rstrip(_HALF))
+        deaf = self.num_deaf - self._num_before
+        found = [
+            at for stop in self._stop if (at := shown.find(stop, max(deaf - len(stop) + 1, 0))) >= 0
+        ]
+        if found and not is_deaf:
             return self._num_before + min(found)
         num_done = max(len(self._tail) - self._longest + 1, 0)
         self._tail = self._tail[num_done:]

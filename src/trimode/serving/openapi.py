@@ -105,6 +105,8 @@ def _described(app: FastAPI) -> dict[str, Any]:
         schemas[_answer_name(kind)] = _answer_schema(kind)
         for name, values in getattr(kind, "NEUTRAL", {}).items():
             schemas[kind.__name__]["properties"][name] = {"enum": [None, *values]}
+        for name in getattr(kind, "IGNORED", ()):
+            schemas[kind.__name__]["properties"][name] = {"description": "taken and not used"}
     schema["components"] = {
         "schemas": schemas,
         "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},

@@ -11,6 +11,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trimode.serving.foreign_fields import (
+    AS_NULL,
+    AS_NULL_IN_CHATS,
+    IGNORED,
+    NEUTRAL_OF_CHATS,
+    NEUTRAL_OF_COMPLETIONS,
+    Neutral,
+)
+
 Count = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -18,17 +27,24 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Text = Annotated[str, Field(min_length=1)]
 Filter = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=1e5)]
+TopK = Annotated[int, Field(ge=-1)]
+CountPenalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Fields of OpenAI's that are not supported -> values that ask for nothing, beside null."""
+    NEUTRAL: ClassVar[Neutral] = {}
+    """Fields of other servers that are not supported -> values that ask for nothing."""
+    AS_NULL: ClassVar[Neutral] = AS_NULL
+    """Supported fields -> values that mean null."""
+    IGNORED: ClassVar[tuple[str, ...]] = IGNORED
+    """Fields of other servers that are taken and not used."""
 
     model: str | None = Field(None, description="the name under /v1/models; null: the one served")
-    temperature: Temperature | None = Field(None, description="0 is greedy")
-    top_k: Count | None = None
+    temperature: Temperature | None = Field(None, description="below 1e-5 is greedy")
+    min_p: Share | None = Field(None, description="after the temperature, before top_k; 0 is off")
+    top_k: TopK | None = Field(None, description="0 and -1 are off")
     top_p: Filter | None = None
     seed: Seed | None = Field(
         None,
@@ -48,6 +64,8 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     include_usage: bool = Field(False, description="a last chunk with the usage")
+    continuous_usage_stats: Literal[False] | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class _Generating(_Request):
@@ -78,6 +96,9 @@ class _Generating(_Request):
     lookup: bool | None = None
     draft_cutoff: Share | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    frequency_penalty: CountPenalty | None = None
+    presence_penalty: CountPenalty | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = None
     json_schema: dict[str, Any] | bool | str | None = Field(
@@ -93,13 +114,7 @@ class _Generating(_Request):
 class CompletionRequest(_Generating):
     """`POST /v1/completions`."""
 
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "best_of": (1,),
-        "echo": (False,),
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "suffix": (),
-    }
+    NEUTRAL: ClassVar[Neutral] = NEUTRAL_OF_COMPLETIONS
 
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]] = Field(
         description="a string, token ids, or a list of either"
@@ -120,6 +135,7 @@ class TextPart(BaseModel):
 
     type: Literal["text"]
     text: str
+    cache_control: Any = Field(None, description="taken and not used")
 
 
 class CalledFunction(BaseModel):
@@ -154,6 +170,7 @@ class Message(BaseModel):
     name: str | None = Field(None, description="handed to the chat template")
     tool_call_id: str | None = Field(None, description="with role tool")
     tool_calls: Annotated[list[CalledTool], Field(min_length=1)] | None = None
+    cache_control: Any = Field(None, description="taken and not used")
     # An answer may be sent back as it came.
     annotations: None = None
     audio: None = None
@@ -204,26 +221,8 @@ class ResponseFormat(BaseModel):
 class ChatRequest(_Generating):
     """`POST /v1/chat/completions`."""
 
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "audio": (),
-        "frequency_penalty": (0,),
-        "function_call": ("none",),
-        "functions": ([],),
-        "metadata": ({},),
-        "modalities": (["text"],),
-        "moderation": (),
-        "prediction": (),
-        "presence_penalty": (0,),
-        "prompt_cache_key": (),
-        "prompt_cache_options": (),
-        "prompt_cache_retention": (),
-        "reasoning_effort": (),
-        "safety_identifier": (),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-        "verbosity": (),
-        "web_search_options": (),
-    }
+    NEUTRAL: ClassVar[Neutral] = NEUTRAL_OF_CHATS
+    AS_NULL: ClassVar[Neutral] = AS_NULL_IN_CHATS
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
@@ -260,8 +259,9 @@ OURS = (
     *("mode", "block_length", "threshold", "steps", "policy", "entropy_bound", "revision"),
     *("edit_threshold", "edit_budget", "doubt", "remask_schedule", "remask_rate", "branches"),
     *("guesses", "draft_form", "skip_masks", "lookup", "draft_cutoff", "top_p", "top_k", "seed"),
-    *("stop", "stop_token_ids", "ignore_eos"),
-    *("repetition_penalty", "max_thinking_tokens", "end_think_token_id", "json_schema", "regex"),
+    *("min_p", "stop", "stop_token_ids", "ignore_eos", "min_tokens"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty"),
+    *("max_thinking_tokens", "end_think_token_id", "json_schema", "regex"),
     "grammar",
 )
 """Fields that are arguments of `TriModeLM.generate` by the same name."""
@@ -273,6 +273,6 @@ OURS_OF_CHAT = (
 """Fields that are options of `TriModeLM.chat` by the same name."""
 
 OURS_OF_INFILL = (
-    *("lengths", "language", "context", "threshold", "steps", "top_k", "top_p", "seed"),
+    *("lengths", "language", "context", "threshold", "steps", "top_k", "top_p", "min_p", "seed"),
 )
 """Fields that are arguments of `TriModeLM.infill` by the same name."""

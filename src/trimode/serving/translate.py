@@ -37,10 +37,15 @@ ROUTES: dict[str, type[BaseModel]] = {
     "/v1/infill": InfillRequest,
 }
 CLOSE = 0.85
-"""How alike names must be for one to be taken for a slip of the other: not min_tokens."""
+"""How alike names must be for one to be taken for a slip of the other: not top_a."""
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
-_MEANT = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
+_MEANT = {
+    "max_completion_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "min_new_tokens": "min_tokens",
+}
 _PLAIN = {
     "greater_than_equal": "at least {ge}",
     "greater_than": "more than {gt}",
@@ -167,7 +172,7 @@ def chat_jobs(
         if (number := getattr(request, name)) is not None:
             options["max_new_tokens"] = _max_tokens(name, number, settings=settings)
             names["max_new_tokens"] = name
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise bad_request(
             f"top_logprobs is {request.top_logprobs}; allowed: only with logprobs true",
             param="top_logprobs",
@@ -354,11 +359,14 @@ def _token_id(word: str) -> int:
 
 
 def _without_neutral(kind: type[R], fields: dict[str, Any]) -> dict[str, Any]:
-    """Without fields of OpenAI's that are not supported and ask for nothing."""
+    """Without what asks for nothing here, in the words of other servers."""
     known = dict.fromkeys(kind.model_fields)
     kept: dict[str, Any] = {}
     for name, value in fields.items():
-        if name in kind.NEUTRAL:
+        if name in known:
+            if not any(_is_same(value, one) for one in kind.AS_NULL.get(name, ())):
+                kept[name] = value
+        elif name in kind.NEUTRAL:
             values: tuple[Any, ...] = kind.NEUTRAL[name]
             if value is not None and not any(_is_same(value, one) for one in values):
                 allowed = ", ".join(["null", *map(_shown, values)])
@@ -366,13 +374,11 @@ def _without_neutral(kind: type[R], fields: dict[str, Any]) -> dict[str, Any]:
                     f"{name} is {_shown(value)}, which is not supported; allowed: {allowed}",
                     param=name,
                 )
-        elif name not in known:
+        elif name not in kind.IGNORED:
             raise bad_request(
                 f"{_shown(name)} is not a field of this request{_hint(name, known)}",
                 param=name[:60],
             )
-        else:
-            kept[name] = value
     return kept
 
 

@@ -213,7 +213,8 @@ class LocalBackend:
                 if is_over:
                     break
                 if num_ready > num_taken:
-                    piece = text.push(seq.new_ids[num_taken:num_ready])
+                    new_ids = seq.new_ids[num_taken:num_ready]
+                    piece = text.push(new_ids, num_deaf=seq.num_deaf)
                     yield Piece(
                         piece,
                         tuple(seq.new_ids[max(num_taken, seq.num_inside) : num_ready]),

@@ -103,8 +103,9 @@ struct RowChoice {
         noise.wants_second = batch.runner_ups != nullptr;
         float best = highest_logit / row.temperature;
         if (!std::isfinite(best)) return {best, NOTHING, highest_id, -1};
-        noise.edge = filter_edge(logits, num_tokens(), row.temperature, row.top_k, row.top_p, best,
-                                 scratch);
+        float floor = best + row.min_p_depth;
+        noise.edge = filter_edge(logits, num_tokens(), row.temperature, floor, row.top_k, row.top_p,
+                                 best, scratch);
         if (!noise.wants_second) noise.bound = noise.noisy(highest_id);
         auto found = for_chunks<Best>();
         each(num_chunks(), [&](int chunk) {
@@ -144,16 +145,14 @@ struct RowChoice {
     }
 
     void choose() const {
-        static thread_local std::vector<float> under;
-        static thread_local std::vector<uint32_t> seen;
+        static thread_local LawScratch scratch;
         static thread_local std::vector<uint64_t> keys;
         float* logits = plain();
         Highest top = highest(logits), best = top;
         const float* ruled = logits;
         if (has_law(row)) {
-            under.resize(size_t(num_tokens()));
-            apply_law(row, logits, num_tokens(), under.data(), seen);
-            ruled = under.data();
+            apply_law(row, logits, num_tokens(), scratch);
+            ruled = scratch.under.data();
             best = highest(ruled);
         }
         bool is_finite = top.is_finite() && (best.is_finite() || batch.none_id >= 0);

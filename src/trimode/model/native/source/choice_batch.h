@@ -28,9 +28,14 @@ struct ChoiceRow {
     const int32_t* fed;       // [num_fed], what the penalty is for beside `seen`
     const int32_t* bias_ids;  // [num_bias], each at most once
     const float* bias;        // [num_bias]
-    int32_t num_fed, num_bias;
+    const int32_t* counts;    // [V] occurrences in the new text, or null for no penalty by number
+    const int32_t* counted;   // [num_counted], what occurs beside `counts`, once for each time
+    int32_t num_fed, num_bias, num_counted;
     float penalty;
+    float frequency;       // is taken from a score for each occurrence
+    float presence;        // is taken from the score of what occurs
     float temperature;     // 0 is greedy
+    float min_p_depth;     // logarithm of min-p; -inf keeps all
     int32_t top_k;         // 0 keeps all
     int32_t target;        // token whose log-probability is asked for, or -1
     int32_t num_logprobs;  // how many of the likeliest are asked for, or -1

@@ -1,4 +1,5 @@
-// The likeliest tokens of a row: top-k and top-p. Of equally likely ones the lower ids come first.
+// The likeliest tokens of a row: min-p, top-k and top-p. Of equally likely ones the lower ids come
+// first.
 #pragma once
 
 #include <algorithm>
@@ -79,12 +80,13 @@ inline Edge edge_of_sorted(const std::vector<uint64_t>& keys, float best, double
     return edge_at(keys.back());
 }
 
-// Top-p over all tokens. They are dealt out to buckets by how far they are below the best; the
+// Top-p over all tokens of scores from `floor` on. They are dealt out to buckets by how far they are below the best; the
 // bucket in which the mass is reached is sorted. What is DEPTH below has no mass to speak of.
-inline Edge top_p_edge(const float* logits, int num_tokens, float temperature, double top_p,
-                       float best, FilterScratch& scratch) {
+inline Edge top_p_edge(const float* logits, int num_tokens, float temperature, float floor,
+                       double top_p, float best, FilterScratch& scratch) {
     constexpr int DEPTH = 32, BUCKETS = 1024;
-    F divisor = set1(temperature), top = set1(best), least = set1(best - DEPTH);
+    F divisor = set1(temperature), top = set1(best);
+    F least = set1(std::max(best - DEPTH, floor));
     F scale = set1(float(BUCKETS / DEPTH)), last = set1(float(BUCKETS - 1));
     // Two of each bucket, or one addition would wait for the one before it.
     scratch.masses.assign(2 * BUCKETS, 0.0);
@@ -130,16 +132,23 @@ inline Edge top_p_edge(const float* logits, int num_tokens, float temperature, d
     return edge_of_sorted(scratch.keys, best, before, target);
 }
 
-// What top-k, then top-p within it, keep of a row whose best score is finite.
-inline Edge filter_edge(const float* logits, int num_tokens, float temperature, int top_k,
-                        double top_p, float best, FilterScratch& scratch) {
+// What scores from `floor` on, then top-k, then top-p, each within what is left, keep of a row whose
+// best score is finite.
+inline Edge filter_edge(const float* logits, int num_tokens, float temperature, float floor,
+                        int top_k, double top_p, float best, FilterScratch& scratch) {
     bool has_k = top_k > 0 && top_k < num_tokens, has_p = top_p < 1;
+    Edge of_floor;
+    of_floor.score = floor;
     if (!has_k) {
-        if (!has_p) return {};
-        return top_p_edge(logits, num_tokens, temperature, top_p, best, scratch);
+        if (!has_p) return of_floor;
+        return top_p_edge(logits, num_tokens, temperature, floor, top_p, best, scratch);
     }
     auto& keys = scratch.keys;
     find_top(logits, num_tokens, temperature, top_k, keys);
+    size_t num_found = keys.size();
+    auto is_low = [floor](uint64_t key) { return score_of(key) < floor; };
+    keys.erase(std::remove_if(keys.begin(), keys.end(), is_low), keys.end());
+    if (!has_p && keys.size() < num_found) return of_floor;
     if (!has_p) return edge_at(*std::min_element(keys.begin(), keys.end()));
     std::sort(keys.begin(), keys.end(), std::greater<>());
     double total = 0;
