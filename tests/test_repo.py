@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "heal": {"vocabulary"},
     "detokenize": {"vocabulary"},
     "arguments": {"heal", "errors"},
+    "generation": {"decoding"},
     "prompts": {"arguments", "heal", "vocabulary", "model", "errors"},
     "revision": {"arguments", "vocabulary", "decoding", "model", "errors"},
     "infill": {

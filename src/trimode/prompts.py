@@ -34,7 +34,7 @@ def encode_prompt(
         RequestError: it is not valid.
     """
     if isinstance(prompt, EncodedPrompt):
-        _check_ids([*prompt.token_ids, *prompt.taken_ids], config)
+        _check_ids([*prompt.token_ids, *prompt.taken_ids], config.vocab_size)
         return prompt
     if isinstance(prompt, str):
         return _of_text(
@@ -44,7 +44,7 @@ def encode_prompt(
             parse_special=parse_special,
         )
     ids = [plain(token_id) for token_id in prompt]
-    _check_ids(ids, config)
+    _check_ids(ids, config.num_real_tokens)
     return EncodedPrompt(_not_empty(ids, config))
 
 
@@ -79,8 +79,7 @@ def _of_text(
     return found
 
 
-def _check_ids(ids: Sequence[int], config: TriModeConfig) -> None:
-    most = config.num_real_tokens
+def _check_ids(ids: Sequence[int], most: int) -> None:
     wrong = [i for i in ids if type(i) is not int or not 0 <= i < most]
     if wrong:
         raise RequestError(f"prompt has token id {wrong[0]!r}; allowed: 0 to {most - 1}")

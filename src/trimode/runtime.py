@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,6 @@ from trimode.decoding.control import CONTROL_NAMES, Control
 from trimode.decoding.grammar import Grammars
 from trimode.decoding.healing import Healing
 from trimode.decoding.reveal import degenerate_reason
-from trimode.decoding.step import TokenLogprobs
 from trimode.detokenize import GrowingText, StandingText, decode, text_before
 from trimode.engine import Engine
 from trimode.engine.costs import find_costs
@@ -28,6 +27,7 @@ from trimode.engine.engine import cells_needed
 from trimode.engine.planner import Planner
 from trimode.engine.ranks import Ranks
 from trimode.errors import RequestError
+from trimode.generation import Generation
 from trimode.heal import EncodedPrompt
 from trimode.infill import Infilling, infill_text
 from trimode.messages import Messages, ToolCall
@@ -42,35 +42,6 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH = 32
 """Prompts of one `generate` call that run together; the rest wait."""
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """One finished continuation.
-
-    Attributes:
-        text: The new text, without special tokens, cut before the stop string that ended it. It
-            goes on where the prompt ended.
-        token_ids: The chosen tokens, the stop token or the tokens of the stop string included.
-        prompt_ids: The prompt as fed, without what was taken back of it.
-        prompt_tokens: Of the prompt before that.
-        finish_reason: `stop` (stop token or string), `length`, or `abort`.
-        seed: The seed that reproduces it.
-        stats: What it cost.
-        logprobs: Of each of `token_ids`, if they were asked for; else None.
-        healed_bytes: What was taken back of the prompt and chosen anew; `prompt_ids` and
-            `token_ids` together decode to prompt and text.
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_ids: list[int]
-    prompt_tokens: int
-    finish_reason: str
-    seed: int
-    stats: Stats
-    logprobs: list[TokenLogprobs] | None = None
-    healed_bytes: bytes = b""
 
 
 class TriModeLM:

@@ -64,7 +64,7 @@ class Healing:
     def going_beyond(self, token_ids: Ids[int], candidates: Iterable[int]) -> list[int]:
         """Those of the candidates that say more than is still owed after these new tokens."""
         num_left = len(self.rest(token_ids))
-        return [i for i in candidates if len(self._tokens[i]) > num_left]
+        return [i for i in candidates if i in self._tokens and len(self._tokens[i]) > num_left]
 
     def allowed_after(self, token_ids: Ids[int]) -> Bits | None:
         """What may follow these new tokens; None for anything, since all is paid."""

@@ -181,7 +181,8 @@ class Rules:
         self, seq: Text, place: _Place, allowed: Bits | None, num_tokens: int
     ) -> Mapping[int, float]:
         """What is added; it bans ends of text that come too early, unless nothing else is left."""
-        if place.index >= self._min_tokens or not self._stop_token_ids:
+        is_free = not (self._min_tokens and self._stop_token_ids)
+        if is_free or place.index >= self._min_tokens:
             return self._bias
         if seq.is_healing:
             assert seq.healing is not None  # what says only what the prompt said ends nothing
