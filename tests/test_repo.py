@@ -47,7 +47,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("engine", "decoding", "model", "errors"),
     },
     "runtime": {
-        *("arguments", "conversation", "detokenize", "heal", "infill", "prompts", "revision"),
+        *(
+            "arguments",
+            "conversation",
+            "detokenize",
+            "generation",
+            "heal",
+            "infill",
+            "prompts",
+            "revision",
+        ),
         *("vocabulary", "messages", "rendering", "tool_calls"),
         *("engine", "decoding", "checkpoint", "model", "errors"),
     },
