@@ -119,6 +119,12 @@ def infill_table() -> str:
     return newest("infill_cpu").with_suffix(".md").read_text(encoding="utf-8").strip()
 
 
+def heal_table() -> str:
+    """Prompts cut anywhere, gone on with and without healing, of both models."""
+    found = [newest(stem).with_suffix(".md") for stem in ("heal_cpu", "heal_smollm2")]
+    return "\n\n".join(path.read_text(encoding="utf-8").strip() for path in found)
+
+
 def _twelve_over_one(found: dict[str, Any]) -> str:
     seconds = found["seconds"]
     return f"{seconds['step native 12'] / seconds['step native 1']:.2f}x"
@@ -239,6 +245,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "revise": revise_table,
     "reveal": reveal_table,
     "infill": infill_table,
+    "heal": heal_table,
     "speed": speed_table,
     "views": views_table,
     "instruct": instruct_table,
