@@ -22,7 +22,13 @@ from trimode.decoding.control import GRAMMAR_KINDS
 from trimode.decoding.params import DEFAULT_BRANCHES, MODE_NAMES
 from trimode.detokenize import GrowingText, StandingText
 from trimode.engine import Engine
-from trimode.errors import CapacityError, ConfigError, RequestError, UnsupportedError
+from trimode.errors import (
+    CapacityError,
+    ConfigError,
+    ContextError,
+    RequestError,
+    UnsupportedError,
+)
 from trimode.infill import DEFAULT_CONTEXT, DEFAULT_LENGTHS, FilledGap, Infilling, infill_steps
 from trimode.messages import ToolCall
 from trimode.rendering import Renderer
@@ -312,21 +318,25 @@ class LocalBackend:
         num_prompt, context = encoded.num_tokens, self.card.context_len
         most = self._max_prompt_tokens
         if most is not None and num_prompt > most:
-            raise RequestError(f"the prompt has {num_prompt} tokens; allowed here: {most}")
+            raise ContextError(
+                f"the prompt has {num_prompt} tokens; allowed here: {most}", context_len=most
+            )
         room = context - num_prompt
         if room < 1:
-            raise RequestError(
+            raise ContextError(
                 f"the prompt has {num_prompt} tokens, beyond the context of {context}; allowed: at"
-                f" most {context - 1}"
+                f" most {context - 1}",
+                context_len=context,
             )
         usual = job.usual_new_tokens or self._max_new_tokens
         usual = min(usual, max(context - encoded.most_tokens, 1))
         num_new = options.setdefault("max_new_tokens", usual)
         if num_new > room:
-            raise RequestError(
+            raise ContextError(
                 f"prompt of {num_prompt} tokens + max_new_tokens={num_new} ="
                 f" {num_prompt + num_new}, beyond the context of {context}; allowed:"
-                f" max_new_tokens of at most {room}"
+                f" max_new_tokens of at most {room}",
+                context_len=context,
             )
         if job.wants_events:
             options["on_event"] = lambda _, event: ticket.note(event)
