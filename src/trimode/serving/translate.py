@@ -185,6 +185,8 @@ def chat_jobs(
         options |= form
         names["json_schema"] = "response_format"
     options |= chat_options(request)
+    if "forced_call" in options:
+        names["json_schema"] = "tools"
     return _jobs(
         "chat",
         [messages_of(request)],

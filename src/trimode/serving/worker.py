@@ -22,13 +22,7 @@ from trimode.decoding.control import GRAMMAR_KINDS
 from trimode.decoding.params import DEFAULT_BRANCHES, MODE_NAMES
 from trimode.detokenize import GrowingText, StandingText
 from trimode.engine import Engine
-from trimode.errors import (
-    CapacityError,
-    ConfigError,
-    ContextError,
-    RequestError,
-    UnsupportedError,
-)
+from trimode.errors import CapacityError, ConfigError, RequestError, UnsupportedError
 from trimode.infill import DEFAULT_CONTEXT, DEFAULT_LENGTHS, FilledGap, Infilling, infill_steps
 from trimode.messages import ToolCall
 from trimode.rendering import Renderer
@@ -49,10 +43,13 @@ from trimode.serving.jobs import (
     Update,
 )
 from trimode.serving.model_metrics import ModelMetrics
+from trimode.serving.room import check_room
 from trimode.tool_calls import (
+    CallAlone,
     CallsHeldBack,
     ToolForm,
     find_form,
+    forced_call,
     names_of,
     read_calls,
 )
@@ -202,7 +199,9 @@ class LocalBackend:
         ticket.seq = seq
         standing = StandingText(self._lm.growing_text(seq), stop=seq.params.stop)
         form = await self._in_pool(lambda: self._tool_form(job))
-        text = standing if form is None else CallsHeldBack(form, standing)
+        forced = job.options.get("forced_call")
+        held = CallAlone() if forced else standing
+        text = held if form is None else CallsHeldBack(form, standing)
         shown = _ShownLogprobs(self._lm.growing_text(seq), self._shown)
         num_taken = 0
         is_owed_word = job.wants_word
@@ -240,6 +239,8 @@ class LocalBackend:
                 token_ids=seq.new_ids,
                 before=self._lm.growing_text(seq),
             )
+        elif forced:
+            content, calls = forced_call(forced, content)
         rest = text.finish(content)
         if rest or num_taken < len(seq.new_ids):
             token_ids = tuple(seq.new_ids[max(num_taken, seq.num_inside) :])
@@ -304,7 +305,8 @@ class LocalBackend:
                     "messages need a chat template, and this model has none; serve one tuned on"
                     " conversations, such as `trimode serve --lora instruct_lora`"
                 )
-            options.pop("parallel_tool_calls", None)
+            for name in ("parallel_tool_calls", "forced_call"):
+                options.pop(name, None)
             options = answering(self._lm.vocabulary, job.inputs, options)
             prompt = options.pop("prompt")
         else:
@@ -318,26 +320,12 @@ class LocalBackend:
         num_prompt, context = encoded.num_tokens, self.card.context_len
         most = self._max_prompt_tokens
         if most is not None and num_prompt > most:
-            raise ContextError(
-                f"the prompt has {num_prompt} tokens; allowed here: {most}", context_len=most
-            )
-        room = context - num_prompt
-        if room < 1:
-            raise ContextError(
-                f"the prompt has {num_prompt} tokens, beyond the context of {context}; allowed: at"
-                f" most {context - 1}",
-                context_len=context,
-            )
+            raise RequestError(f"the prompt has {num_prompt} tokens; allowed here: {most}")
+        check_room(context, num_prompt)
         usual = job.usual_new_tokens or self._max_new_tokens
         usual = min(usual, max(context - encoded.most_tokens, 1))
         num_new = options.setdefault("max_new_tokens", usual)
-        if num_new > room:
-            raise ContextError(
-                f"prompt of {num_prompt} tokens + max_new_tokens={num_new} ="
-                f" {num_prompt + num_new}, beyond the context of {context}; allowed:"
-                f" max_new_tokens of at most {room}",
-                context_len=context,
-            )
+        check_room(context, num_prompt, num_new)
         if job.wants_events:
             options["on_event"] = lambda _, event: ticket.note(event)
         options.setdefault("seed", secrets.randbits(32))
@@ -346,7 +334,8 @@ class LocalBackend:
 
     def _tool_form(self, job: Job) -> ToolForm | None:
         """How the template writes calls of the tools that a job offers; None without any."""
-        has_tools = job.options.get("tools") and job.options.get("tool_choice") != "none"
+        is_free = "forced_call" not in job.options and job.options.get("tool_choice") != "none"
+        has_tools = is_free and job.options.get("tools")
         return find_form(Renderer(self._vocabulary)) if has_tools else None
 
     @asynccontextmanager
