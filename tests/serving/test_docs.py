@@ -96,7 +96,8 @@ def test_the_clients_of_the_page_are_those_that_are_run() -> None:
     """Prevents: a version on the page that nobody ran."""
     folder = Path(__file__).parent / "clients"
     pinned = dict(json.loads((folder / "package.json").read_text("utf-8"))["dependencies"])
-    lines = (folder / "requirements.txt").read_text("utf-8").split()
+    files = folder.glob("requirements*.txt")
+    lines = [line for path in files for line in path.read_text("utf-8").split()]
     pinned |= dict(line.split("==") for line in lines) | {"openai (npm)": pinned["openai"]}
     text = PAGES[1].read_text("utf-8")
     table = text[text.index("## Clients") : text.index("openai for node")]

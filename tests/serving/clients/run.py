@@ -2,8 +2,8 @@
 
     python -m tests.serving.clients.run --output benchmarks/results/clients
 
-It installs the clients into a folder of their own, never beside torch: those of `requirements.txt`
-with pip, and those of `package.json` with npm where there is a node. Two servers run meanwhile, the
+It installs the clients into a folder of their own, never beside torch: those of `requirements*.txt`
+with pip, and those of `package.json` with npm where there is one. Two servers run meanwhile, the
 default model tuned on conversations and the default model with a chat template that has tools. Each
 client's script prints a line of JSON for each thing it asked. Exit code 1 if one is not ok.
 """
@@ -43,43 +43,48 @@ def main() -> int:
     parser.add_argument("--only", default="", help="scripts whose names have this in them")
     parser.add_argument("--output", type=Path, help="PATH.json and PATH.md")
     args = parser.parse_args()
-    python, node = _installed(args.folder.absolute())
+    folder = args.folder.absolute()
+    scripts = [path for path in sorted(HERE.glob("with_*")) if args.only in path.name]
+    commands = {path: command for path in scripts if (command := _installed(path, folder))}
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         url = stack.enter_context(_serving("--lora", "instruct_lora"))
-        tools_url = stack.enter_context(_serving(_with_tools(folder), "--name", "tools"))
+        tools_url = stack.enter_context(_serving(_with_tools(model), "--name", "tools"))
         env = {
             **{name: text for name, text in os.environ.items() if name != "PYTHONPATH"},
             "TRIMODE_URL": url,
             "TRIMODE_TOOLS_URL": tools_url,
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it asks the network for prices
         }
-        scripts = [path for path in sorted(HERE.glob("with_*")) if args.only in path.name]
         results = [
-            result for path in scripts for result in _run(path, env=env, python=python, node=node)
+            result
+            for path, command in commands.items()
+            for result in _run(path, command, cwd=folder / "node", env=env)
         ]
     if args.output is not None:
         _write(args.output, results)
     return int(not all(result["is_ok"] for result in results))
 
 
-def _installed(folder: Path) -> tuple[Path, Path | None]:
-    """Where the clients are: a Python with them, and a folder with `node_modules`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    python = folder / "venv" / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    wanted = HERE / "requirements.txt"
-    subprocess.run([python, "-m", "pip", "install", "-q", "-r", wanted], check=True)
-    if shutil.which("npm") is None:
-        print("no npm here: clients for node are left out", file=sys.stderr)
-        return python, None
+def _installed(script: Path, folder: Path) -> list[str] | None:
+    """The command that runs a script, its client installed; None if there is no npm for it."""
     node = folder / "node"
-    node.mkdir(exist_ok=True)
-    for path in [*HERE.glob("*.mjs"), HERE / "package.json"]:
+    node.mkdir(parents=True, exist_ok=True)
+    if script.suffix == ".py":
+        own = HERE / f"requirements_{script.stem.removeprefix('with_')}.txt"
+        wanted = own if own.exists() else HERE / "requirements.txt"
+        python = folder / wanted.stem / "bin" / "python"
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", folder / wanted.stem], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", wanted], check=True)
+        return [str(python), str(script)]
+    if shutil.which("npm") is None:
+        print(f"no npm here: {script.name} is left out", file=sys.stderr)
+        return None
+    for path in (script, HERE / "checks.mjs", HERE / "package.json"):
         shutil.copy(path, node)
     subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund"], cwd=node, check=True)
-    return python, node
+    return ["node", script.name]
 
 
 def _with_tools(folder: Path) -> str:
@@ -115,14 +120,11 @@ def _is_ready(url: str) -> bool:
 
 
 def _run(
-    path: Path, *, env: dict[str, str], python: Path, node: Path | None
+    path: Path, command: list[str], *, cwd: Path, env: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
     """The results of a script, each printed as it is read."""
-    if path.suffix == ".mjs" and node is None:
-        return
-    command = [str(python), str(path)] if path.suffix == ".py" else ["node", path.name]
     ran = subprocess.run(
-        command, capture_output=True, text=True, cwd=node, env=env, timeout=SCRIPT_TIMEOUT_S
+        command, capture_output=True, text=True, cwd=cwd, env=env, timeout=SCRIPT_TIMEOUT_S
     )
     lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
     results = [json.loads(line) for line in lines]
