@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo native test quick sanitize soak gpu bits check format results humaneval clean
+.PHONY: demo native test quick sanitize soak clients gpu bits check format results humaneval clean
 
 demo: $(STAMP) native
 	GOMP_SPINCOUNT=3000 $(BIN)/python examples/three_modes.py
@@ -36,6 +36,12 @@ sanitize: $(STAMP)
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.serving.soak --seconds 600 --replica-seconds 180 \
 		--output benchmarks/results/soak_cpu_$(MONTH).json
+
+# Real clients against a real server, a line for each thing they ask; they are installed into
+# build/clients, with npm too where there is one.
+clients: $(STAMP) native
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.serving.clients.run \
+		--output benchmarks/results/clients_$(MONTH)
 
 # Six minutes on a CUDA device: everything against the CPU, then speed. The environment above has a
 # torch for the CPU, so name a Python whose torch has CUDA; it needs nothing else but transformers.

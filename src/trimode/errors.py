@@ -4,6 +4,7 @@
     ├── ConfigError (ValueError)                a config, a file of the user, an argument of a run
     ├── CheckpointError                         weights or a checkpoint folder that cannot be used
     ├── RequestError (ValueError)               one generation request (HTTP 400)
+    │   └── ContextError                        it is longer than the context
     ├── CapacityError                           it would not fit (HTTP 413 or 429)
     └── UnsupportedError (NotImplementedError)  valid, but not built
 
@@ -26,6 +27,19 @@ class CheckpointError(TriModeError):
 
 class RequestError(TriModeError, ValueError):
     """A generation request asks for something that is not valid."""
+
+
+class ContextError(RequestError):
+    """A prompt, or a prompt and its new tokens, are longer than allowed.
+
+    Args:
+        message: Which numbers do not fit.
+        context_len: Tokens that are allowed.
+    """
+
+    def __init__(self, message: str, *, context_len: int) -> None:
+        super().__init__(message)
+        self.context_len = context_len
 
 
 class CapacityError(TriModeError):

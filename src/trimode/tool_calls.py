@@ -290,6 +290,24 @@ class CallsHeldBack:
         return len(self._held) if self._is_free else 0
 
 
+class CallAlone:
+    """The text of an answer that is the arguments of a call: nothing, unless it was cut."""
+
+    def push(self, token_ids: Sequence[int], *, num_deaf: int = 0) -> str:
+        """Take the next tokens; none of them is text."""
+        return ""
+
+    def finish(self, content: str) -> str:
+        """The answer's text, which is no call."""
+        return content
+
+
+def forced_call(name: str, text: str) -> tuple[str, list[ToolCall]]:
+    """Read an answer as the arguments of a call; returns the text beside it, and the call."""
+    call = _made(name, text)
+    return (text, []) if call is None else ("", [call])
+
+
 def _rendered(renderer: Renderer, number: int) -> tuple[str, int] | None:
     """An answer of so many calls, and where in it the answer begins."""
     calls = [

@@ -117,6 +117,85 @@ def test_calls_in_a_stream(client: openai.OpenAI, before: str) -> None:
     assert (texts, calls, reasons) == ([before] * 2, [1, 1], ["tool_calls"] * 2)
 
 
+LOOK: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "strict": True,
+        "parameters": {
+            "$defs": {"Place": {"enum": ["sky", "sea"]}},
+            "properties": {"at": {"$ref": "#/$defs/Place"}},
+            "required": ["at"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("mode", ["ar", "linear", "branching"])
+@pytest.mark.parametrize(
+    "tool_choice", ["required", {"type": "function", "function": {"name": "look"}}]
+)
+def test_a_call_that_is_required(
+    client: openai.OpenAI, lm: TriModeLM, tool_choice: Any, mode: str
+) -> None:
+    """Prevents: text where a call was required, and arguments beside their schema."""
+    tools = [LOOK] if tool_choice == "required" else [TOOL | {"function": {"name": "go"}}, LOOK]
+    ask: dict[str, Any] = {"messages": [ASK], "tools": tools, "tool_choice": tool_choice, **OPTIONS}
+    ask["extra_body"] = {"mode": mode}
+    answer = client.chat.completions.create(**ask)
+    (choice,) = answer.choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    (call,) = choice.message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "look"
+    assert json.loads(call.function.arguments)["at"] in ("sky", "sea")
+    shown = [{**one, "function": {**one["function"]}} for one in tools]
+    shown[-1]["function"].pop("strict")
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == lm.answering([ASK], {"tools": shown})["prompt"].num_tokens
+    texts, calls, reasons = [], [], []
+    for chunk in client.chat.completions.create(**ask, stream=True):
+        for one in chunk.choices:
+            texts.append(one.delta.content or "")
+            calls += one.delta.tool_calls or []
+            reasons.append(one.finish_reason)
+    assert ("".join(texts), reasons[-1]) == ("", "tool_calls")
+    assert [one.function.arguments for one in calls] == [call.function.arguments]
+
+
+def test_a_required_call_that_was_cut_is_text(client: openai.OpenAI) -> None:
+    """Prevents: half of the arguments handed over as if they were all; tokens that nobody sees."""
+    ask: dict[str, Any] = {"messages": [ASK], "tools": [LOOK], **OPTIONS | {"max_tokens": 4}}
+    choice = client.chat.completions.create(**ask, tool_choice="required").choices[0]
+    assert (choice.finish_reason, choice.message.tool_calls) == ("length", None)
+    assert len(choice.message.content or "") == 4
+    stream = client.chat.completions.create(**ask, tool_choice="required", stream=True)
+    pieces = [one.delta.content or "" for chunk in stream for one in chunk.choices]
+    assert "".join(pieces) == choice.message.content
+
+
+def test_what_a_required_call_needs(client: openai.OpenAI) -> None:
+    """Prevents: a choice that is dropped in silence."""
+    ask: dict[str, Any] = {"messages": [ASK], **OPTIONS}
+    named = {"type": "function", "function": {"name": "go"}}
+    plain = {**LOOK, "function": {"name": "other"}}
+    for more, message in (
+        ({"tools": [LOOK, plain], "tool_choice": "required"}, "beside 2 tools"),
+        ({"tools": [LOOK], "tool_choice": named}, "name is 'go'; allowed: look"),
+        ({"tools": [LOOK]}, "tools.0.function.strict is true"),
+        (
+            {
+                **{"tools": [LOOK], "tool_choice": "required"},
+                "response_format": {"type": "json_object"},
+            },
+            "response_format is given beside a call",
+        ),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.chat.completions.create(**ask, **more)
+
+
 def test_what_is_asked_of_tools(client: openai.OpenAI) -> None:
     """Prevents: calls where none, or one, is wanted; a call that was cut taken for a whole one."""
     ask: dict[str, Any] = {"messages": [ASK], "tools": [TOOL], **OPTIONS}

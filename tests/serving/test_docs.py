@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import json
 import os
 import re
 import shlex
@@ -89,6 +90,23 @@ def test_client_examples_run(page: Path, pocket: Served) -> None:
             )
             assert ran.returncode == 0, ran.stderr
             assert ran.stdout.strip()
+
+
+def test_the_clients_of_the_page_are_those_that_are_run() -> None:
+    """Prevents: a version on the page that nobody ran."""
+    folder = Path(__file__).parent / "clients"
+    pinned = dict(json.loads((folder / "package.json").read_text("utf-8"))["dependencies"])
+    files = folder.glob("requirements*.txt")
+    lines = [line for path in files for line in path.read_text("utf-8").split()]
+    pinned |= dict(line.split("==") for line in lines) | {"openai (npm)": pinned["openai"]}
+    text = PAGES[1].read_text("utf-8")
+    table = text[text.index("## Clients") : text.index("openai for node")]
+    rows = [re.split(r"\s*\|\s*", line)[1:3] for line in table.splitlines() if line[:2] == "| "]
+    assert len(rows) >= 8
+    for names, versions in rows[1:]:
+        found = re.sub(r" \((?:Python|npm)\)", "", names).split(", ")
+        found = [names] if names in pinned else found
+        assert [pinned[name] for name in found] == versions.split(", "), names
 
 
 def _unit() -> configparser.ConfigParser:

@@ -72,8 +72,8 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # OpenAI's client for pages sends eight of its own
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(
@@ -177,7 +177,8 @@ class _Server:
         card = asdict(self.backend.card)
         name = card.pop("name")
         head = {"id": name, "object": "model", "created": self.started_s, "owned_by": "trimode"}
-        return {**head, "trimode": card}
+        # As vLLM has it: clients cut a conversation by it.
+        return {**head, "max_model_len": card["context_len"], "trimode": card}
 
     def check_ready(self) -> None:
         """Requests are taken.

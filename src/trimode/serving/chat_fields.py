@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trimode.serving.refusals import bad_request
-from trimode.serving.schemas import OURS_OF_CHAT, ChatRequest, Message
+from trimode.serving.schemas import OURS_OF_CHAT, ChatRequest, ChosenTool, Message
 
 
 def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
@@ -21,9 +21,54 @@ def chat_options(request: ChatRequest) -> dict[str, Any]:
     """Return the options of the template that a request gives."""
     names = OURS_OF_CHAT
     options = {name: value for name in names if (value := getattr(request, name)) is not None}
-    if request.tools:
-        options["tools"] = [tool.model_dump(exclude_none=True) for tool in request.tools]
-    return options
+    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+    number = _forced(request)
+    if number is not None:
+        function = tools[number]["function"]
+        function.pop("strict", None)
+        del options["tool_choice"]
+        options["forced_call"] = function["name"]
+        options["json_schema"] = {"type": "object", **function.get("parameters", {})}
+    for i, tool in enumerate(tools):
+        if tool["function"].get("strict"):
+            raise bad_request(
+                f"tools.{i}.function.strict is true; allowed: false or null, unless tool_choice has"
+                " it called",
+                param="tools",
+            )
+    return {**options, "tools": tools} if tools else options
+
+
+def _forced(request: ChatRequest) -> int | None:
+    """Which of the tools must be called, if one must."""
+    choice, tools = request.tool_choice, request.tools or []
+    if choice in (None, "none", "auto"):
+        return None
+    names = [tool.function.name for tool in tools]
+    if choice == "required":
+        if len(names) != 1:
+            raise bad_request(
+                f'tool_choice is "required" beside {len(names)} tools; allowed: beside one tool, or'
+                " the name of one",
+                param="tool_choice",
+            )
+        wanted = names[0]
+    else:
+        assert isinstance(choice, ChosenTool)
+        wanted = choice.function.name
+    if wanted not in names:
+        allowed = ", ".join(names) or "none, for there are no tools"
+        raise bad_request(
+            f"tool_choice.function.name is {wanted[:60]!r}; allowed: {allowed}", param="tool_choice"
+        )
+    kinds = ("json_schema", "regex", "grammar", "response_format")
+    for name in kinds:
+        given = getattr(request, name)
+        if given is not None and getattr(given, "type", None) != "text":
+            raise bad_request(
+                f"{name} is given beside a call that is required; allowed: one of them", param=name
+            )
+    return names.index(wanted)
 
 
 def _plain(index: int, message: Message) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from trimode.errors import CapacityError
+from trimode.errors import CapacityError, ContextError
 from trimode.serving.draining import SHUTTING_DOWN
 from trimode.serving.jobs import Failed, Job
 
@@ -44,6 +44,9 @@ def refused(job: Job, error: Exception) -> Failed:
     """The end of a job that is not valid."""
     message = _in_words_of(job, error)
     param = _param(job, message)
+    if isinstance(error, ContextError):  # clients shorten a prompt by this code, or by these words
+        message += f"; this model's maximum context length is {error.context_len} tokens"
+        return Failed(status=400, code="context_length_exceeded", message=message, param=param)
     return Failed(status=400, code="invalid_request", message=message, param=param)
 
 

@@ -55,6 +55,8 @@ NEUTRAL: Neutral = {
     # llama.cpp
     "repeat_penalty": (1,),
     "repeat_last_n": (-1,),
+    "typ_p": (1,),
+    "backend_sampling": (False,),
     "penalize_nl": (False,),
     "typical_p": (1,),
     "tfs_z": (1,),
@@ -74,9 +76,7 @@ NEUTRAL: Neutral = {
     "lora": ([],),
     "response_fields": ([],),
     "return_tokens": (False,),
-    "return_progress": (False,),
     "post_sampling_probs": (False,),
-    "timings_per_token": (False,),
 }
 """Of completions and chats."""
 
@@ -105,10 +105,14 @@ NEUTRAL_OF_CHATS: Neutral = {
     "documents": ([],),
     "include_reasoning": (True,),
     "mm_processor_kwargs": ({},),
-    "reasoning_format": ("none",),
+    "reasoning_format": ("none", "auto"),
     "separate_reasoning": (True, False),
     "stream_reasoning": (True, False),
 }
+
+WINDOWS = {"repeat_last_n": ("frequency_penalty", "presence_penalty")}
+"""Fields of `NEUTRAL` that are taken with any value where these others are off: they say how much
+of the text the others look at."""
 
 AS_NULL: Neutral = {"seed": (-1,), "logit_bias": ([],), "grammar": ("",)}
 """Fields of ours -> what others write where they mean null."""
@@ -130,5 +134,7 @@ IGNORED = (
     # What only tunes a sampler of llama.cpp that must be off (`NEUTRAL`).
     *("dry_allowed_length", "dry_base", "dry_penalty_last_n", "dry_sequence_breakers"),
     *("dynatemp_exponent", "mirostat_eta", "mirostat_tau", "xtc_threshold"),
+    # What asks llama.cpp to report beside the text; its web page always asks.
+    *("return_progress", "timings_per_token"),
 )
 """Taken with any value, and not used."""

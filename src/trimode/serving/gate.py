@@ -44,6 +44,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = _as_routed(scope)
         own_id = sane_request_id(Headers(scope=scope).get("x-request-id"))
         token = request_id.set(own_id)
         scope["trimode"] = {"request_id": own_id}
@@ -95,3 +96,11 @@ class Gate:
             route,
             extra={"status": status, "seconds": round(seconds, 6), **facts},
         )
+
+
+def _as_routed(scope: Scope) -> Scope:
+    """A request as the routes have it: HEAD is GET (the server sends no body to it), and a path of
+    the API may end with a slash."""
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    path = scope["path"].rstrip("/") if scope["path"].startswith("/v1/") else scope["path"]
+    return {**scope, "method": method, "path": path}

@@ -186,7 +186,7 @@ class ToolFunction(BaseModel):
     name: Text
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
-    strict: Literal[False] | None = Field(None, description="false or null; calls are not forced")
+    strict: bool | None = Field(None, description="true: only of the tool that must be called")
 
 
 class Tool(BaseModel):
@@ -196,6 +196,23 @@ class Tool(BaseModel):
 
     type: Literal["function"]
     function: ToolFunction
+
+
+class ChosenFunction(BaseModel):
+    """Of the tool that must be called."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: Text
+
+
+class ChosenTool(BaseModel):
+    """The tool that must be called."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["function"]
+    function: ChosenFunction
 
 
 class JsonSchema(BaseModel):
@@ -230,7 +247,11 @@ class ChatRequest(_Generating):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto"] | None = Field(None, description='"none" or "auto"')
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = Field(
+        None,
+        description='"none", "auto", "required" beside one tool, or'
+        ' {"type": "function", "function": {"name": ...}}',
+    )
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="variables of the chat template"

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from trimode.checkpoint.generation_defaults import GenerationDefaults
 from trimode.serving.chat_fields import chat_options, messages_of
+from trimode.serving.foreign_fields import WINDOWS
 from trimode.serving.jobs import Failed, Job, ModelCard
 from trimode.serving.refusals import Refusal, bad_request
 from trimode.serving.schemas import (
@@ -184,6 +185,8 @@ def chat_jobs(
         options |= form
         names["json_schema"] = "response_format"
     options |= chat_options(request)
+    if "forced_call" in options:
+        names["json_schema"] = "tools"
     return _jobs(
         "chat",
         [messages_of(request)],
@@ -366,6 +369,8 @@ def _without_neutral(kind: type[R], fields: dict[str, Any]) -> dict[str, Any]:
         if name in known:
             if not any(_is_same(value, one) for one in kind.AS_NULL.get(name, ())):
                 kept[name] = value
+        elif name in WINDOWS and not any(fields.get(one) for one in WINDOWS[name]):
+            continue
         elif name in kind.NEUTRAL:
             values: tuple[Any, ...] = kind.NEUTRAL[name]
             if value is not None and not any(_is_same(value, one) for one in values):

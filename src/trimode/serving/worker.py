@@ -43,10 +43,13 @@ from trimode.serving.jobs import (
     Update,
 )
 from trimode.serving.model_metrics import ModelMetrics
+from trimode.serving.room import check_room
 from trimode.tool_calls import (
+    CallAlone,
     CallsHeldBack,
     ToolForm,
     find_form,
+    forced_call,
     names_of,
     read_calls,
 )
@@ -196,7 +199,9 @@ class LocalBackend:
         ticket.seq = seq
         standing = StandingText(self._lm.growing_text(seq), stop=seq.params.stop)
         form = await self._in_pool(lambda: self._tool_form(job))
-        text = standing if form is None else CallsHeldBack(form, standing)
+        forced = job.options.get("forced_call")
+        held = CallAlone() if forced else standing
+        text = held if form is None else CallsHeldBack(form, standing)
         shown = _ShownLogprobs(self._lm.growing_text(seq), self._shown)
         num_taken = 0
         is_owed_word = job.wants_word
@@ -234,6 +239,8 @@ class LocalBackend:
                 token_ids=seq.new_ids,
                 before=self._lm.growing_text(seq),
             )
+        elif forced:
+            content, calls = forced_call(forced, content)
         rest = text.finish(content)
         if rest or num_taken < len(seq.new_ids):
             token_ids = tuple(seq.new_ids[max(num_taken, seq.num_inside) :])
@@ -298,7 +305,8 @@ class LocalBackend:
                     "messages need a chat template, and this model has none; serve one tuned on"
                     " conversations, such as `trimode serve --lora instruct_lora`"
                 )
-            options.pop("parallel_tool_calls", None)
+            for name in ("parallel_tool_calls", "forced_call"):
+                options.pop(name, None)
             options = answering(self._lm.vocabulary, job.inputs, options)
             prompt = options.pop("prompt")
         else:
@@ -313,21 +321,11 @@ class LocalBackend:
         most = self._max_prompt_tokens
         if most is not None and num_prompt > most:
             raise RequestError(f"the prompt has {num_prompt} tokens; allowed here: {most}")
-        room = context - num_prompt
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens, beyond the context of {context}; allowed: at"
-                f" most {context - 1}"
-            )
+        check_room(context, num_prompt)
         usual = job.usual_new_tokens or self._max_new_tokens
         usual = min(usual, max(context - encoded.most_tokens, 1))
         num_new = options.setdefault("max_new_tokens", usual)
-        if num_new > room:
-            raise RequestError(
-                f"prompt of {num_prompt} tokens + max_new_tokens={num_new} ="
-                f" {num_prompt + num_new}, beyond the context of {context}; allowed:"
-                f" max_new_tokens of at most {room}"
-            )
+        check_room(context, num_prompt, num_new)
         if job.wants_events:
             options["on_event"] = lambda _, event: ticket.note(event)
         options.setdefault("seed", secrets.randbits(32))
@@ -336,7 +334,8 @@ class LocalBackend:
 
     def _tool_form(self, job: Job) -> ToolForm | None:
         """How the template writes calls of the tools that a job offers; None without any."""
-        has_tools = job.options.get("tools") and job.options.get("tool_choice") != "none"
+        is_free = "forced_call" not in job.options and job.options.get("tool_choice") != "none"
+        has_tools = is_free and job.options.get("tools")
         return find_form(Renderer(self._vocabulary)) if has_tools else None
 
     @asynccontextmanager
