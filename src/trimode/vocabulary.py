@@ -182,8 +182,8 @@ def _speller(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
     parts = decoder.get("decoders", [decoder])
     kinds = {part.get("type") for part in parts}
     if "ByteLevel" in kinds:
-        byte_of = {sign: byte for byte, sign in bytes_to_unicode().items()}
-        return lambda token: bytes(byte_of[s] for s in token) if byte_of.keys() >= {*token} else b""
+        byte_of = {ord(sign): chr(byte) for byte, sign in bytes_to_unicode().items()}
+        return lambda token: _latin(token.translate(byte_of))
     has_bytes = "ByteFallback" in kinds
     if not (has_bytes or "Metaspace" in kinds):
         return lambda token: b""
@@ -193,3 +193,11 @@ def _speller(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
         return token.replace(_WORD_BEGIN, " ").encode() if byte is None else bytes.fromhex(byte[1])
 
     return spell
+
+
+def _latin(text: str) -> bytes:
+    """Its characters as bytes; nothing where one is none."""
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        return b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from functools import cached_property
 
 
 class TokenBytes:
@@ -19,9 +20,6 @@ class TokenBytes:
         ranked = sorted((octets, token_id) for token_id, octets in self._table.items())
         self._keys = [octets for octets, _ in ranked]
         self._ids = [token_id for _, token_id in ranked]
-        turned = sorted((octets[::-1], token_id) for token_id, octets in self._table.items())
-        self._turned_keys = [octets for octets, _ in turned]
-        self._turned_ids = [token_id for _, token_id in turned]
         self.longest = max(map(len, self._keys), default=0)
         """Bytes of the longest token."""
 
@@ -46,8 +44,15 @@ class TokenBytes:
 
     def ending(self, octets: bytes) -> list[int]:
         """Tokens that end with these bytes."""
-        first = bisect_left(self._turned_keys, octets[::-1])
-        return self._turned_ids[first : bisect_left(self._turned_keys, self._behind(octets[::-1]))]
+        keys, ids = self._turned
+        first = bisect_left(keys, octets[::-1])
+        return ids[first : bisect_left(keys, self._behind(octets[::-1]))]
+
+    @cached_property
+    def _turned(self) -> tuple[list[bytes], list[int]]:
+        """Bytes from the last to the first, sorted, and whose they are."""
+        turned = sorted((octets[::-1], token_id) for token_id, octets in self._table.items())
+        return [octets for octets, _ in turned], [token_id for _, token_id in turned]
 
     def _behind(self, octets: bytes) -> bytes:
         """Greater than whatever begins with these bytes."""
