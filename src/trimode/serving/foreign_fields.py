@@ -15,7 +15,6 @@ Neutral = dict[str, tuple[Any, ...]]
 NEUTRAL: Neutral = {
     # OpenAI
     "best_of": (1,),
-    "echo": (False,),
     "store": (False,),
     # vLLM and SGLang
     "use_beam_search": (False,),
@@ -90,6 +89,7 @@ NEUTRAL_OF_COMPLETIONS: Neutral = {
 NEUTRAL_OF_CHATS: Neutral = {
     **NEUTRAL,
     # OpenAI
+    "echo": (False,),
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
@@ -109,6 +109,13 @@ NEUTRAL_OF_CHATS: Neutral = {
     "separate_reasoning": (True, False),
     "stream_reasoning": (True, False),
 }
+
+NEUTRAL_OF_TOKENS: Neutral = {
+    "with_pieces": (False,),
+    "chat_template": (),
+    "mm_processor_kwargs": ({},),
+}
+"""Of requests for a text's tokens."""
 
 AS_NULL: Neutral = {"seed": (-1,), "logit_bias": ([],), "grammar": ("",)}
 """Fields of ours -> what others write where they mean null."""
