@@ -51,10 +51,24 @@ def text_before(
         taken_ids: That stood behind and will be chosen anew.
     """
     context = _context(vocabulary, prompt_ids)
-    known = decode(vocabulary.tokenizer, [*context, *taken_ids])
-    if known.endswith(_HALF) and not vocabulary.bytes_of(context).endswith(_HALF.encode()):
-        known = known.rstrip(_HALF)  # what completes the character is new, and so is all of it
-    return TextBefore(context, len(known))
+    return TextBefore(context, len(settled_text(vocabulary, context, taken_ids)))
+
+
+def settled_text(
+    vocabulary: Vocabulary, token_ids: Sequence[int], taken_ids: Sequence[int] = ()
+) -> str:
+    """Text of token ids that begin a text, without half a character at its end: what completes the
+    character is new, and so is all of it.
+
+    Args:
+        vocabulary: Of the tokenizer.
+        token_ids: That stay.
+        taken_ids: That stand behind and will be chosen anew.
+    """
+    text = decode(vocabulary.tokenizer, [*token_ids, *taken_ids])
+    if text.endswith(_HALF) and not vocabulary.bytes_of(token_ids).endswith(_HALF.encode()):
+        return text.rstrip(_HALF)
+    return text
 
 
 def _context(vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> tuple[int, ...]:

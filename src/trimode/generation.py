@@ -22,6 +22,8 @@ class Generation:
         seed: The seed that reproduces it.
         stats: What it cost.
         logprobs: Of each of `token_ids`, if they were asked for; else None.
+        prompt_logprobs: Of each of `prompt_ids`, None for the first, if they were asked for; else
+            None.
         healed_bytes: What was taken back of the prompt and chosen anew; `prompt_ids` and
             `token_ids` together decode to prompt and text.
     """
@@ -35,3 +37,4 @@ class Generation:
     stats: Stats
     logprobs: list[TokenLogprobs] | None = None
     healed_bytes: bytes = b""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None

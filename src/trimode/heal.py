@@ -38,8 +38,10 @@ class EncodedPrompt:
 
     def fitting(self, room: int) -> EncodedPrompt:
         """The same where it may become `room` tokens; else with nothing taken back."""
-        if self.most_tokens <= room:
-            return self
+        return self if self.most_tokens <= room else self.whole()
+
+    def whole(self) -> EncodedPrompt:
+        """The same with nothing taken back."""
         return EncodedPrompt([*self.token_ids, *self.taken_ids], remarks=self.remarks)
 
 

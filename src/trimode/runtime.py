@@ -20,6 +20,7 @@ from trimode.decoding.control import CONTROL_NAMES, Control
 from trimode.decoding.grammar import Grammars
 from trimode.decoding.healing import Healing
 from trimode.decoding.reveal import degenerate_reason
+from trimode.decoding.scoring import check_number
 from trimode.detokenize import GrowingText, StandingText, decode, text_before
 from trimode.engine import Engine
 from trimode.engine.costs import find_costs
@@ -114,12 +115,13 @@ class TriModeLM:
         frequency_penalty: float = 0.0,
         presence_penalty: float = 0.0,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         max_thinking_tokens: int | None = None,
         end_think_token_id: int | None = None,
         json_schema: str | bool | Mapping[str, Any] | None = None,
         regex: str | None = None,
         grammar: str | None = None,
-        heal: bool = True,
+        heal: bool | None = None,
         parse_special: bool = False,
         on_event: Callable[[int, Event], None] | None = None,
     ) -> Generation | list[Generation]:
@@ -132,7 +134,7 @@ class TriModeLM:
             max_new_tokens, block_length, threshold, steps, policy, entropy_bound, revision,
             edit_threshold, edit_budget, doubt, remask_schedule, remask_rate, branches, guesses,
             draft_form, skip_masks, lookup, draft_cutoff, temperature, top_p, top_k, min_p,
-            stop_token_ids, ignore_eos, min_tokens: See
+            stop_token_ids, ignore_eos, min_tokens, prompt_logprobs: See
                 `trimode.decoding.params.GenerationParams`. `block_length` is by default the model's
                 own; it means nothing in mode `ar` and is refused there.
             seed: One for all prompts, one each, or None to draw (see `Generation.seed`).
@@ -141,7 +143,8 @@ class TriModeLM:
             max_thinking_tokens, end_think_token_id, json_schema, regex, grammar: See
                 `trimode.decoding.control.Control`.
             heal: Whether the end of a string may be chosen anew in other tokens, so that the text
-                goes on where the string ended, be it inside of a token. Ids are left alone.
+                goes on where the string ended, be it inside of a token. Ids are left alone. None is
+                True, but False with `prompt_logprobs`, which are of the prompt as it is.
             parse_special: Whether control tokens that a string spells become these tokens; else
                 they are text. The mask token never does.
             on_event: Called with (index of the prompt, event) as things happen.
@@ -229,7 +232,7 @@ class TriModeLM:
         seed: int | Items[int] | None,
         stop: str | Items[str] | None,
         stop_token_ids: Items[int] | None,
-        heal: bool,
+        heal: bool | None,
         parse_special: bool,
         on_event: Callable[[int, Event], None] | None,
         **params: Any,
@@ -237,9 +240,13 @@ class TriModeLM:
         """Whether one prompt was given, and a checked sequence for each."""
         if mode == "ar" and block_length is not None:
             raise RequestError(f"block_length is {block_length}; mode 'ar' has no blocks")
+        is_scored = params["prompt_logprobs"] is not None
+        heal = not is_scored if heal is None else heal
         for name, value in (("heal", heal), ("parse_special", parse_special)):
             if not isinstance(value, bool):
                 raise RequestError(f"{name} is {value!r}; allowed: True or False")
+        if heal and is_scored:
+            raise RequestError("heal is True; allowed with prompt_logprobs: False")
         is_single, prompts = as_prompts(prompt)
         control = Control.of({name: plain(params.pop(name)) for name in CONTROL_NAMES})
         if block_length is None:
@@ -278,6 +285,8 @@ class TriModeLM:
         """A sequence for an `Engine`, its prompt encoded and checked against the context."""
         has_grammar = params.control.source is not None
         prompt = self.encode_prompt(prompt, at_character=has_grammar)
+        if params.prompt_logprobs is not None:
+            prompt = prompt.whole()
         config = self.model.config
         context = config.max_position_embeddings
         if params.block_length > context:
@@ -298,6 +307,8 @@ class TriModeLM:
             )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this checkpoint has none")
+        num_choosable = config.vocab_size - len(config.banned_token_ids)
+        check_number(params.prompt_logprobs, num_choosable=num_choosable)
         control = params.control.settled(
             tokenizer=self.tokenizer, num_tokens=config.vocab_size, banned=config.banned_token_ids
         )
@@ -366,6 +377,7 @@ class TriModeLM:
             stats=seq.stats,
             logprobs=None if seq.params.control.logprobs is None else seq.logprobs,
             healed_bytes=b"" if seq.healing is None else seq.healing.owed,
+            prompt_logprobs=None if seq.scores is None else seq.scores.found,
         )
 
     def encode_prompt(

@@ -68,6 +68,23 @@ def test_flags_reach_the_law(folder: Path, capsys: Capture) -> None:
     assert "logprobs" not in json.loads(capsys.readouterr().out)
 
 
+def test_a_prompt_is_scored(folder: Path, capsys: Capture) -> None:
+    """Prevents: a flag that is read and dropped, or numbers of other tokens beside the prompt's."""
+    flags = ["--json", "--prompt-logprobs", "1", "--max-new-tokens", "0"]
+    assert main(["generate", "--model", str(folder), "def", *flags]) == 0
+    record = json.loads(capsys.readouterr().out)
+    expected = load(folder).generate("def", max_new_tokens=0, prompt_logprobs=1)
+    assert isinstance(expected, Generation)
+    assert expected.prompt_logprobs is not None
+    assert (record["text"], record["token_ids"], record["new_tokens"]) == ("", [], 0)
+    assert [one["token_id"] for one in record["prompt_logprobs"]] == list(b"def")
+    assert record["prompt_logprobs"][0] == {"token_id": ord("d"), "logprob": None, "top": []}
+    for one, found in zip(record["prompt_logprobs"][1:], expected.prompt_logprobs[1:], strict=True):
+        assert found is not None
+        assert one["logprob"] == found.logprob
+        assert [(top["token_id"], top["logprob"]) for top in one["top"]] == list(found.top)
+
+
 def test_grammars_from_words_and_files(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     """Prevents: a schema's file taken for a schema, or the other way round."""
     schema = '{"enum": ["abc"]}'
@@ -98,6 +115,7 @@ def test_grammars_from_words_and_files(folder: Path, tmp_path: Path, capsys: Cap
             "a token of logit_bias is 999; allowed: 0 to 258",
         ),
         (["--logprobs", "2"], "--logprobs is 2; allowed: only with --json"),
+        (["--prompt-logprobs", "2"], "--prompt-logprobs is 2; allowed: only with --json"),
         (["--json-schema", "none.json"], "--json-schema is 'none.json', which cannot be read: No"),
         (["--grammar", "none.lark"], "--grammar is 'none.lark', which cannot be read: No such"),
         (["--regex", "a", "--mode", "diffusion"], "regex is 'a'; allowed: None in mode"),

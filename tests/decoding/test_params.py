@@ -349,6 +349,7 @@ def test_auto_takes_what_all_it_picks_from_take() -> None:
     taken = {"draft_cutoff": 0.3, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "stop": ("x",)}
     more = {"stop_token_ids": (3,), "ignore_eos": True, "control": Control()}
     more |= {"min_p": 0.1, "min_tokens": 2, "draft_form": "skip", "skip_masks": 3, "lookup": True}
+    more |= {"prompt_logprobs": 2}
     refused = {case[0] for case in AUTO_REFUSES}
     GenerationParams(**(GOOD | {"mode": "auto"} | taken | more))
     names = {field.name for field in dataclasses.fields(GenerationParams)}

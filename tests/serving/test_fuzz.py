@@ -23,6 +23,7 @@ pytestmark = pytest.mark.process
 ROUTES = (
     *("GET /health", "GET /ready", "GET /metrics", "GET /v1/models", "GET /v1/models/{model}"),
     *("POST /v1/completions", "POST /v1/chat/completions", "POST /v1/infill"),
+    *("POST /tokenize", "POST /detokenize"),
 )
 
 

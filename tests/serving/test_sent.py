@@ -78,3 +78,14 @@ def test_what_was_watched_is_not_shown_again() -> None:
     happening = Happening(kind="draft", position=0, token_ids=(1,), texts=("a",))
     assert sent.beyond(happening) == happening
     assert not sent.begin_again()
+
+
+@pytest.mark.parametrize("prompt", ["ab", ""])
+def test_a_prompt_is_sent_once(prompt: str) -> None:
+    """Prevents: a prompt's log-probabilities twice, or none where it has no text."""
+    sent = Sent()
+    echo = Piece(prompt, (), LOGPROBS[:2])
+    assert sent.beyond(echo) == echo
+    sent.begin_again()
+    assert sent.beyond(echo) is None
+    assert sent.beyond(Piece("c", (3,), LOGPROBS[2:3])) == Piece("c", (3,), LOGPROBS[2:3])

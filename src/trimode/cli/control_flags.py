@@ -35,6 +35,11 @@ CONTROL_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "K",
         "help": "--json: every token's log-probability, and the K likeliest; not in diffusion",
     },
+    "prompt_logprobs": {
+        "type": int,
+        "metavar": "K",
+        "help": "--json: the same of the prompt's tokens, in any mode; N may be 0, and no --heal",
+    },
     "max_thinking_tokens": {
         "type": int,
         "metavar": "N",
@@ -66,8 +71,10 @@ def read_controls(options: dict[str, Any], *, is_json: bool) -> dict[str, Any]:
         RequestError: a word or a file cannot be read.
     """
     read = dict(options)
-    if "logprobs" in read and not is_json:
-        raise RequestError(f"--logprobs is {read['logprobs']}; allowed: only with --json")
+    for name in ("logprobs", "prompt_logprobs"):
+        if name in read and not is_json:
+            flag = "--" + name.replace("_", "-")
+            raise RequestError(f"{flag} is {read[name]}; allowed: only with --json")
     if "logit_bias" in read:
         read["logit_bias"] = _biases(read["logit_bias"])
     if "json_schema" in read and not read["json_schema"].lstrip().startswith("{"):

@@ -16,6 +16,7 @@ from trimode.errors import RequestError
 
 if TYPE_CHECKING:
     from trimode.decoding import Stats
+    from trimode.decoding.step import TokenLogprobs
     from trimode.runtime import Generation, TriModeLM
 
 NAME = "generate"
@@ -311,19 +312,24 @@ def as_object(generation: Generation, *, mode: str, block_length: int | None) ->
         record["healed_bytes"] = list(generation.healed_bytes)
     if mode not in ("ar", "diffusion"):
         record["acceptance_lengths"] = stats.acceptance_lengths
-    if generation.logprobs is not None:
-        record["logprobs"] = [
-            {
-                "token_id": token_id,
-                "logprob": one.logprob,
-                "top": [{"token_id": other, "logprob": logprob} for other, logprob in one.top],
-            }
-            for token_id, one in zip(generation.token_ids, generation.logprobs, strict=True)
-        ]
+    for name, token_ids, scores in (
+        ("prompt_logprobs", generation.prompt_ids, generation.prompt_logprobs),
+        ("logprobs", generation.token_ids, generation.logprobs),
+    ):
+        if scores is not None:
+            record[name] = [_as_object(*one) for one in zip(token_ids, scores, strict=True)]
     record["seconds"] = stats.seconds
     record["tokens_per_second"] = stats.tokens_per_second
     record["seed"] = generation.seed
     return record
+
+
+def _as_object(token_id: int, one: TokenLogprobs | None) -> dict[str, Any]:
+    """A token's log-probability and the likeliest in its place; null for a prompt's first."""
+    if one is None:
+        return {"token_id": token_id, "logprob": None, "top": []}
+    top = [{"token_id": other, "logprob": logprob} for other, logprob in one.top]
+    return {"token_id": token_id, "logprob": one.logprob, "top": top}
 
 
 def summary(generation: Generation, *, mode: str, block_length: int | None) -> list[str]:

@@ -160,7 +160,7 @@ def choose_by_torch(
         runner_up_confidences=column.get("runner_up_confidences", []),
         entropies=column.get("entropies", []),
         log_probs=column.get("log_probs", []),
-        logprobs=_likeliest(logits, token_ids, num_logprobs),
+        logprobs=likeliest(logits, token_ids, num_logprobs),
     )
 
 
@@ -174,7 +174,7 @@ def _log_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
     return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
 
-def _likeliest(
+def likeliest(
     logits: Tensor, token_ids: Tensor, numbers: Sequence[int | None]
 ) -> list[TokenLogprobs | None]:
     """[W]: of one token each and of the likeliest, in nats; None where no number is given."""

@@ -28,7 +28,8 @@ rounds. `auto` is none of its own: it picks one for every round."""
 def life(seq: Sequence) -> Steps:
     """All steps of one sequence, from the cells it has on. The prefill gives the first token,
     unless the sequence had emitted some before it lost its row; where the prompt is healed, it
-    first gives what was taken back. One with a gap to fill has a life of its own."""
+    first gives what was taken back. Where no token is asked for, the prefill is all. One with a gap
+    to fill has a life of its own."""
     if seq.gap is not None:
         yield from infill(seq, seq.gap)
         return
@@ -36,6 +37,9 @@ def life(seq: Sequence) -> Steps:
         yield from prefill(seq, [*seq.prompt_ids, *seq.new_ids[:-1]])
     while not (seq.num_new or seq.is_finished):
         readout = yield from prefill(seq, [*seq.prompt_ids, *seq.new_ids])
+        if not seq.params.max_new_tokens:
+            seq.finish("length")
+            return
         seq.emit(readout.token_ids, readout.logprobs)
     while not seq.is_finished:
         yield from MODES[seq.begin_round().mode](seq)

@@ -75,7 +75,8 @@ class GenerationParams:
     Attributes:
         mode: `ar`, `diffusion`, `linear`, `branching`, `quadratic`, which is branching over every
             length, without guesses, or `auto`, which needs an engine with a planner.
-        max_new_tokens: At most so many tokens are emitted, at least 1.
+        max_new_tokens: At most so many tokens are emitted, at least 1; 0 only with
+            `prompt_logprobs`.
         block_length: Diffusion block length K; in speculation, the tokens of one draft including
             the last emitted one, so K - 1 are proposed. At least 1 in `diffusion`, else 2. `auto`
             takes no longer ones.
@@ -127,6 +128,9 @@ class GenerationParams:
             until then the tokens that would end it are banned, and stop strings count only where a
             later token completes them. Where a grammar or a thinking budget leaves nothing else
             than such a token, the token stands and the text ends early, as in vLLM.
+        prompt_logprobs: For every token of the prompt but the first, its log-probability and those
+            of so many of the likeliest tokens in its place, as `Control.logprobs` has them for new
+            tokens; None for none. All modes. The whole prompt is fed for it.
         control: What single tokens are subject to.
 
     Raises:
@@ -161,6 +165,7 @@ class GenerationParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    prompt_logprobs: int | None = None
     control: Control = Control()
 
     def __post_init__(self) -> None:
@@ -171,7 +176,17 @@ class GenerationParams:
 
         check("mode", lambda v: v in MODE_NAMES, ", ".join(MODE_NAMES))
         least = 2 if self.mode in SPECULATIVE else 1
-        check("max_new_tokens", lambda v: _is_int(v) and v >= 1, "an integer of at least 1")
+        check(
+            "prompt_logprobs",
+            lambda v: v is None or (_is_int(v) and v >= 0),
+            "None, or an integer of at least 0",
+        )
+        fewest = 1 if self.prompt_logprobs is None else 0
+        check(
+            "max_new_tokens",
+            lambda v: _is_int(v) and v >= fewest,
+            f"an integer of at least {fewest}" + ", or 0 with prompt_logprobs" * fewest,
+        )
         check(
             "block_length", lambda v: _is_int(v) and v >= least, f"an integer of at least {least}"
         )

@@ -13,7 +13,7 @@ def prefill(seq: Sequence, token_ids: Ids[int]) -> Generator[Step, Readout, Read
     """Feed what is not committed yet of the tokens that the text begins with.
 
     The engine may cut a step of this kind short (`Step.head`), so what was fed is committed and the
-    rest asked for again.
+    rest asked for again. Where the prompt is scored, every step brings its tokens' scores.
 
     Args:
         seq: Whose text it is.
@@ -25,6 +25,11 @@ def prefill(seq: Sequence, token_ids: Ids[int]) -> Generator[Step, Readout, Read
     readout = Readout([])
     while seq.length < len(token_ids):
         rest = token_ids[seq.length :]
-        readout = yield causal_step("prefill", rest, start=seq.length, wanted=[len(rest) - 1])
+        scored = [] if seq.scores is None else seq.scores.wanted(seq.length, len(rest))
+        readout = yield causal_step(
+            "prefill", rest, start=seq.length, wanted=[len(rest) - 1], scored=scored
+        )
+        if seq.scores is not None:
+            seq.scores.found += readout.scores
         seq.commit(seq.num_committable)
     return readout

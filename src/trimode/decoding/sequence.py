@@ -13,6 +13,7 @@ from trimode.decoding.healing import Healing
 from trimode.decoding.law import Rules
 from trimode.decoding.lookup import Lookup
 from trimode.decoding.params import MODE_NAMES, GenerationParams
+from trimode.decoding.scoring import PromptScores
 from trimode.decoding.setting import Round, Setting
 from trimode.decoding.stats import Stats
 from trimode.decoding.step import TokenLogprobs
@@ -103,6 +104,7 @@ class Sequence:
         new_ids: Tokens emitted so far.
         num_inside: How many of them say only what the prompt said; limits count from there.
         logprobs: Of each of them, if they were asked for.
+        scores: Of the prompt's tokens; None if they were not asked for.
         rules: What its answers are subject to beyond temperature and filters; None if nothing.
         lookup: Where its own repetitions are drafts; None if they are not.
         finish_reason: None while running, then `stop`, `length` or `abort`.
@@ -155,6 +157,8 @@ class Sequence:
         self.new_ids: list[int] = []
         self.num_inside = 0
         self.logprobs: list[TokenLogprobs] = []
+        is_scored = params.prompt_logprobs is not None
+        self.scores = PromptScores(self.prompt_ids) if is_scored else None
         self.finish_reason: str | None = None
         self.abort_reason: str | None = None
         self.error: Exception | None = None

@@ -19,6 +19,7 @@ class Stats:
         acceptance_lengths: Per round of speculation, accepted drafts plus the bonus token. A round
             that opens with masks that skip the bonus has two such tokens, one from each forward.
         reused_tokens: Tokens whose K/V lay in a row already, so that they were not fed.
+        cached_tokens: Those of the prompt among them, when it was first fed.
         num_preemptions: Times it gave its row to another and went on later.
         seconds: Wall time from submission to the end, other sequences' work included.
     """
@@ -28,6 +29,7 @@ class Stats:
     new_tokens: int = 0
     acceptance_lengths: list[int] = field(default_factory=list)
     reused_tokens: int = 0
+    cached_tokens: int = 0
     num_preemptions: int = 0
     seconds: float = 0.0
 

@@ -56,6 +56,8 @@ class Step:
         wants_entropy: Whether the entropy of each law is wanted too.
         targets: One token for each of `wanted`, whose log-probability is asked for; or none.
         allowed: For each of `wanted` the tokens it may be, None for all; or none.
+        scored: Indexes into trunk tokens, each with the token behind it whose log-probability is
+            asked for; nothing is chosen there.
     """
 
     kind: str
@@ -71,6 +73,7 @@ class Step:
     wants_entropy: bool = False
     targets: Sequence[int] = ()
     allowed: Sequence[Bits | None] = ()
+    scored: Sequence[tuple[int, int]] = ()
 
     @property
     def answer_positions(self) -> list[int]:
@@ -82,9 +85,12 @@ class Step:
         shows whether all went well."""
         if self.kind != "prefill" or not 1 <= num_tokens <= len(self.token_ids):
             raise AssertionError(f"{num_tokens} tokens of a {self.kind} of {len(self.token_ids)}")
-        start = self.positions[0]
         return causal_step(
-            "prefill", self.token_ids[:num_tokens], start=start, wanted=[num_tokens - 1]
+            "prefill",
+            self.token_ids[:num_tokens],
+            start=self.positions[0],
+            wanted=[num_tokens - 1],
+            scored=[one for one in self.scored if one[0] < num_tokens],
         )
 
     @property
@@ -98,7 +104,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """How likely an emitted token was, under the AR view at temperature 1 after the ban, before
+    """How likely a token of a text was, under the AR view at temperature 1 after the ban, before
     grammar, bias, penalty and filters.
 
     Attributes:
@@ -122,6 +128,7 @@ class Readout:
         entropies: Of that law, in nats.
         log_probs: Of the step's `targets` under it, in nats.
         logprobs: Of what the trunk chose, where the request asks for them.
+        scores: Of the step's `scored`.
 
     What was not wanted may be empty.
     """
@@ -133,6 +140,7 @@ class Readout:
     entropies: list[float] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    scores: list[TokenLogprobs] = field(default_factory=list)
 
 
 def causal_step(
@@ -142,6 +150,7 @@ def causal_step(
     start: int,
     wanted: Sequence[int],
     targets: Sequence[int] = (),
+    scored: Sequence[tuple[int, int]] = (),
 ) -> Step:
     """Tokens from position `start` in the AR view: causal, adapter off."""
     num_tokens = len(token_ids)
@@ -156,6 +165,7 @@ def causal_step(
         is_drafter_on=[False] * num_tokens,
         wanted=wanted,
         targets=targets,
+        scored=scored,
     )
 
 

@@ -58,13 +58,15 @@ class Rows:
 
         Args:
             seq: Its length is 0.
-            token_ids: What it is about to feed. The last of them is always fed.
+            token_ids: What it is about to feed. The last of them is always fed, and those whose
+                answers score the prompt.
 
         Returns:
             The row.
         """
         assert seq.length == 0
-        source, num_shared = self._longest_shared(list(token_ids[:-1]))
+        most = None if seq.scores is None else seq.scores.most_reused
+        source, num_shared = self._longest_shared(list(token_ids[:-1])[:most])
         target = self._oldest_free()
         if source is not None:
             found = self._rows[source]
@@ -75,6 +77,8 @@ class Rows:
                 self._copy_prefix(source, target, num_shared)
             seq.length = num_shared
             seq.stats.reused_tokens += num_shared
+            if not (seq.new_ids or seq.stats.num_preemptions):
+                seq.stats.cached_tokens = num_shared
         self._rows[target].owner = seq
         return target
 

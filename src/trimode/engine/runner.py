@@ -12,8 +12,9 @@ from trimode.decoding.choice import Choice
 from trimode.decoding.choose import choose, widened
 from trimode.decoding.law import RowLaw
 from trimode.decoding.native_choice import is_native
+from trimode.decoding.scoring import score
 from trimode.decoding.sequence import Sequence
-from trimode.decoding.step import Readout, Step
+from trimode.decoding.step import Readout, Step, TokenLogprobs
 from trimode.engine.correction import (
     Before,
     choose_in_waves,
@@ -31,6 +32,10 @@ from trimode.model import (
 from trimode.model.attention import RowFeed
 from trimode.model.masks import TRUNK
 from trimode.model.native.choice import Correction
+
+SCORED_ROWS = 128
+"""Tokens of prompts that the head scores at a time, so that a long prompt's logits never lie in
+memory together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +92,14 @@ class Runner:
             range(len(feeds)), key=lambda i: (len(feeds[i].step.token_ids), feeds[i].row)
         )
         packed = [feeds[i] for i in order]
-        choice = self._choose(packed, *self._answer(packed))
+        states, logits, scored_states = self._answer(packed)
+        choice = self._choose(packed, states, logits)
+        scores = self._scores(packed, scored_states)
         readouts: list[Readout | None] = [None] * len(feeds)
         start = 0
-        for i, feed in zip(order, packed, strict=True):
+        for i, feed, own_scores in zip(order, packed, scores, strict=True):
             stop = start + len(feed.step.wanted)
-            if all(choice.is_finite[start:stop]):
+            if all(choice.is_finite[start:stop]) and own_scores is not None:
                 answers = slice(start, stop)
                 readouts[i] = Readout(
                     choice.token_ids[answers],
@@ -102,6 +109,7 @@ class Runner:
                     choice.entropies[answers],
                     choice.log_probs[answers],
                     [found for found in choice.logprobs[answers] if found is not None],
+                    own_scores,
                 )
             else:
                 self._cache.scrub(feed.row)
@@ -160,12 +168,35 @@ class Runner:
             choose_rows=choose_rows,
         )
 
-    def _answer(self, packed: list[Feed]) -> tuple[Tensor, Tensor]:
-        """States [W, H] and logits [W, V] of the wanted tokens, in packed order; K/V of all fed
-        ones go to the cells after each length."""
-        wanted, start = [], 0
+    def _scores(self, packed: list[Feed], states: Tensor) -> list[list[TokenLogprobs] | None]:
+        """Of each feed's scored tokens, whose states are [S, H] in packed order; None where the
+        logits were not finite."""
+        scores: list[list[TokenLogprobs] | None] = []
+        start = 0
+        for feed in packed:
+            targets = [target for _, target in feed.step.scored]
+            found: list[TokenLogprobs] = []
+            for first in range(0, len(targets), SCORED_ROWS):
+                some = targets[first : first + SCORED_ROWS]
+                rows = states[start + first : start + first + len(some)]
+                found += score(
+                    self._model.diffusion_head(rows),
+                    some,
+                    banned=self._banned,
+                    num_top=feed.seq.params.prompt_logprobs or 0,
+                )
+            is_finite = len(found) == len(targets)
+            scores.append(found if is_finite else None)
+            start += len(targets)
+        return scores
+
+    def _answer(self, packed: list[Feed]) -> tuple[Tensor, Tensor, Tensor]:
+        """States [W, H] and logits [W, V] of the wanted tokens, and states [S, H] of the scored
+        ones, in packed order; K/V of all fed ones go to the cells after each length."""
+        wanted, scored, start = list[int](), list[int](), 0
         for feed in packed:
             wanted += [start + i for i in feed.step.wanted]
+            scored += [start + i for i, _ in feed.step.scored]
             start += len(feed.step.token_ids)
         ids = [i for feed in packed for i in feed.step.token_ids]
         positions = [p for feed in packed for p in feed.step.positions]
@@ -179,17 +210,25 @@ class Runner:
             )
             for feed in packed
         ]
-        return self._model.answer(
-            input_ids,
-            position_ids,
-            attend=RowAttention(self._cache, feeds),
-            adapter=AdapterSwitch.of(
-                self._adapter,
-                [is_on for feed in packed for is_on in feed.step.is_drafter_on],
-                [place for feed in packed for place in feed.step.mask_places],
-                device=self._device,
-            ),
-            wanted=wanted,
+        attend = RowAttention(self._cache, feeds)
+        adapter = AdapterSwitch.of(
+            self._adapter,
+            [is_on for feed in packed for is_on in feed.step.is_drafter_on],
+            [place for feed in packed for place in feed.step.mask_places],
+            device=self._device,
+        )
+        model = self._model
+        if not scored:
+            states, logits = model.answer(
+                input_ids, position_ids, attend=attend, adapter=adapter, wanted=wanted
+            )
+            return states, logits, states[:0]
+        hidden = model.encode(input_ids, position_ids, attend=attend, adapter=adapter)
+        states = hidden[torch.tensor(wanted, device=hidden.device)]
+        return (
+            states,
+            model.diffusion_head(states),
+            hidden[torch.tensor(scored, device=hidden.device)],
         )
 
 

@@ -35,7 +35,10 @@ DEFAULT_TOP_K = 50
 """The last two are transformers' own, for where no layer says anything; top-k when sampling."""
 
 _TRANSLATED = {"max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"}
-_UNSAID = {"seed", "stop", "stop_token_ids", "ignore_eos", "control", "logprobs", "min_tokens"}
+_UNSAID = {
+    *("seed", "stop", "stop_token_ids", "ignore_eos", "control", "logprobs", "prompt_logprobs"),
+    "min_tokens",
+}
 _ALL_NAMES = (*(field.name for field in fields(GenerationParams)), *CONTROL_NAMES)
 OUR_NAMES = tuple(name for name in _ALL_NAMES if name not in _TRANSLATED | _UNSAID)
 """Our own arguments: `mode`, `block_length` and the others, under their names everywhere."""

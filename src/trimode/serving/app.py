@@ -19,13 +19,20 @@ from starlette.middleware.cors import CORSMiddleware
 from trimode._version import __version__
 from trimode.serving.gate import Gate
 from trimode.serving.http_metrics import HttpMetrics
-from trimode.serving.jobs import Backend, Done, Failed, Happening, Output
+from trimode.serving.jobs import Backend, Done, Failed, Happening, Job, Output, Tokenized
 from trimode.serving.limits import ApiKeys, Concurrency, Hosts, RateLimit, read_body
 from trimode.serving.openapi import describe, request_of, responses
 from trimode.serving.refusals import Refusal, error_response
-from trimode.serving.schemas import ChatRequest, CompletionRequest, InfillRequest
+from trimode.serving.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    InfillRequest,
+    TokenizeRequest,
+)
 from trimode.serving.settings import Settings
 from trimode.serving.streaming import Answer, EventStream, chunks, run_all, until_gone, usage
+from trimode.serving.tokenizing import tokens_job
 from trimode.serving.translate import (
     Caller,
     chat_jobs,
@@ -166,7 +173,44 @@ class _Server:
                     "model": card.name,
                     "text": last.text,
                     "gaps": list(last.gaps),
-                    "usage": usage([last], job, card, prompt_tokens=last.prompt_tokens),
+                    "usage": usage(
+                        *([last], job, card),
+                        prompt_tokens=last.prompt_tokens,
+                        cached_tokens=last.stats.cached_tokens,
+                    ),
+                }
+            )
+        finally:
+            self._concurrency.leave(caller.name)
+
+    async def tokens(
+        self, request: Request, kind: type[TokenizeRequest] | type[DetokenizeRequest]
+    ) -> Response:
+        """`/tokenize` and `/detokenize`."""
+        caller = self._enter(request)
+        try:
+            body = await read_body(request, settings=self.settings)
+            asked: TokenizeRequest | DetokenizeRequest
+            if kind is TokenizeRequest:
+                asked = parse(TokenizeRequest, body)
+            else:
+                asked = parse(DetokenizeRequest, body)
+            card = self.backend.card
+            check_model(asked.model, card)
+            job = tokens_job(asked, caller)
+            request.scope["trimode"]["mode"] = job.task
+            found = await until_gone(request.receive, _tokenized(self.backend, job))
+            if not isinstance(found, Tokenized):
+                return _gone() if found is None else _failed(request, found)
+            if isinstance(asked, DetokenizeRequest):
+                return JSONResponse({"prompt": found.text, "content": found.text})
+            names = list(found.names) if asked.return_token_strs else None
+            return JSONResponse(
+                {
+                    "tokens": list(found.token_ids),
+                    "count": len(found.token_ids),
+                    "max_model_len": card.context_len,
+                    "token_strs": names,
                 }
             )
         finally:
@@ -278,6 +322,14 @@ def _add_routes(app: FastAPI, server: _Server) -> None:
     async def infill(request: Request) -> Response:
         return await server.infill(request)
 
+    @app.post("/tokenize", **request_of(TokenizeRequest, summary="Tokens of a text"))
+    async def tokenize(request: Request) -> Response:
+        return await server.tokens(request, TokenizeRequest)
+
+    @app.post("/detokenize", **request_of(DetokenizeRequest, summary="Text of tokens"))
+    async def detokenize(request: Request) -> Response:
+        return await server.tokens(request, DetokenizeRequest)
+
 
 def _add_pages(app: FastAPI) -> None:
     """The playground: a route for each of its files, so that no path is ever looked up."""
@@ -324,6 +376,14 @@ async def _with_first(
         yield first
         async for one in rest:
             yield one
+
+
+async def _tokenized(backend: Backend, job: Job) -> Tokenized | Failed:
+    last: object = None
+    async for update in backend.run(job):
+        last = update
+    assert isinstance(last, Tokenized | Failed)
+    return last
 
 
 async def _last(updates: AsyncGenerator[tuple[int, Output], None]) -> Done | Failed:

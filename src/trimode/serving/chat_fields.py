@@ -5,25 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 from trimode.serving.refusals import bad_request
-from trimode.serving.schemas import OURS_OF_CHAT, ChatRequest, ChosenTool, Message
+from trimode.serving.schemas import (
+    OURS_OF_CHAT,
+    OURS_OF_TEMPLATE,
+    ChatRequest,
+    ChosenTool,
+    Message,
+    TokenizeRequest,
+)
 
 
-def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
+def messages_of(request: ChatRequest | TokenizeRequest) -> list[dict[str, Any]]:
     """Return the messages without what they leave open.
 
     Raises:
         Refusal: 400, naming the message.
     """
-    return [_plain(i, message) for i, message in enumerate(request.messages)]
+    return [_plain(i, message) for i, message in enumerate(request.messages or ())]
 
 
-def chat_options(request: ChatRequest) -> dict[str, Any]:
+def chat_options(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
     """Return the options of the template that a request gives."""
-    names = OURS_OF_CHAT
+    names = OURS_OF_CHAT if isinstance(request, ChatRequest) else OURS_OF_TEMPLATE
     options = {name: value for name in names if (value := getattr(request, name)) is not None}
     tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
-    number = _forced(request)
-    if number is not None:
+    if isinstance(request, TokenizeRequest):  # a required call is written by no template
+        if options.get("tool_choice") not in (None, "none", "auto"):
+            del options["tool_choice"]
+    elif (number := _forced(request)) is not None:
         function = tools[number]["function"]
         function.pop("strict", None)
         del options["tool_choice"]

@@ -15,7 +15,6 @@ Neutral = dict[str, tuple[Any, ...]]
 NEUTRAL: Neutral = {
     # OpenAI
     "best_of": (1,),
-    "echo": (False,),
     "store": (False,),
     # vLLM and SGLang
     "use_beam_search": (False,),
@@ -90,6 +89,7 @@ NEUTRAL_OF_COMPLETIONS: Neutral = {
 NEUTRAL_OF_CHATS: Neutral = {
     **NEUTRAL,
     # OpenAI
+    "echo": (False,),
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
@@ -113,6 +113,13 @@ NEUTRAL_OF_CHATS: Neutral = {
 WINDOWS = {"repeat_last_n": ("frequency_penalty", "presence_penalty")}
 """Fields of `NEUTRAL` that are taken with any value where these others are off: they say how much
 of the text the others look at."""
+
+NEUTRAL_OF_TOKENS: Neutral = {
+    "with_pieces": (False,),
+    "chat_template": (),
+    "mm_processor_kwargs": ({},),
+}
+"""Of requests for a text's tokens."""
 
 AS_NULL: Neutral = {"seed": (-1,), "logit_bias": ([],), "grammar": ("",)}
 """Fields of ours -> what others write where they mean null."""

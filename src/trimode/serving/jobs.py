@@ -21,7 +21,7 @@ class Job:
 
     Attributes:
         request_id: Of the HTTP request it belongs to, for the logs.
-        task: `generate`, `chat` or `infill`.
+        task: `generate`, `chat`, `infill`, or one of `trimode.serving.tokenizing.TASKS`.
         inputs: The prompt (str or token ids), the messages, or the text with its gaps.
         options: Further arguments of `TriModeLM.generate` or `.infill`.
         usual_new_tokens: Without `max_new_tokens` in `options` so many as fit, at most these; None
@@ -30,6 +30,9 @@ class Job:
         timeout_s: Seconds from submission after which it is aborted; None for no deadline.
         wants_events: Whether `Happening`s are sent, beside the text.
         wants_word: Whether `Accepted` is sent.
+        wants_prompt: Whether the text begins with the prompt; its log-probabilities come with it,
+            where the options ask for them.
+        wants_logprobs: Whether log-probabilities are shown.
         names: What the request calls an option, or `inputs`, so that errors speak of its fields.
     """
 
@@ -42,6 +45,8 @@ class Job:
     timeout_s: float | None = None
     wants_events: bool = False
     wants_word: bool = False
+    wants_prompt: bool = False
+    wants_logprobs: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -70,18 +75,18 @@ class TokenText:
 
 @dataclass(frozen=True, slots=True)
 class TextLogprobs:
-    """How likely a new token was, for a reader: `trimode.decoding.step.TokenLogprobs` as text.
+    """How likely a token was, for a reader: `trimode.decoding.step.TokenLogprobs` as text.
 
     Attributes:
-        token: What it says beyond the prompt.
-        start: Where in the new text it begins, in characters.
-        logprob: Of it, in nats.
+        token: What it says; of a new one, what it says beyond the prompt.
+        start: Where in the answer's text it begins, in characters.
+        logprob: Of it, in nats; None for the first of a prompt.
         top: The likeliest tokens and their log-probabilities, the best first.
     """
 
     token: TokenText
     start: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[TokenText, float], ...]
 
 
@@ -91,8 +96,8 @@ class Piece:
 
     Attributes:
         text: The new text; pieces join to `Done.text`.
-        token_ids: The new tokens; text may lag behind them.
-        logprobs: Of each, if they were asked for.
+        token_ids: The new tokens; text may lag behind them. None in the piece that is the prompt.
+        logprobs: Of each, if they were asked for; of the prompt's tokens in its piece.
     """
 
     text: str
@@ -180,8 +185,23 @@ class Failed:
     retry_after_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokenized:
+    """The end of a job that turns text into tokens or back; its only update.
+
+    Attributes:
+        text: Of the tokens, special ones included, where they were given.
+        token_ids: All of them.
+        names: What the tokenizer calls each.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    names: tuple[str, ...]
+
+
 Output = Piece | Happening | Done | Failed
-Update = Accepted | Output
+Update = Accepted | Tokenized | Output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,8 +245,8 @@ class Backend(Protocol):
         ...
 
     def run(self, job: Job) -> AsyncIterator[Update]:
-        """Updates of one job, the last a `Done` or a `Failed`. Closing it (`aclose`) aborts the job
-        and frees what it holds at once."""
+        """Updates of one job, the last a `Done`, a `Tokenized` or a `Failed`. Closing it (`aclose`)
+        aborts the job and frees what it holds at once."""
         ...
 
     def metrics(self) -> str:

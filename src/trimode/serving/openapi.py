@@ -9,7 +9,13 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from trimode.serving.schemas import ChatRequest, CompletionRequest, InfillRequest
+from trimode.serving.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    InfillRequest,
+    TokenizeRequest,
+)
 
 _TEMPLATE = "#/components/schemas/{model}"
 _WHY = {
@@ -52,8 +58,30 @@ _USAGE = {
         "prompt_tokens": {"type": "integer"},
         "completion_tokens": {"type": "integer"},
         "total_tokens": {"type": "integer"},
+        "prompt_tokens_details": {
+            "type": "object",
+            "required": ["cached_tokens"],
+            "properties": {"cached_tokens": {"type": "integer"}},
+        },
         "trimode": {"type": "object", "required": ["mode", "seed", "forwards"]},
     },
+}
+
+
+_TOKENS = {
+    "type": "object",
+    "required": ["tokens", "count", "max_model_len", "token_strs"],
+    "properties": {
+        "tokens": {"type": "array", "items": {"type": "integer"}},
+        "count": {"type": "integer"},
+        "max_model_len": {"type": "integer"},
+        "token_strs": {"type": ["array", "null"], "items": {"type": "string"}},
+    },
+}
+_TEXT = {
+    "type": "object",
+    "required": ["prompt", "content"],
+    "properties": {"prompt": {"type": "string"}, "content": {"type": "string"}},
 }
 
 
@@ -70,13 +98,13 @@ def request_of(kind: type[BaseModel], *, summary: str) -> dict[str, Any]:
             "schema": {"$ref": _TEMPLATE.format(model=_answer_name(kind))},
         }
     }
-    if kind is not InfillRequest:
+    if kind in (CompletionRequest, ChatRequest):
         content["text/event-stream"] = {"schema": {"type": "string"}}
     body = {"application/json": {"schema": {"$ref": _TEMPLATE.format(model=kind.__name__)}}}
     return {
         "summary": summary,
         "responses": {
-            200: {"description": "The text", "content": content},
+            200: {"description": "The answer", "content": content},
             **responses(*_OF_A_JOB),
         },
         "openapi_extra": {"requestBody": {"required": True, "content": body}},
@@ -98,7 +126,9 @@ def _described(app: FastAPI) -> dict[str, Any]:
     schema = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
-    kinds: list[type[BaseModel]] = [CompletionRequest, ChatRequest, InfillRequest]
+    kinds: list[type[BaseModel]] = [
+        *(CompletionRequest, ChatRequest, InfillRequest, TokenizeRequest, DetokenizeRequest)
+    ]
     _, own = models_json_schema([(kind, "validation") for kind in kinds], ref_template=_TEMPLATE)
     schemas = {**own["$defs"], "Error": _ERROR, "Usage": _USAGE}
     for kind in kinds:
@@ -124,6 +154,10 @@ def _answer_name(kind: type[BaseModel]) -> str:
 
 
 def _answer_schema(kind: type[BaseModel]) -> dict[str, Any]:
+    if kind is TokenizeRequest:
+        return _TOKENS
+    if kind is DetokenizeRequest:
+        return _TEXT
     body = "gaps" if kind is InfillRequest else "choices"
     return {
         "type": "object",

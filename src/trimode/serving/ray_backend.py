@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from trimode.serving.draining import SHUTTING_DOWN, RunningJobs
-from trimode.serving.jobs import Done, Failed, Job, ModelCard, Update
+from trimode.serving.jobs import Done, Failed, Job, ModelCard, Tokenized, Update
 from trimode.serving.sent import AnotherText, Sent
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class RayBackend:
                         return
                     if rest is not None:
                         yield rest
-                    if isinstance(update, Done | Failed):
+                    if isinstance(update, Done | Tokenized | Failed):
                         return
             if self._is_aborting:
                 yield SHUTTING_DOWN
@@ -188,7 +188,7 @@ class RayBackend:
             while not is_over:
                 left_s = None if deadline_s is None else deadline_s - time.monotonic() + LATE_S
                 update = await asyncio.wait_for(anext(call), left_s)
-                is_over = isinstance(update, Done | Failed)
+                is_over = isinstance(update, Done | Tokenized | Failed)
                 yield update
         except TimeoutError:
             yield _LATE

@@ -17,6 +17,7 @@ from trimode.serving.foreign_fields import (
     IGNORED,
     NEUTRAL_OF_CHATS,
     NEUTRAL_OF_COMPLETIONS,
+    NEUTRAL_OF_TOKENS,
     Neutral,
 )
 
@@ -27,11 +28,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Text = Annotated[str, Field(min_length=1)]
 Filter = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=1e5)]
+PARSE_SPECIAL = "control tokens that the prompt spells are these tokens, not text; false"
 TopK = Annotated[int, Field(ge=-1)]
 CountPenalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class _Request(BaseModel):
+class _Named(BaseModel):
+    """A request that may name the model."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     NEUTRAL: ClassVar[Neutral] = {}
@@ -42,6 +46,9 @@ class _Request(BaseModel):
     """Fields of other servers that are taken and not used."""
 
     model: str | None = Field(None, description="the name under /v1/models; null: the one served")
+
+
+class _Request(_Named):
     temperature: Temperature | None = Field(None, description="below 1e-5 is greedy")
     min_p: Share | None = Field(None, description="after the temperature, before top_k; 0 is off")
     top_k: TopK | None = Field(None, description="0 and -1 are off")
@@ -119,13 +126,19 @@ class CompletionRequest(_Generating):
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]] = Field(
         description="a string, token ids, or a list of either"
     )
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="0 only with echo; null: the model's own number, or 16"
+    )
+    echo: bool | None = Field(
+        None, description="the text begins with the prompt, and logprobs with its tokens; false"
+    )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     heal: bool | None = Field(
-        None, description="choose the prompt's end anew where it ends inside of a token; true"
+        None,
+        description="choose the prompt's end anew where it ends inside of a token; true, but false"
+        " with echo and logprobs",
     )
-    parse_special: bool | None = Field(
-        None, description="control tokens that the prompt spells are these tokens, not text; false"
-    )
+    parse_special: bool | None = Field(None, description=PARSE_SPECIAL)
 
 
 class TextPart(BaseModel):
@@ -235,24 +248,15 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchema | None = None
 
 
-class ChatRequest(_Generating):
-    """`POST /v1/chat/completions`."""
+class _Templated(BaseModel):
+    """What a chat template takes beside the messages."""
 
-    NEUTRAL: ClassVar[Neutral] = NEUTRAL_OF_CHATS
-    AS_NULL: ClassVar[Neutral] = AS_NULL_IN_CHATS
-
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = Field(
         None,
         description='"none", "auto", "required" beside one tool, or'
         ' {"type": "function", "function": {"name": ...}}',
     )
-    parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="variables of the chat template"
     )
@@ -263,6 +267,41 @@ class ChatRequest(_Generating):
     add_generation_prompt: bool | None = Field(
         None, description="the assistant's turn is opened; not where a message is continued"
     )
+
+
+class ChatRequest(_Templated, _Generating):
+    """`POST /v1/chat/completions`."""
+
+    NEUTRAL: ClassVar[Neutral] = NEUTRAL_OF_CHATS
+    AS_NULL: ClassVar[Neutral] = AS_NULL_IN_CHATS
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
+
+
+class TokenizeRequest(_Templated, _Named):
+    """`POST /tokenize`: a text's tokens, as `/v1/completions` or a chat would feed them."""
+
+    NEUTRAL: ClassVar[Neutral] = NEUTRAL_OF_TOKENS
+
+    prompt: str | None = None
+    content: str | None = Field(None, description="as prompt; llama.cpp's name")
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="the tokenizer's own beginning and end; true with prompt, else false"
+    )
+    parse_special: bool | None = Field(None, description=PARSE_SPECIAL)
+    return_token_strs: bool | None = Field(None, description="what the tokenizer calls each; false")
+
+
+class DetokenizeRequest(_Named):
+    """`POST /detokenize`: the text of tokens, special ones included."""
+
+    tokens: list[TokenId]
 
 
 class InfillRequest(_Request):
@@ -292,6 +331,9 @@ OURS_OF_CHAT = (
     *("continue_final_message", "add_generation_prompt"),
 )
 """Fields that are options of `TriModeLM.chat` by the same name."""
+
+OURS_OF_TEMPLATE = tuple(name for name in OURS_OF_CHAT if name != "parallel_tool_calls")
+"""Those of them that say something of the prompt."""
 
 OURS_OF_INFILL = (
     *("lengths", "language", "context", "threshold", "steps", "top_k", "top_p", "min_p", "seed"),

@@ -18,6 +18,7 @@ class Sent:
         self._num_ids_now = 0  # of the present making
         self._text_now = ""
         self._had_events = False
+        self._had_prompt = False
 
     def begin_again(self) -> bool:
         """The text is made anew from its start; False if its watcher would see things twice."""
@@ -40,6 +41,10 @@ class Sent:
         return update
 
     def _rest(self, piece: Piece) -> Piece | None:
+        logprobs = piece.logprobs
+        if logprobs and not piece.token_ids:  # the prompt's
+            logprobs = () if self._had_prompt else logprobs
+            self._had_prompt = True
         start = self._num_ids_now
         self._num_ids_now += len(piece.token_ids)
         self._text_now += piece.text
@@ -49,9 +54,7 @@ class Sent:
             raise AnotherText
         if not (self._text_now.startswith(self._text) or self._text.startswith(self._text_now)):
             raise AnotherText
-        rest = Piece(
-            self._text_now[num_chars:], piece.token_ids[num_known:], piece.logprobs[num_known:]
-        )
+        rest = Piece(self._text_now[num_chars:], piece.token_ids[num_known:], logprobs[num_known:])
         self._token_ids += rest.token_ids
         self._text += rest.text
-        return rest if rest.text or rest.token_ids else None
+        return rest if rest.text or rest.token_ids or rest.logprobs else None

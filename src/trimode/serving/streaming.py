@@ -25,10 +25,14 @@ from trimode.serving.jobs import (
     Output,
     Piece,
     TextLogprobs,
+    Tokenized,
     TokenText,
     Update,
 )
 from trimode.serving.refusals import error_body
+
+IMPOSSIBLE = -9999.0
+"""OpenAI's log-probability of what cannot be; a prompt may have a token that is never chosen."""
 
 QUEUE_LEN = 64
 """Updates of one request that wait for its reader; its jobs' further ones wait where they are."""
@@ -40,7 +44,7 @@ async def run_all(backend: Backend, jobs: list[Job]) -> AsyncGenerator[tuple[int
     if len(jobs) == 1:
         async with aclosing(_run(backend, jobs[0])) as updates:
             async for update in updates:
-                if not isinstance(update, Accepted):
+                if not isinstance(update, Accepted | Tokenized):
                     yield 0, update
         return
     waiting: asyncio.Queue[tuple[int, Update]] = asyncio.Queue(QUEUE_LEN)
@@ -61,7 +65,7 @@ async def run_all(backend: Backend, jobs: list[Job]) -> AsyncGenerator[tuple[int
                 return
             num_open -= isinstance(update, Done)
             unsure.discard(index)
-            if not isinstance(update, Accepted):
+            if not isinstance(update, Accepted | Tokenized):
                 held.append((index, update))
             while held and not unsure:
                 yield held.pop(0)
@@ -170,12 +174,13 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """Tokens as OpenAI counts them, each prompt once; and what they cost."""
-        firsts = range(0, len(self.jobs), self.n)
+        firsts = [self.done[index] for index in range(0, len(self.jobs), self.n)]
         return usage(
             [self.done[index] for index in range(len(self.jobs))],
             self.jobs[0],
             self.card,
-            prompt_tokens=sum(self.done[index].prompt_tokens for index in firsts),
+            prompt_tokens=sum(done.prompt_tokens for done in firsts),
+            cached_tokens=sum(done.stats.cached_tokens for done in firsts),
         )
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -189,19 +194,21 @@ class Answer:
     def _logprobs(
         self, index: int, logprobs: list[TextLogprobs] | tuple[TextLogprobs, ...]
     ) -> dict[str, Any] | None:
-        if "logprobs" not in self.jobs[index].options:
+        if not self.jobs[index].wants_logprobs:
             return None
         if self.is_chat:
             return {"content": [_chat_logprob(one) for one in logprobs], "refusal": None}
         return {
             "tokens": [_name(one.token) for one in logprobs],
-            "token_logprobs": [one.logprob for one in logprobs],
-            "top_logprobs": [_by_text(one.top) for one in logprobs],
+            "token_logprobs": [_number(one.logprob) for one in logprobs],
+            "top_logprobs": [_by_text(one) for one in logprobs],
             "text_offset": [one.start for one in logprobs],
         }
 
 
-def usage(texts: list[Done], job: Job, card: ModelCard, *, prompt_tokens: int) -> dict[str, Any]:
+def usage(
+    texts: list[Done], job: Job, card: ModelCard, *, prompt_tokens: int, cached_tokens: int
+) -> dict[str, Any]:
     """OpenAI's usage, and `trimode`: forwards by kind, tokens per forward, seconds, seeds."""
     total = Stats()
     for done in texts:
@@ -233,6 +240,7 @@ def usage(texts: list[Done], job: Job, card: ModelCard, *, prompt_tokens: int) -
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "trimode": own,
     }
 
@@ -247,20 +255,28 @@ def _message(done: Done) -> dict[str, Any]:
 
 
 def _chat_logprob(one: TextLogprobs) -> dict[str, Any]:
-    top = [{**_chat_token(token), "logprob": x} for token, x in one.top]
-    return {**_chat_token(one.token), "logprob": one.logprob, "top_logprobs": top}
+    top = [{**_chat_token(token), "logprob": _number(x)} for token, x in one.top]
+    return {**_chat_token(one.token), "logprob": _number(one.logprob), "top_logprobs": top}
 
 
 def _chat_token(token: TokenText) -> dict[str, Any]:
     return {"token": token.text, "bytes": list(token.octets)}
 
 
-def _by_text(top: tuple[tuple[TokenText, float], ...]) -> dict[str, float]:
-    """By what each says; of tokens that say the same, the likeliest."""
+def _by_text(one: TextLogprobs) -> dict[str, float] | None:
+    """The likeliest by what each says; of tokens that say the same, the likeliest. None for the
+    first token of a prompt."""
+    if one.logprob is None:
+        return None
     found: dict[str, float] = {}
-    for token, logprob in top:
-        found.setdefault(_name(token), logprob)
+    for token, logprob in one.top:
+        found.setdefault(_name(token), max(logprob, IMPOSSIBLE))
     return found
+
+
+def _number(logprob: float | None) -> float | None:
+    """JSON has no infinity."""
+    return None if logprob is None else max(logprob, IMPOSSIBLE)
 
 
 def _name(token: TokenText) -> str:

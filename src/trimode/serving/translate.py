@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from trimode.checkpoint.generation_defaults import GenerationDefaults
 from trimode.serving.chat_fields import chat_options, messages_of
+from trimode.serving.echo_fields import add_echo
 from trimode.serving.foreign_fields import WINDOWS
 from trimode.serving.jobs import Failed, Job, ModelCard
 from trimode.serving.refusals import Refusal, bad_request
@@ -26,7 +27,9 @@ from trimode.serving.schemas import (
     OURS_OF_INFILL,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     InfillRequest,
+    TokenizeRequest,
 )
 from trimode.serving.settings import Settings
 
@@ -36,6 +39,8 @@ ROUTES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
     "/v1/infill": InfillRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
 }
 CLOSE = 0.85
 """How alike names must be for one to be taken for a slip of the other: not top_a."""
@@ -68,7 +73,7 @@ _PLAIN = {
     "none_required": "null",
 }
 """Kinds of pydantic's errors -> what is allowed."""
-R = TypeVar("R", CompletionRequest, ChatRequest, InfillRequest)
+R = TypeVar("R", CompletionRequest, ChatRequest, InfillRequest, TokenizeRequest, DetokenizeRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +141,11 @@ def completion_jobs(
         number = min(DEFAULT_COMPLETION_TOKENS, settings.max_output_tokens or sys.maxsize)
     if number is not None:
         options["max_new_tokens"] = _max_tokens("max_tokens", number, settings=settings)
-    if request.logprobs is not None:
-        options["logprobs"] = request.logprobs
-    for name in ("heal", "parse_special"):
+    for name in ("heal", "parse_special", "logprobs"):
         if (value := getattr(request, name)) is not None:
             options[name] = value
-    names = {"inputs": "prompt", "max_new_tokens": "max_tokens"}
+    add_echo(request, options)
+    names = {"inputs": "prompt", "max_new_tokens": "max_tokens", "prompt_logprobs": "logprobs"}
     return _jobs(
         "generate",
         prompts,
@@ -301,6 +305,8 @@ def _jobs(
             timeout_s=_timeout(request.timeout_s, settings),
             wants_events=bool(request.events),
             wants_word=n * len(inputs) > 1,
+            wants_prompt=bool(getattr(request, "echo", None)),
+            wants_logprobs=request.logprobs is not None and request.logprobs is not False,
             names=names,
         )
         for one in inputs

@@ -11,7 +11,6 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ from trimode.conversation import answering
 from trimode.decoding import Sequence
 from trimode.decoding.control import GRAMMAR_KINDS
 from trimode.decoding.params import DEFAULT_BRANCHES, MODE_NAMES
-from trimode.detokenize import GrowingText, StandingText
+from trimode.detokenize import StandingText
 from trimode.engine import Engine
 from trimode.errors import CapacityError, ConfigError, RequestError, UnsupportedError
 from trimode.infill import DEFAULT_CONTEXT, DEFAULT_LENGTHS, FilledGap, Infilling, infill_steps
@@ -38,12 +37,12 @@ from trimode.serving.jobs import (
     Job,
     ModelCard,
     Piece,
-    TextLogprobs,
-    TokenText,
     Update,
 )
 from trimode.serving.model_metrics import ModelMetrics
 from trimode.serving.room import check_room
+from trimode.serving.token_texts import NewLogprobs, TokenTexts
+from trimode.serving.tokenizing import TASKS, check_chat, tokenized
 from trimode.tool_calls import (
     CallAlone,
     CallsHeldBack,
@@ -144,7 +143,7 @@ class LocalBackend:
         self._pool_is_shut = False
         self._tickets: set[Ticket] = set()
         self._jobs = RunningJobs()
-        self._token_text = lru_cache(maxsize=65_536)(self._make_token_text)
+        self._texts = TokenTexts(lm)
 
     @property
     def is_ready(self) -> bool:
@@ -169,7 +168,8 @@ class LocalBackend:
             return
         with self._jobs.one_more():
             try:
-                updates = self._infill(job) if job.task == "infill" else self._generate(job)
+                make = self._infill if job.task == "infill" else self._generate
+                updates = (self._tokenize if job.task in TASKS else make)(job)
                 async with aclosing(updates):
                     async for update in updates:
                         yield update
@@ -202,9 +202,11 @@ class LocalBackend:
         forced = job.options.get("forced_call")
         held = CallAlone() if forced else standing
         text = held if form is None else CallsHeldBack(form, standing)
-        shown = _ShownLogprobs(self._lm.growing_text(seq), self._shown)
+        prompt = self._texts.prompt_text(seq, job.inputs) if job.wants_prompt else ""
+        growing = self._lm.growing_text(seq)
+        shown = NewLogprobs(self._texts, growing, num_chars=len(prompt))
         num_taken = 0
-        is_owed_word = job.wants_word
+        is_owed_word, is_owed_prompt = job.wants_word, job.wants_prompt
         async with self._running(ticket):
             while True:
                 await self._change(ticket)
@@ -218,6 +220,9 @@ class LocalBackend:
                 if is_over:
                     break
                 if num_ready > num_taken:
+                    if is_owed_prompt:
+                        is_owed_prompt = False
+                        yield await self._prompt_piece(job, seq)
                     new_ids = seq.new_ids[num_taken:num_ready]
                     piece = text.push(new_ids, num_deaf=seq.num_deaf)
                     yield Piece(
@@ -230,6 +235,8 @@ class LocalBackend:
         if failed is not None:
             yield failed
             return
+        if is_owed_prompt:
+            yield await self._prompt_piece(job, seq)
         generation = self._lm.generation(seq)
         content, calls = generation.text, list[ToolCall]()
         if form is not None:
@@ -251,7 +258,7 @@ class LocalBackend:
             calls = calls[:1]
         is_call = bool(calls) and generation.finish_reason == "stop"
         yield Done(
-            text=content,
+            text=prompt + content,
             token_ids=tuple(seq.new_ids[seq.num_inside :]),
             prompt_tokens=seq.num_prompt,
             finish_reason="tool_calls" if is_call else generation.finish_reason,
@@ -260,6 +267,16 @@ class LocalBackend:
             mode=mode,
             stats=seq.stats,
             remarks=remarks,
+        )
+
+    async def _tokenize(self, job: Job) -> AsyncGenerator[Update, None]:
+        yield await self._in_pool(lambda: tokenized(self._lm, self.card, job))
+
+    async def _prompt_piece(self, job: Job, seq: Sequence) -> Piece:
+        """The prompt of a sequence that has a first token, or has ended."""
+        has_logprobs = job.wants_logprobs and seq.scores is not None
+        return await self._in_pool(
+            lambda: self._texts.prompt_piece(seq, job.inputs, has_logprobs=has_logprobs)
         )
 
     async def _infill(self, job: Job) -> AsyncGenerator[Update, None]:
@@ -300,11 +317,7 @@ class LocalBackend:
             modes = ", ".join(self.card.modes)
             raise RequestError(f"mode is 'auto'; allowed: {modes}; auto is off here (--no-auto)")
         if job.task == "chat":
-            if not self.card.has_chat:
-                raise RequestError(
-                    "messages need a chat template, and this model has none; serve one tuned on"
-                    " conversations, such as `trimode serve --lora instruct_lora`"
-                )
+            check_chat(self.card)
             for name in ("parallel_tool_calls", "forced_call"):
                 options.pop(name, None)
             options = answering(self._lm.vocabulary, job.inputs, options)
@@ -313,7 +326,7 @@ class LocalBackend:
             prompt = job.inputs
         encoded = self._lm.encode_prompt(
             prompt,
-            heal=options.get("heal", True),
+            heal=options.get("heal", "prompt_logprobs" not in options),
             at_character=any(name in options for name in GRAMMAR_KINDS),
             parse_special=options.get("parse_special", False),
         )
@@ -321,7 +334,8 @@ class LocalBackend:
         most = self._max_prompt_tokens
         if most is not None and num_prompt > most:
             raise RequestError(f"the prompt has {num_prompt} tokens; allowed here: {most}")
-        check_room(context, num_prompt)
+        if options.get("max_new_tokens") != 0 or num_prompt > context:
+            check_room(context, num_prompt)
         usual = job.usual_new_tokens or self._max_new_tokens
         usual = min(usual, max(context - encoded.most_tokens, 1))
         num_new = options.setdefault("max_new_tokens", usual)
@@ -387,57 +401,20 @@ class LocalBackend:
             position=start,
             token_ids=event.token_ids,
             texts=tuple(
-                "" if is_masked else self._shown(seq, start + i, token_id).text
+                "" if is_masked else self._texts.new(seq, start + i, token_id).text
                 for i, (token_id, is_masked) in enumerate(zip(event.token_ids, masked, strict=True))
             ),
             is_masked=event.is_masked,
             num_accepted=event.num_accepted,
             old_texts=tuple(
-                self._shown(seq, start + i, old_id).text for i, old_id in enumerate(event.old_ids)
+                self._texts.new(seq, start + i, old_id).text
+                for i, old_id in enumerate(event.old_ids)
             ),
             reason=event.reason,
             num_forwards=num_forwards,
             new_tokens=new_tokens,
             elapsed_s=elapsed_s,
         )
-
-    def _shown(self, seq: Sequence, index: int, token_id: int) -> TokenText:
-        """A token at a place of the new text, whose first token may begin inside of the prompt."""
-        shown = self._token_text(token_id)
-        if index or token_id in self._vocabulary.control_ids:
-            return shown
-        if seq.healing is not None:
-            owed = seq.healing.rest(seq.new_ids[: seq.num_inside])
-            is_cut = shown.octets.startswith(owed)
-            return TokenText.of(shown.octets.removeprefix(owed)) if is_cut else shown
-        first = self._lm.growing_text(seq).whole([token_id])  # its space may be dropped there
-        return shown if "\ufffd" in first else TokenText.of(first.encode())
-
-    def _make_token_text(self, token_id: int) -> TokenText:
-        return TokenText(*self._vocabulary.shown(token_id))
-
-
-class _ShownLogprobs:
-    """A text's log-probabilities as they come, with where each token begins."""
-
-    def __init__(self, text: GrowingText, shown: Callable[[Sequence, int, int], TokenText]) -> None:
-        self._text = text
-        self._shown = shown
-        self._num_chars = 0
-
-    def push(self, seq: Sequence, start: int, stop: int) -> tuple[TextLogprobs, ...]:
-        """Those of new tokens `start` to `stop`, if any were asked for."""
-        if seq.params.control.logprobs is None:
-            return ()
-        found = []
-        for i in range(start, stop):
-            token_id, one, index = seq.new_ids[i], seq.logprobs[i], i - seq.num_inside
-            if index >= 0:
-                top = tuple((self._shown(seq, index, other), p) for other, p in one.top)
-                token = self._shown(seq, index, token_id)
-                found.append(TextLogprobs(token, self._num_chars, one.logprob, top))
-            self._num_chars += len(self._text.push([token_id]))
-        return tuple(found)
 
 
 def _advance(steps: Generator[Sequence, None, Infilling]) -> Sequence | Infilling:
