@@ -148,6 +148,7 @@ def test_ordinary_tokens_that_mark_turns(vocabulary_of: Any) -> None:
     thinking that is such a token taken apart."""
     vocabulary = vocabulary_of(CHATML.replace("<|im_end|>", "<end>"))
     vocabulary.tokenizer.add_tokens(["<end>", "<think>", "  "])
+    vocabulary = Vocabulary(vocabulary.tokenizer, mask_token_id=MASK)
     end, think = vocabulary.tokenizer.convert_tokens_to_ids(["<end>", "<think>"])
     messages = [{"role": "user", "content": "a<end>b  <think><|im_end|>"}]
     ids = ids_of(vocabulary, messages)
@@ -234,6 +235,7 @@ def test_what_ends_a_turn(
     """Prevents: `Ask the user: why` cut because a turn of the user begins so on a new line."""
     vocabulary = vocabulary_of(template)
     vocabulary.tokenizer.add_tokens(["<end>", "###"])
+    vocabulary = Vocabulary(vocabulary.tokenizer, mask_token_id=MASK)
     found = answering(vocabulary, ASK[1:], {})
     assert found.get("stop") == stop
     ids = tokens and vocabulary.tokenizer.convert_tokens_to_ids(tokens)

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prompts": {"arguments", "heal", "vocabulary", "model", "errors"},
     "revision": {"arguments", "vocabulary", "decoding", "model", "errors"},
     "infill": {
-        *("arguments", "detokenize", "heal", "revision", "vocabulary"),
+        *("arguments", "detokenize", "heal", "prompts", "revision", "vocabulary"),
         *("engine", "decoding", "model", "errors"),
     },
     "runtime": {

@@ -27,7 +27,7 @@ def as_prompts(prompt: Prompt | Items[Prompt]) -> tuple[bool, list[Prompt]]:
     items = list(items)
     if not items:
         raise RequestError("prompt is an empty list; give '' for an empty prompt")
-    if all(isinstance(item, str) or hasattr(item, "__len__") for item in items):
+    if all(isinstance(item, str | EncodedPrompt) or hasattr(item, "__len__") for item in items):
         return False, items
     return True, [items]
 

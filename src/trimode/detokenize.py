@@ -7,6 +7,7 @@ prompt, and the prompt's characters are left out.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,15 +66,19 @@ def settled_text(
         token_ids: That stay.
         taken_ids: That stand behind and will be chosen anew.
     """
-    text = decode(vocabulary.tokenizer, [*token_ids, *taken_ids])
-    if text.endswith(_HALF) and not vocabulary.bytes_of(token_ids).endswith(_HALF.encode()):
-        return text.rstrip(_HALF)
-    return text
+    known = [*token_ids, *taken_ids]
+    text = decode(vocabulary.tokenizer, known)
+    if not _ends_in_half(vocabulary.bytes_of(known)):
+        return text
+    kept = list(known)
+    while kept and _is_byte(vocabulary.tokenizer, kept[-1]):
+        kept.pop()
+    return text.removesuffix(_HALF) if kept == known else decode(vocabulary.tokenizer, kept)
 
 
 def _context(vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> tuple[int, ...]:
     start = len(prompt_ids)
-    while start > 0 and _is_byte(vocabulary, prompt_ids[start - 1]):
+    while start > 0 and _is_byte(vocabulary.tokenizer, prompt_ids[start - 1]):
         start -= 1
     single = prompt_ids[start:]
     num_whole = _num_whole(vocabulary.bytes_of(single))
@@ -87,6 +92,13 @@ def _context(vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> tuple[int, ..
     return tuple(prompt_ids[start:])
 
 
+def _ends_in_half(octets: bytes) -> bool:
+    """Whether bytes end in the beginning of a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    decoder.decode(octets)
+    return bool(decoder.getstate()[0])
+
+
 def _num_whole(octets: bytes) -> int:
     """How many of the first bytes are whole characters, if the rest may become one."""
     for number in range(len(octets), max(len(octets) - 4, 0), -1):
@@ -98,12 +110,12 @@ def _num_whole(octets: bytes) -> int:
     return 0
 
 
-def _is_byte(vocabulary: Vocabulary, token_id: int) -> bool:
-    return bool(_BYTE_TOKEN.fullmatch(str(vocabulary.tokenizer.convert_ids_to_tokens(token_id))))
+def _is_byte(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+    return bool(_BYTE_TOKEN.fullmatch(str(tokenizer.convert_ids_to_tokens(token_id))))
 
 
 def _stands_alone(vocabulary: Vocabulary, token_id: int) -> bool:
-    if token_id in vocabulary.control_ids or _is_byte(vocabulary, token_id):
+    if token_id in vocabulary.control_ids or _is_byte(vocabulary.tokenizer, token_id):
         return False
     text = decode(vocabulary.tokenizer, [token_id])
     return bool(text) and _HALF not in text
@@ -134,7 +146,9 @@ class GrowingText:
             return ""
         self._window += token_ids
         text = decode(self._tokenizer, self._window)
-        if _BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(self._window[-1]))):
+        # Control tokens are not decoded, so the run of single bytes goes on behind them.
+        last = next((i for i in reversed(self._window) if decode(self._tokenizer, [i])), None)
+        if last is not None and _is_byte(self._tokenizer, last):
             return ""
         if text.endswith(_HALF):
             piece = text[self._num_shown : -1]

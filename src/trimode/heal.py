@@ -40,6 +40,11 @@ class EncodedPrompt:
         """The same where it may become `room` tokens; else with nothing taken back."""
         return self if self.most_tokens <= room else self.whole()
 
+    def at_character(self) -> EncodedPrompt:
+        """The same where whole characters were taken back; else with nothing taken back."""
+        is_inside = bool(self.healed_bytes) and self.healed_bytes[0] & 0xC0 == 0x80
+        return self.whole() if is_inside else self
+
     def whole(self) -> EncodedPrompt:
         """The same with nothing taken back."""
         return EncodedPrompt([*self.token_ids, *self.taken_ids], remarks=self.remarks)
@@ -66,7 +71,7 @@ def healed(
         tail = tokens[token_id] + tail if token_id in tokens else b""
         is_all = tail == b" " + octets  # sentencepiece puts a space before a text
         is_said = bool(tail) and (octets.endswith(tail) or is_all)
-        if number == 1 and text and not is_said and token_id not in vocabulary.control_ids:
+        if number == 1 and not is_said and not _is_known(vocabulary, token_id, text):
             return EncodedPrompt(list(token_ids), remarks=[NOT_SPELLED])
         if not is_said or len(tail) > tokens.longest:
             break
@@ -78,3 +83,12 @@ def healed(
         return EncodedPrompt(list(token_ids))
     kept, taken = list(token_ids[:-best]), list(token_ids[-best:])
     return EncodedPrompt(kept, taken, vocabulary.bytes_of(taken))
+
+
+def _is_known(vocabulary: Vocabulary, token_id: int, text: str) -> bool:
+    """Whether there is nothing odd about a text that its last token does not say: it is empty, ends
+    in a control token, or begins inside of the token."""
+    if token_id in vocabulary.control_ids:
+        return not text or text.endswith(str(vocabulary.shown(token_id)[0]))
+    octets = vocabulary.bytes_of([token_id])
+    return not text or (bool(octets) and octets.endswith(text.encode()))

@@ -22,6 +22,7 @@ from trimode.errors import RequestError
 from trimode.heal import EncodedPrompt
 from trimode.model import TriModeModel
 from trimode.model.adapter import AdapterForm
+from trimode.prompts import encode_prompt
 from trimode.revision import character_range
 from trimode.vocabulary import Vocabulary
 
@@ -47,8 +48,6 @@ class LanguageModel(Protocol):
 
     @property
     def form(self) -> AdapterForm: ...
-
-    def encode_prompt(self, prompt: str) -> EncodedPrompt: ...
 
     def engine(self, sequences: Items[Sequence]) -> Engine: ...
 
@@ -263,7 +262,8 @@ def _edge(lm: LanguageModel, before: str, behind: str, lengths: tuple[int, ...])
     """The gap's ends healed: a fill's first token covers what was taken back before the gap, its
     last one the beginning of what stands behind it. Each is one more than was asked for."""
     assert lm.vocabulary is not None
-    prompt, (head, suffix_ids) = lm.encode_prompt(before), _head(lm.vocabulary, behind)
+    prompt = encode_prompt(lm.vocabulary, lm.model.config, before)
+    head, suffix_ids = _head(lm.vocabulary, behind)
     tokens, num_tokens = lm.vocabulary.token_bytes, lm.model.config.vocab_size
     owed = prompt.healed_bytes
     edges = Edges(
@@ -279,8 +279,9 @@ def _head(vocabulary: Vocabulary, behind: str) -> tuple[bytes, tuple[int, ...]]:
     goes on inside of a word or of an indentation; and the tokens of the rest."""
     probe = "\n" if behind.startswith(("  ", "\t")) else "x"
     ids = vocabulary.encode(probe + behind)
-    for number in range(1, len(ids)):
-        said = vocabulary.bytes_of(ids[:number])
+    num_own = len(vocabulary.bytes_of(ids)) - len((probe + behind).encode())
+    for number in range(1, len(ids)) if num_own in (0, 1) else ():  # sentencepiece's space
+        said = vocabulary.bytes_of(ids[:number])[num_own:]
         if len(said) >= len(probe):
             head = said[len(probe) :]
             if not (head and vocabulary.token_bytes.ending(head)):

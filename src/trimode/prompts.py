@@ -60,7 +60,10 @@ def _of_text(
     if vocabulary is None:
         raise RequestError("a text prompt needs a tokenizer, and this checkpoint has none")
     check_unicode("prompt", prompt)
-    ids = vocabulary.encode(prompt, add_special_tokens=True, parse_special=parse_special)
+    try:
+        ids = vocabulary.encode(prompt, add_special_tokens=True, parse_special=parse_special)
+    except ValueError as error:
+        raise RequestError(f"the prompt spells a control token as text, and {error}") from None
     wrong = [i for i in ids if i >= config.vocab_size]
     if wrong:
         raise RequestError(

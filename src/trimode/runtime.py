@@ -74,7 +74,11 @@ class TriModeLM:
         self.generation_defaults = generation_defaults or GenerationDefaults()
         self.vocabulary: Vocabulary | None = None
         if tokenizer is not None:
-            self.vocabulary = Vocabulary(tokenizer, mask_token_id=model.config.mask_token_id)
+            self.vocabulary = Vocabulary(
+                tokenizer,
+                mask_token_id=model.config.mask_token_id,
+                num_tokens=model.config.num_real_tokens,
+            )
         self._grammars = Grammars(tokenizer, num_tokens=model.config.vocab_size)
         self._said: set[str] = set()  # warnings that are given once
 
@@ -300,6 +304,8 @@ class TriModeLM:
                 f" {num_tokens + params.max_new_tokens}, beyond the context of {context}"
             )
         prompt = prompt.fitting(context - params.max_new_tokens)
+        if params.control.source is not None:
+            prompt = prompt.at_character()
         foreign = [i for i in params.stop_token_ids if i >= config.num_real_tokens]
         if foreign:
             raise RequestError(

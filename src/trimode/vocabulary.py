@@ -22,25 +22,50 @@ _WORD_BEGIN = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece's space
 class Vocabulary:
     """Of one tokenizer.
 
-    A control token is one that the tokenizer calls special: it means something to the model and is
-    no text. A string may spell one all the same.
+    A control token is one that the tokenizer calls special, or the mask token where that is an
+    added one: it means something to the model and is no text. A string may spell one all the same.
 
     Args:
         tokenizer: transformers'.
-        mask_token_id: Of the model; no string becomes it.
+        mask_token_id: Of the model; no string that spells it becomes it.
+        num_tokens: That the model has; the tokenizer may have more. None means as many.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, mask_token_id: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        mask_token_id: int | None,
+        num_tokens: int | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder
-        self.control_ids = frozenset(i for i, token in added.items() if token.special)
+        self._added = added = tokenizer.added_tokens_decoder
+        mask = {mask_token_id} & added.keys()
+        self.control_ids = frozenset(i for i, token in added.items() if token.special) | mask
         self._mask_token_id = mask_token_id
+        self._mask = {added[i].content for i in mask}
+        self._num_tokens = num_tokens
         self._control = {added[i].content: i for i in self.control_ids}
-        self._spelled = pattern_of(self._control) if self._control else None
+        self._lengths = sorted({*map(len, self._control)}, reverse=True)
+        firsts = {word[0] for word in self._control if word}
+        self._first = re.compile(f"[{re.escape(''.join(firsts))}]") if firsts else None
 
     def spelled_control(self, text: str) -> list[str]:
         """Control tokens that a text spells, in its order."""
-        return [] if self._spelled is None else self._spelled.findall(text)
+        return [word for _, word in self._spelled(text)]
+
+    def _spelled(self, text: str) -> list[tuple[int, str]]:
+        """The same, each with its place; where several begin, the longest."""
+        found: list[tuple[int, str]] = []
+        reached = 0
+        for match in self._first.finditer(text) if self._first is not None else ():
+            at = match.start()
+            words = (text[at : at + length] for length in self._lengths)
+            word = next((word for word in words if word in self._control), None)
+            if at >= reached and word is not None:
+                found.append((at, word))
+                reached = at + len(word)
+        return found
 
     def encode(
         self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False
@@ -53,19 +78,35 @@ class Vocabulary:
             parse_special: Whether control tokens that the text spells become these tokens, the mask
                 token excepted. Else they are text, as everything.
         """
-        spelled = self.spelled_control(text)
-        tokenizer = self.tokenizer if parse_special or not spelled else self._literal
-        ids = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-        if self._mask_token_id not in ids:
+        found = self._spelled(text)
+        if parse_special:
+            found = [(at, word) for at, word in found if word in self._mask]
+        if not found:
+            return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            return list(self._literal(text, add_special_tokens=add_special_tokens)["input_ids"])
+        free = (sign for sign in map(chr, range(0xF0000, 0xFFFFE)) if sign not in text)
+        sign_of = {word: next(free) for word in sorted({word for _, word in found})}
+        parts, reached = [], 0
+        for at, word in found:
+            parts += [text[reached:at], sign_of[word]]
+            reached = at + len(word)
+        as_text = {sign: word for word, sign in sign_of.items()}
+        ids = self.encode_marked("".join([*parts, text[reached:]]), as_text)
+        if not add_special_tokens:
             return ids
-        as_text: list[int] = []
-        for token_id in ids:
-            if token_id != self._mask_token_id:
-                as_text.append(token_id)
-            else:
-                content = self.tokenizer.added_tokens_decoder[token_id].content
-                as_text += self._literal(content, add_special_tokens=False)["input_ids"]
-        return as_text
+        before, after = self._around
+        return [*before, *ids, *after]
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts around a text."""
+        inside = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        whole = list(self.tokenizer("a")["input_ids"])
+        for start in range(len(whole) - len(inside) + 1):
+            if whole[start : start + len(inside)] == inside:
+                return whole[:start], whole[start + len(inside) :]
+        return [], []
 
     def encode_marked(self, text: str, as_text: Mapping[str, str]) -> list[int]:
         """Token ids of a text whose added tokens are tokens, but those behind stand-ins are text.
@@ -104,22 +145,31 @@ class Vocabulary:
     @cached_property
     def ordinary_words(self) -> list[str]:
         """Added tokens that are text and no white space, such as `<think>`."""
-        added = self.tokenizer.added_tokens_decoder
-        ordinary = [token.content for i, token in added.items() if i not in self.control_ids]
+        added = self._added.items()
+        ordinary = [token.content for i, token in added if i not in self.control_ids]
         return [word for word in ordinary if word.strip()]
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
         """Of all tokens that are text, as they are inside of a text; none where the tokenizer does
         not say them."""
-        tokenizer = self.tokenizer
-        added = tokenizer.added_tokens_decoder
-        ordinary = {i: token.content.encode() for i, token in added.items() if not token.special}
+        tokenizer, most = self.tokenizer, self._num_tokens
         spell = _speller(tokenizer)
+        found, single = dict[int, bytes](), set[int]()
         for token, token_id in tokenizer.get_vocab().items():
-            if token_id not in added and (octets := spell(token)):
-                ordinary[token_id] = octets
-        return TokenBytes({i: octets for i, octets in ordinary.items() if octets})
+            if token_id == self._mask_token_id or (most is not None and token_id >= most):
+                continue
+            if (added := self._added.get(token_id)) is None:
+                octets = spell(token)
+                if _BYTE_TOKEN.fullmatch(token):
+                    single.add(token_id)
+            else:
+                octets = b"" if token_id in self.control_ids else added.content.encode()
+            if octets:
+                found[token_id] = octets
+        said = {octets for i, octets in found.items() if i not in single}
+        # A byte by itself is decoded in another way than the token that says the same.
+        return TokenBytes(found, hidden={i for i in single if found.get(i) in said})
 
     @cached_property
     def letter(self) -> int | None:

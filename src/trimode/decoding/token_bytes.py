@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 
@@ -13,11 +13,13 @@ class TokenBytes:
     Args:
         table: Id of every ordinary token -> its bytes, at least one. Control tokens and padded rows
             are not among them.
+        hidden: Of these tokens, those that are not found by their bytes.
     """
 
-    def __init__(self, table: Mapping[int, bytes]) -> None:
+    def __init__(self, table: Mapping[int, bytes], *, hidden: Collection[int] = ()) -> None:
         self._table = dict(table)
-        ranked = sorted((octets, token_id) for token_id, octets in self._table.items())
+        self._shown = [(octets, i) for i, octets in self._table.items() if i not in hidden]
+        ranked = sorted(self._shown)
         self._keys = [octets for octets, _ in ranked]
         self._ids = [token_id for _, token_id in ranked]
         self.longest = max(map(len, self._keys), default=0)
@@ -51,7 +53,7 @@ class TokenBytes:
     @cached_property
     def _turned(self) -> tuple[list[bytes], list[int]]:
         """Bytes from the last to the first, sorted, and whose they are."""
-        turned = sorted((octets[::-1], token_id) for token_id, octets in self._table.items())
+        turned = sorted((octets[::-1], token_id) for octets, token_id in self._shown)
         return [octets for octets, _ in turned], [token_id for _, token_id in turned]
 
     def _behind(self, octets: bytes) -> bytes:

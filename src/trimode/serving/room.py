@@ -6,13 +6,13 @@ from trimode.errors import ContextError
 
 
 def check_room(context: int, num_prompt: int, num_new: int | None = None) -> None:
-    """Look at a prompt alone or, with a number of new tokens, at both.
+    """Look at a prompt alone, which needs room for a token, or with a number of new tokens.
 
     Raises:
         ContextError: They are more than the context has.
     """
     room = context - num_prompt
-    if room < 1:
+    if room < (num_new != 0):
         raise ContextError(
             f"the prompt has {num_prompt} tokens, beyond the context of {context}; allowed: at"
             f" most {context - 1}",

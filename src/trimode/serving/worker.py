@@ -134,6 +134,7 @@ class LocalBackend:
         self._lm = lm
         assert lm.vocabulary is not None
         self._vocabulary = lm.vocabulary
+        _ = lm.vocabulary.token_bytes  # made now, and not while a request waits
         self._max_new_tokens = max_new_tokens
         self._max_prompt_tokens = max_prompt_tokens
         self._metrics = ModelMetrics(engine)
@@ -334,8 +335,7 @@ class LocalBackend:
         most = self._max_prompt_tokens
         if most is not None and num_prompt > most:
             raise RequestError(f"the prompt has {num_prompt} tokens; allowed here: {most}")
-        if options.get("max_new_tokens") != 0 or num_prompt > context:
-            check_room(context, num_prompt)
+        check_room(context, num_prompt, 0 if options.get("max_new_tokens") == 0 else None)
         usual = job.usual_new_tokens or self._max_new_tokens
         usual = min(usual, max(context - encoded.most_tokens, 1))
         num_new = options.setdefault("max_new_tokens", usual)
