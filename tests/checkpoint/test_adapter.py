@@ -124,6 +124,7 @@ def test_variants_of_lora_are_refused(
         ({"rank_pattern": {"o_proj": 0}}, "rank_pattern is .* a rank of at least 1"),
         ({"rank_pattern": ["o_proj"]}, "rank_pattern is .* a rank of at least 1"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern is .*; allowed: regular expressions"),
+        ({"rank_pattern": {"(?i)q_proj": 2}}, "rank_pattern is .*; allowed: regular expressions"),
         ({"rank_pattern": {"o_proj": 2}}, r"A \[4, 128\] and B \[64, 4\]; expected .* at r=2$"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"target_modules": ["q_proj"]}, r"target_modules is \['q_proj'\], but .*o_proj"),

@@ -22,6 +22,7 @@ from tests.checkpoint.made_gguf import make_gguf
 from tests.checkpoint.made_sources import make_source
 from trimode.checkpoint import model_cache, names
 from trimode.checkpoint.content_key import content_key
+from trimode.checkpoint.gguf_file import find_gguf
 from trimode.checkpoint.io import DEFAULT_MODEL
 from trimode.checkpoint.model_cache import named_folder, resolve
 from trimode.cli.main import main
@@ -214,6 +215,28 @@ def test_a_folder_with_a_gguf_file(tmp_path: Path, cache: Path) -> None:
         resolve(tmp_path / "download")
 
 
+def test_a_gguf_file_that_is_not_whole(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prevents: a word of a conversion that cannot be, and a lock that stays for good."""
+    file = tmp_path / "made.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"made.gguf is not a whole GGUF file"):
+        resolve(file)
+    assert messages(caplog, "converting") == []
+    assert [left.name for left in cache.iterdir()] == ["content_keys.json"]
+
+
+def test_a_folder_with_a_name_in_upper_case(tmp_path: Path, cache: Path) -> None:
+    """Prevents: a file that is found by its own name, and not by its folder's."""
+    (tmp_path / "download").mkdir()
+    made = make_gguf(tmp_path / "download")[1]
+    shutil.rmtree(tmp_path / "download" / "source")
+    file = made.rename(made.with_name("MADE.GGUF"))
+    assert find_gguf(tmp_path / "download") == file
+    assert resolve(tmp_path / "download") == resolve(file)
+
+
 def test_commands_take_gguf_files(
     tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,3 +315,27 @@ def test_a_training_run_takes_names(tmp_path: Path, cache: Path, install: Instal
     assert final.config.tie_word_embeddings
     before = trimode.load("smollm2").model.state_dict()
     assert before.keys() == final.state_dict().keys()
+
+
+def test_a_content_of_the_same_size_and_time(tmp_path: Path, cache: Path) -> None:
+    """Prevents: another file's weights, where a copy kept the size and the time."""
+    file, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    for place, content in ((file, b"one"), (other, b"two")):
+        place.write_bytes(content)
+        os.utime(place, ns=(5, 5))
+    key = content_key(file)
+    other.replace(file)
+    assert content_key(file) != key
+    key = content_key(file)
+    file.write_bytes(b"six")  # the same inode
+    os.utime(file, ns=(5, 5))
+    assert content_key(file) != key
+
+
+def test_a_memory_that_cannot_be_written(tmp_path: Path, cache: Path) -> None:
+    """Prevents: a part of a memory left behind at every start."""
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"one")
+    (cache / "content_keys.json").mkdir(parents=True)
+    assert content_key(file) == content_key(file)
+    assert [left.name for left in cache.iterdir()] == ["content_keys.json"]

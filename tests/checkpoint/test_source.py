@@ -219,9 +219,11 @@ def test_a_cut_context_keeps_its_angles(
         (513, "max_context is 513; allowed: 1 to 512, the context of .*source$"),
         (0, "max_context is 0; allowed: 1 to 512"),
         (31, "max_context is 31; allowed: at least the block length, 32"),
+        ("48", "max_context is '48'; allowed: an integer"),
+        (True, "max_context is True; allowed: an integer"),
     ],
 )
-def test_contexts_that_cannot_be(source: Source, length: int, says: str) -> None:
+def test_contexts_that_cannot_be(source: Source, length: Any, says: str) -> None:
     """Prevents: positions that the source was never trained on, given out as its context."""
     refused(source("llama"), says, error=ConfigError, max_context=length)
 

@@ -57,6 +57,10 @@ def test_variables_of_the_template(folder: Path, capsys: Capture) -> None:
         (["--chat-template-kwargs", "[1]"], "chat_template_kwargs is [1]; allowed: a mapping"),
         (["--chat-template-kwargs", '{"padding": 1}'], "has 'padding', which is not a variable"),
         (["--chat-template-kwargs", '{"mood": 1}'], "'mood', which this model's chat template doe"),
+        (
+            ["--chat-template-kwargs", '{"enable_thinking": true, "enable_thinking": false}'],
+            "--chat-template-kwargs has 'enable_thinking' twice; allowed: once",
+        ),
         (["--prefill", "\udcff"], "message 2 is not valid Unicode"),
     ],
 )

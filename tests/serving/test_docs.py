@@ -14,9 +14,11 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from jsonschema_rs import is_valid
 
 import trimode
 from tests.serving.conftest import Served, serving
@@ -168,6 +170,36 @@ def test_every_status_of_the_page_is_answered(pocket: Served) -> None:
         status for route in routes.values() for one in route.values() for status in one["responses"]
     }
     assert sorted(named) == sorted((sent | {"405"}) - {"200"})
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_an_answer_is_as_described(pocket: Served, route: str) -> None:
+    """Prevents: a client made from the description that does not know what a choice holds."""
+    body: dict[str, Any] = {"max_tokens": 2, "temperature": 0}
+    if route == "/v1/completions":
+        body |= {"prompt": "the", "logprobs": 1, "echo": True}
+    else:
+        messages = [{"role": "user", "content": "the"}]
+        body |= {"messages": messages, "logprobs": True, "top_logprobs": 1}
+    described = httpx.get(f"{pocket.url}/openapi.json").json()
+    content = described["paths"][route]["post"]["responses"]["200"]["content"]
+    name = content["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+    schema = described["components"]["schemas"][name]
+    [choice] = pocket.post(route.removeprefix("/v1/"), body).json()["choices"]
+    items = schema["properties"]["choices"]["items"]
+    assert is_valid(items, choice)
+    assert sorted(items["required"]) == sorted(items["properties"]) == sorted(choice)
+    if route == "/v1/chat/completions":
+        function = {"name": "look", "arguments": "{}"}
+        for key in ("name", "arguments"):
+            call = {"id": "a", "type": "function", "function": function}
+            message = {**choice["message"], "content": None, "tool_calls": [call]}
+            called = {**choice, "message": message, "finish_reason": "tool_calls"}
+            assert is_valid(items, called)
+            call["function"] = {key: "look"}
+            assert not is_valid(items, called)
+    for key in choice:  # each of them is checked
+        assert not is_valid(items, choice | {key: [1]})
 
 
 def test_every_field_of_an_event_is_on_the_page() -> None:

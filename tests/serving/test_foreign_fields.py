@@ -31,7 +31,7 @@ VLLM = {
     **{"include_stop_str_in_output": False, "ignore_eos": False, "skip_special_tokens": True},
     **{"spaces_between_special_tokens": True, "truncate_prompt_tokens": None, "bad_words": []},
     **{"prompt_logprobs": None, "allowed_token_ids": None, "guided_json": None, "priority": 0},
-    **{"logit_bias": {}, "stop": None, "echo": False, "temperature": 1e-7, "cache_salt": "s"},
+    **{"logit_bias": {}, "stop": None, "echo": False, "temperature": 1e-7, "cache_salt": None},
     **{"return_tokens_as_token_ids": False, "logits_processors": None, "user": ""},
 }
 OPENAI = {
@@ -79,6 +79,22 @@ def test_an_off_of_a_request_wins_over_the_model_s_own() -> None:
         "min_p": 0,
         "temperature": 0.5,
     }
+
+
+@pytest.mark.parametrize("given", [{"cache_salt": "s"}, {"cache_prompt": False}], ids=str)
+@pytest.mark.parametrize("route", ["completions", "chat/completions", "infill"])
+def test_what_would_part_the_cache(served: Served, route: str, given: dict[str, Any]) -> None:
+    """Prevents: a client that asks for a cache of its own, and shares its prompt unawares."""
+    bodies: dict[str, dict[str, Any]] = {
+        "completions": {"prompt": "x"},
+        "chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+        "infill": {"text": "a<FILL>b"},
+    }
+    found = served.post(route, bodies[route] | given)
+    assert found.status_code == 400, found.text
+    error = found.json()["error"]
+    assert error["param"] == next(iter(given))
+    assert "which is not supported; allowed: null" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,18 @@ def test_what_is_wrong_is_named(served: Served, fields: dict[str, Any], message:
         ("chat", {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "does not read"),
         ("chat", {"chat_template_kwargs": {"tokenize": 1}}, "chat_template_kwargs", "'tokenize'"),
         ("chat", {"enable_thinking": True}, "enable_thinking", "enable_thinking is true, but"),
+        (
+            "chat",
+            {"chat_template_kwargs": {"enable_thinking": True}},
+            "chat_template_kwargs",
+            "chat_template_kwargs.enable_thinking is true, but",
+        ),
+        (
+            "chat",
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options",
+            "stream_options.include_obfuscation is true; allowed: false",
+        ),
         ("chat", {"messages": [CALLING, TOOL_SAYS]}, "messages", "declares no form for tool"),
         ("chat", {"max_tokens": 508}, "max_tokens", "max_tokens=508"),
         (

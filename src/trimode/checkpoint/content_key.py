@@ -1,4 +1,4 @@
-"""A key of a file's content, remembered while path, size and time of the file stay the same.
+"""A key of a file's content, remembered while the file's path, size, inode and times stay.
 
 Reading gigabytes at every start would cost seconds. The memory lies in the user's cache; where the
 cache cannot be written, the file is read each time.
@@ -21,19 +21,22 @@ _LENGTH = 16
 def content_key(file: Path) -> str:
     """The start of the SHA-256 of a file, in hexadecimal digits."""
     place, status = str(file.resolve()), file.stat()
-    stamp = [status.st_size, status.st_mtime_ns]
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
     memory = cache_folder() / "models" / "content_keys.json"
     known = _read(memory)
     found = known.get(place)
-    if isinstance(found, list) and found[:2] == stamp and isinstance(found[-1], str):
+    if isinstance(found, list) and found[:-1] == stamp and isinstance(found[-1], str):
         return str(found[-1])
     with file.open("rb") as content:
         key = hashlib.file_digest(content, "sha256").hexdigest()[:_LENGTH]
     with suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
         partial = memory.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(known | {place: [*stamp, key]}), encoding="utf-8")
-        partial.replace(memory)
+        try:
+            partial.write_text(json.dumps(known | {place: [*stamp, key]}), encoding="utf-8")
+            partial.replace(memory)
+        finally:
+            partial.unlink(missing_ok=True)
     return key
 
 

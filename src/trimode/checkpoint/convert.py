@@ -87,6 +87,9 @@ def convert(
         raise CheckpointError(f"{destination} is the source itself; give another folder")
     proved_in = io.as_dtype(proof_dtype)
     written_in = None if dtype is None else io.as_dtype(dtype)
+    for name, number in (("block_length", block_length), ("max_context", max_context)):
+        if not isinstance(number, int | None) or isinstance(number, bool):
+            raise ConfigError(f"{name} is {number!r}; allowed: an integer")
     with (
         io.fresh_folder(target) as partial,
         _as_folder(place, partial, max_context=max_context) as folder,

@@ -76,7 +76,7 @@ def find_gguf(source: str | Path) -> Path | None:
         return place
     if not place.is_dir() or (place / io.CONFIG_NAME).exists():
         return None
-    files = sorted(place.glob(f"*{SUFFIX}"))
+    files = sorted(file for file in place.iterdir() if is_gguf(file))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise CheckpointError(f"{place} has several GGUF files; give one of them: {names}")
@@ -99,14 +99,7 @@ def unpack(file: Path, folder: Path, *, max_context: int | None = None) -> None:
         ConfigError: A package that reads GGUF is not installed.
         UnsupportedError: The file holds a network or a tokenizer that we cannot rebuild.
     """
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{file}: reading GGUF needs {missing[0]}, not installed here;"
-            " pip install 'trimode[gguf]'"
-        )
-    fields, tensors = _read_header(file)
-    _check(file, fields, tensors, max_context=max_context)
+    fields = checked_fields(file, max_context=max_context)
     model, tokenizer = _read(file)
     _restore(tokenizer, fields)
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -119,6 +112,23 @@ def unpack(file: Path, folder: Path, *, max_context: int | None = None) -> None:
     _write_model(model, folder)
     if defaults := _generation_defaults(fields):
         (folder / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n")
+
+
+def checked_fields(file: Path, *, max_context: int | None = None) -> dict[str, Any]:
+    """What a file's header says, once it is clear that we can read the file.
+
+    Raises:
+        CheckpointError, ConfigError, UnsupportedError: As of `unpack`.
+    """
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{file}: reading GGUF needs {missing[0]}, not installed here;"
+            " pip install 'trimode[gguf]'"
+        )
+    fields, tensors = _read_header(file)
+    _check(file, fields, tensors, max_context=max_context)
+    return fields
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], set[str]]:

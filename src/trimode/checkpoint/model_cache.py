@@ -21,7 +21,7 @@ from typing import TextIO
 from trimode.checkpoint import io
 from trimode.checkpoint.content_key import content_key
 from trimode.checkpoint.convert import VERSION, convert
-from trimode.checkpoint.gguf_file import find_gguf, is_gguf
+from trimode.checkpoint.gguf_file import checked_fields, find_gguf, is_gguf
 from trimode.checkpoint.names import KNOWN, NAMES, POCKET, find_source
 from trimode.errors import CheckpointError
 from trimode.user_cache import cache_folder
@@ -94,6 +94,8 @@ def _converted(wanted: _Wanted) -> Path:
     folder = cache_folder() / "models" / wanted.key
     if (folder / io.CONFIG_NAME).exists():
         return folder
+    if wanted.file is not None:
+        checked_fields(wanted.file)  # before a word of converting it, and a lock
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_suffix(".lock").open("w")

@@ -189,7 +189,7 @@ def _read_pattern(config: dict[str, Any], name: str, folder: Path) -> dict[str, 
     for key, value in pattern.items() if isinstance(pattern, dict) else [("", None)]:
         is_good = type(value) is int and value >= 1 if is_rank else _is_number(value)
         try:
-            re.compile(key)
+            re.compile(_at_end(key))
         except re.error:
             is_good = False
         if not is_good:
@@ -207,6 +207,10 @@ def _is_number(value: Any) -> bool:
 def _by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's name, as PEFT does."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if re.match(_at_end(key), module):
             return value
     return default
+
+
+def _at_end(key: str) -> str:
+    return rf"(.*\.)?({key})$"

@@ -97,13 +97,24 @@ def _template_options(args: argparse.Namespace) -> dict[str, Any]:
         options["enable_thinking"] = args.enable_thinking
     if args.chat_template_kwargs is not None:
         try:
-            options["chat_template_kwargs"] = json.loads(args.chat_template_kwargs)
+            options["chat_template_kwargs"] = json.loads(
+                args.chat_template_kwargs, object_pairs_hook=_each_key_once
+            )
         except ValueError as error:
             raise RequestError(
                 f"--chat-template-kwargs is {args.chat_template_kwargs!r}, which is not JSON:"
                 f" {error}"
             ) from None
     return options
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise RequestError(f"--chat-template-kwargs has {name!r} twice; allowed: once")
+        found[name] = value
+    return found
 
 
 def _talk(lm: TriModeLM, messages: list[dict[str, str]], options: dict[str, Any]) -> int:

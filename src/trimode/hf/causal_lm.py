@@ -1,7 +1,8 @@
 """The network with transformers' own manners: `generate` returns ids, `forward` takes labels.
 
-`AutoModelForCausalLM` opens it. Training sees the AR view alone; generating has every mode, and
-for one seed every mode but `diffusion` writes the same text.
+`AutoModelForCausalLM` opens it. Training sees the AR view alone; generating has every mode. For one
+seed every mode but `diffusion` writes the same text in float32, and in the native step. Through
+torch in float16 or bfloat16 tokens of nearly the same probability may change places between modes.
 """
 
 from __future__ import annotations

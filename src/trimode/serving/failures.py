@@ -52,7 +52,8 @@ def refused(job: Job, error: Exception) -> Failed:
 
 def _in_words_of(job: Job, error: Exception) -> str:
     """A message that speaks of arguments in Python, by the request's fields and in JSON."""
-    words = {**_JSON, **{name: job.names[name] for name in job.options if name in job.names}}
+    given = {*job.options, *({*job.options.get("chat_template_kwargs", ())} & {"enable_thinking"})}
+    words = {**_JSON, **{name: job.names[name] for name in given if name in job.names}}
     return re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], str(error))
 
 

@@ -12,7 +12,12 @@ from typing import Any
 Neutral = dict[str, tuple[Any, ...]]
 """Field -> values that ask for nothing, beside null."""
 
+NEUTRAL_OF_ALL: Neutral = {"cache_prompt": (True,), "cache_salt": ()}
+"""Of every request. Prompts with the same beginning share it, whoever sends them: so a client
+cannot have its own part of the cache, nor a prompt that is computed anew."""
+
 NEUTRAL: Neutral = {
+    **NEUTRAL_OF_ALL,
     # OpenAI
     "best_of": (1,),
     "store": (False,),
@@ -115,6 +120,7 @@ WINDOWS = {"repeat_last_n": ("frequency_penalty", "presence_penalty")}
 of the text the others look at."""
 
 NEUTRAL_OF_TOKENS: Neutral = {
+    **NEUTRAL_OF_ALL,
     "with_pieces": (False,),
     "chat_template": (),
     "mm_processor_kwargs": ({},),
@@ -135,9 +141,8 @@ AS_NULL_IN_CHATS: Neutral = {
 IGNORED = (
     # Labels, and what is about the service rather than the text.
     *("metadata", "safety_identifier", "service_tier"),
-    # How prompts are cached; no cached prompt is shared between requests here.
-    *("cache_control", "cache_prompt", "cache_salt", "prompt_cache_key", "prompt_cache_options"),
-    "prompt_cache_retention",
+    # Hints at what is worth caching, and how long; every prompt is cached while there is room.
+    *("cache_control", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
     # What only tunes a sampler of llama.cpp that must be off (`NEUTRAL`).
     *("dry_allowed_length", "dry_base", "dry_penalty_last_n", "dry_sequence_breakers"),
     *("dynatemp_exponent", "mirostat_eta", "mirostat_tau", "xtc_threshold"),

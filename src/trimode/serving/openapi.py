@@ -85,6 +85,66 @@ _TEXT = {
 }
 
 
+def _object(properties: dict[str, Any], *, optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "required": required, "properties": properties}
+
+
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+_STRING, _INTEGER, _NUMBER, _NULL = ({"type": x} for x in ("string", "integer", "number", "null"))
+_FUNCTION = {"name": _STRING, "arguments": {**_STRING, "description": "a JSON object"}}
+_CALL = {"id": _STRING, "type": {"const": "function"}, "function": _object(_FUNCTION)}
+_MESSAGE = {
+    "role": {"const": "assistant"},
+    "content": {**_NULLABLE_TEXT, "description": "null where there is nothing beside tool_calls"},
+    "refusal": _NULL,
+    "tool_calls": {**_list(_object(_CALL)), "minItems": 1},
+}
+_TOKEN = {"token": _STRING, "bytes": _list(_INTEGER), "logprob": _or_null(_NUMBER)}
+_CHAT_CHOICE = _object(
+    {
+        "index": _INTEGER,
+        "message": _object(_MESSAGE, optional=("tool_calls",)),
+        "logprobs": _or_null(
+            _object(
+                {
+                    "content": _list(_object({**_TOKEN, "top_logprobs": _list(_object(_TOKEN))})),
+                    "refusal": _NULL,
+                }
+            )
+        ),
+        "finish_reason": {"enum": ["stop", "length", "tool_calls"]},
+    }
+)
+_CHOICE = _object(
+    {
+        "index": _INTEGER,
+        "text": _STRING,
+        "logprobs": _or_null(
+            _object(
+                {
+                    "tokens": _list(_STRING),
+                    "token_logprobs": _list(_or_null(_NUMBER)),
+                    "top_logprobs": _list(
+                        _or_null({"type": "object", "additionalProperties": _NUMBER})
+                    ),
+                    "text_offset": _list(_INTEGER),
+                }
+            )
+        ),
+        "finish_reason": {"enum": ["stop", "length"]},
+    }
+)
+_CHOICES = {ChatRequest: _CHAT_CHOICE, CompletionRequest: _CHOICE}
+
+
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Errors that a route may answer with."""
     body = {"application/json": {"schema": {"$ref": _TEMPLATE.format(model="Error")}}}
@@ -167,7 +227,7 @@ def _answer_schema(kind: type[BaseModel]) -> dict[str, Any]:
             "object": {"type": "string"},
             "created": {"type": "integer"},
             "model": {"type": "string"},
-            body: {"type": "array", "items": {"type": "object"}},
+            body: {"type": "array", "items": _CHOICES.get(kind, {"type": "object"})},
             "usage": {"$ref": _TEMPLATE.format(model="Usage")},
         },
     }

@@ -15,6 +15,7 @@ from trimode.serving.foreign_fields import (
     AS_NULL,
     AS_NULL_IN_CHATS,
     IGNORED,
+    NEUTRAL_OF_ALL,
     NEUTRAL_OF_CHATS,
     NEUTRAL_OF_COMPLETIONS,
     NEUTRAL_OF_TOKENS,
@@ -38,7 +39,7 @@ class _Named(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    NEUTRAL: ClassVar[Neutral] = {}
+    NEUTRAL: ClassVar[Neutral] = NEUTRAL_OF_ALL
     """Fields of other servers that are not supported -> values that ask for nothing."""
     AS_NULL: ClassVar[Neutral] = AS_NULL
     """Supported fields -> values that mean null."""

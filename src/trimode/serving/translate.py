@@ -189,6 +189,8 @@ def chat_jobs(
         options |= form
         names["json_schema"] = "response_format"
     options |= chat_options(request)
+    if request.enable_thinking is None:
+        names["enable_thinking"] = "chat_template_kwargs.enable_thinking"
     if "forced_call" in options:
         names["json_schema"] = "tools"
     return _jobs(
@@ -440,6 +442,7 @@ def _refusal(kind: type[BaseModel], error: ValidationError) -> Refusal:
         context = first.get("ctx", {}).items()
         bounds = {name: f"{x:g}" if isinstance(x, float) else x for name, x in context}
         allowed = _PLAIN[first["type"]].format(**bounds)
+    allowed = {"True": "true", "False": "false", "None": "null"}.get(allowed, allowed)
     description = _description(kind, places)
     if len(places) < len(first["loc"]) and description is not None:
         allowed = description
