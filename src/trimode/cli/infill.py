@@ -152,8 +152,10 @@ def _source(what: str | None) -> tuple[Path | None, str, list[tuple[int, int]]]:
 
 def _options(args: argparse.Namespace, file: Path | None) -> dict[str, Any]:
     """What was given, as `TriModeLM.infill` takes it."""
-    names = ("context", "threshold", "steps", "temperature", "top_p", "top_k", "min_p", "seed")
-    names += ("heal",)
+    names = (
+        *("context", "threshold", "steps", "temperature", "top_p", "top_k", "min_p", "seed"),
+        "heal",
+    )
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.lengths is not None:
         if not re.fullmatch(r"\d+(,\d+)*", args.lengths):
