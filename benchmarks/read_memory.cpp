@@ -1,4 +1,5 @@
-// Sums of a large array on some threads, as fast as memory can be read: what weights could be read at.
+// Sums of a large array on some threads, as fast as memory can be read: what weights could be read
+// at.
 #include <chrono>
 #include <cstdint>
 #include <thread>

@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.serving.conftest import serving
+from trimode.checkpoint.io import save_checkpoint
+from trimode.cli.main import main
 from trimode.detokenize import GrowingText, decode, text_before
+from trimode.loading import load
 from trimode.model import TriModeModel
 from trimode.runtime import TriModeLM
 from trimode.vocabulary import Vocabulary
@@ -80,7 +85,7 @@ def test_a_stop_string_ends_the_text_where_it_first_is(lm: TriModeLM, stop: str)
     bias = only(lm, "▁cat")
     found = lm.generate("the", max_new_tokens=4, logit_bias=bias, stop=stop, heal=False)
     whole = CAT * 4
-    assert found.text == whole[: whole.find(stop)] if stop in whole else whole
+    assert found.text == whole.partition(stop)[0]
     assert found.finish_reason == ("stop" if stop in whole else "length")
     assert len(found.token_ids) == {CAT: 1, "t c": 2}.get(stop, 4)
 
@@ -145,8 +150,30 @@ def test_bytes_of_tokens(piece_tokenizer: Any, byte_tokenizer: Any) -> None:
     assert plain.shown(0xC3) == ("\ufffd", b"\xc3")
 
 
-def test_json_and_stream_say_the_same(lm: TriModeLM) -> None:
+@pytest.mark.parametrize("prompt", ["the cat", "the", "é"])
+def test_json_and_stream_say_the_same(
+    lm: TriModeLM, prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Prevents: surfaces that decode each in its own way."""
-    options: dict[str, Any] = {"temperature": 1.0, "seed": 4, "max_new_tokens": 24}
-    found = lm.generate("the cat", **options)
-    assert json.loads(json.dumps(found.text)) == "".join(lm.stream("the cat", **options))
+    save_checkpoint(lm.model, tmp_path / "pieces", tokenizer=lm.tokenizer)
+    saved = load(tmp_path / "pieces", device="cpu", dtype="float64")
+    law: dict[str, Any] = {"mode": "linear", "temperature": 1.0, "seed": 4}
+    wanted = saved.generate(prompt, max_new_tokens=24, **law).text
+    assert len(wanted) > 4
+    assert "".join(saved.stream(prompt, max_new_tokens=24, **law)) == wanted
+    words = ["--model", str(tmp_path / "pieces"), "--device", "cpu", "--dtype", "float64"]
+    words += [f"--{name}={value}" for name, value in law.items()]
+    capsys.readouterr()
+    assert main(["generate", prompt, *words, "--max-new-tokens", "24", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == wanted
+    assert main(["generate", prompt, *words, "--max-new-tokens", "24"]) == 0
+    assert capsys.readouterr().out.removesuffix("\n") == (prompt + wanted).removesuffix("\n")
+    with serving(saved, num_rows=1, context_len=64) as server:
+        body = {"prompt": prompt, "max_tokens": 24, **law}
+        answer = server.post("completions", body).json()
+        assert answer["choices"][0]["text"] == wanted
+        response = server.post("completions", {**body, "stream": True})
+        lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+        assert lines.pop() == "[DONE]"
+        pieces = [choice["text"] for line in lines for choice in json.loads(line)["choices"]]
+        assert "".join(pieces) == wanted

@@ -14,12 +14,14 @@ import pytest
 
 import trimode
 from trimode.decoding.bits import unpacked
+from trimode.decoding.editing import revise
 from trimode.decoding.healing import Healing
 from trimode.decoding.token_bytes import TokenBytes
 from trimode.engine import Engine
 from trimode.engine.engine import cells_needed
 from trimode.errors import RequestError
 from trimode.heal import healed
+from trimode.infill import _edge
 from trimode.runtime import Generation, TriModeLM
 
 METHOD = "class A:\n    def __init__(self):\n        self.x = 1\n"
@@ -186,8 +188,17 @@ class TestText:
         assert [g.token_ids for g in alone] == [g.token_ids for g in wanted]
 
     def test_preempted_and_on_reused_prefixes(self, lm: TriModeLM) -> None:
-        """Prevents: what is owed lost with a row, or taken from another's."""
-        prompts = [METHOD, METHOD + "        self.y = 2\n", METHOD, "import nu", METHOD[:-1]] * 2
+        """Prevents: tokens chosen anew where rows change hands between rounds, or where a prefix
+        is taken from another row. A row is never lost while something is owed."""
+        several = ["naïve caf", "def add(a, b):\n    ret"]  # which are said in several tokens
+        prompts = [
+            METHOD,
+            METHOD + "        self.y = 2\n",
+            METHOD,
+            "import nu",
+            METHOD[:-1],
+        ] + several
+        prompts *= 2
         wanted = [one(lm, prompt, mode="ar", max_new_tokens=10).token_ids for prompt in prompts]
         sequences = [
             lm.prepare(prompt, mode="linear", max_new_tokens=10, seed=0) for prompt in prompts
@@ -201,8 +212,21 @@ class TestText:
         )
         for number, seq in enumerate(sequences):
             engine.submit(seq, client=str(number))
-        engine.run()
+        lost = [0] * len(sequences)
+        num_before_a_round = 0
+        while not engine.is_idle:
+            rounds = [seq.stats.num_forwards - seq.stats.forwards["prefill"] for seq in sequences]
+            states = [(seq.is_healing, seq.num_inside) for seq in sequences]
+            engine.step()
+            for number, (seq, (is_healing, num_inside)) in enumerate(
+                zip(sequences, states, strict=True)
+            ):
+                if seq.stats.num_preemptions > lost[number]:
+                    lost[number] = seq.stats.num_preemptions
+                    assert not is_healing
+                    num_before_a_round += bool(num_inside) and not rounds[number]
         assert [seq.new_ids for seq in sequences] == wanted
+        assert num_before_a_round  # right behind what was owed, that is fed again
         assert engine.counts.preemptions
         assert engine.counts.reused_tokens
 
@@ -263,11 +287,20 @@ class TestText:
         with pytest.raises(RequestError, match=f"prompt of {num_tokens} tokens"):
             lm.prepare(prompt, max_new_tokens=room + 1)
 
-    def test_logprobs_are_of_all_chosen_tokens(self, lm: TriModeLM) -> None:
-        """Prevents: log-probabilities beside the wrong tokens."""
-        found = one(lm, METHOD, logprobs=2)
-        assert found.logprobs is not None
-        assert len(found.logprobs) == len(found.token_ids)
+    @pytest.mark.parametrize("mode", ["ar", "linear"])
+    def test_logprobs_are_of_all_chosen_tokens(self, lm: TriModeLM, mode: str) -> None:
+        """Prevents: log-probabilities beside the wrong tokens, or after another text."""
+        for prompt in (METHOD, "import nu", "for i in range(10):\n    pr"):
+            found = one(lm, prompt, logprobs=2, mode=mode, temperature=0.8)
+            assert found.healed_bytes
+            assert found.logprobs is not None
+            whole = [*found.prompt_ids, *found.token_ids]
+            scores = one(lm, whole, prompt_logprobs=0, max_new_tokens=0).prompt_logprobs
+            assert scores is not None
+            wanted = [score.logprob for score in scores[len(found.prompt_ids) :] if score]
+            assert [each.logprob for each in found.logprobs] == pytest.approx(wanted, abs=1e-4)
+            for token_id, each in zip(found.token_ids, found.logprobs, strict=True):
+                assert dict(each.top).get(token_id, each.logprob) == each.logprob
 
 
 class TestControlTokens:
@@ -293,10 +326,36 @@ class TestControlTokens:
         assert found.token_ids[:2] == [0, 3]
         assert not lm.encode_prompt("a<|im_start|>", parse_special=True).taken_ids
 
-    def test_files_are_text(self, lm: TriModeLM) -> None:
+    def test_files_are_text(self, lm: TriModeLM, monkeypatch: pytest.MonkeyPatch) -> None:
         """Prevents: `MASK = "<|mask|>"` revised or filled as if it were the token."""
+        assert lm.vocabulary is not None
+        control = lm.vocabulary.control_ids
+        bos = {lm.model.config.bos_token_id}
         text = 'MASK = "<|mask|>"\nEOS = "<|eos|>"\n'
+        edge = _edge(lm, text + "x = ", "\n" + text, (1,))
+        assert {*edge.prompt.token_ids, *edge.prompt.taken_ids} & control == bos
+        assert not {*edge.suffix_ids} & control
+        before = lm.decode([*edge.prompt.token_ids, *edge.prompt.taken_ids])
+        assert before == text + "x = "
+        assert edge.head + lm.vocabulary.bytes_of(edge.suffix_ids) == ("\n" + text).encode()
+        fed: list[list[int]] = []
+
+        def spied(model: Any, token_ids: Any, **options: Any) -> Any:
+            fed.append([*token_ids])
+            return revise(model, token_ids, **options)
+
+        monkeypatch.setattr("trimode.revision.revise", spied)
         assert lm.revise(text, min_gain=1e6).text == text
+        odd = "for i in <|eos|>(10):\n    print(i)\n"  # where the model would have anything else
+        made = lm.revise(odd, min_gain=0.0, budget=24)
+        for ids, source in zip(fed, (text, odd), strict=True):
+            assert {ids[0]} == bos
+            assert not {*ids[1:]} & control
+            assert lm.vocabulary.bytes_of(ids[1:]) == source.encode()
+        assert any("<|eos|>".find(edit.old) > 0 for edit in made.edits)
+        for edit in made.edits:
+            assert edit.new
+            assert edit.old not in ("<|mask|>", "<|eos|>")
         filled = lm.infill(text + "x = <FILL>\n", lengths=[1, 2], seed=0)
         assert filled.text.startswith(text + "x = ")
 

@@ -15,7 +15,7 @@ import torch
 import trimode
 from trimode.cli.main import main
 from trimode.errors import RequestError
-from trimode.infill import line_span
+from trimode.infill import _edge, line_span
 
 Capture = pytest.CaptureFixture[str]
 
@@ -125,6 +125,8 @@ def test_a_line_s_carriage_return_stays() -> None:
         ("a<FILL>", {"steps": 0}, "steps is 0; allowed: None, or 1 to 24, the longest fill"),
         ("a<FILL>", {"context": 0}, "context is 0; allowed: None, or an integer of at least 1"),
         ("a<FILL>", {"seed": -1}, "seed is -1; allowed"),
+        ("a<FILL>", {"heal": 1}, "heal is 1; allowed: True or False"),
+        ("a<FILL>", {"heal": None}, "heal is None; allowed: True or False"),
         ("abc", {"spans": []}, "spans is empty"),
         ("abc", {"spans": [(2, 1)]}, "spans has 2-1; allowed: in order, apart, within 0-3"),
         ("abc", {"spans": [(0, 2), (1, 3)]}, "spans has 1-3; allowed"),
@@ -183,6 +185,31 @@ def test_a_long_text_keeps_the_nearest(lm: trimode.TriModeLM) -> None:
     filled = lm.infill("x = 1\n" * 1500 + "y = <FILL>\nz = 3\n" + "x = 1\n" * 1500, **QUICK)
     assert filled.text.startswith("x = 1\n" * 1500 + "y = ")
     assert filled.text.endswith("\nz = 3\n" + "x = 1\n" * 1500)
+
+
+def test_ends_that_are_not_healed(lm: trimode.TriModeLM, capsys: Capture) -> None:
+    """Prevents: a switch that is taken and not used, or used at one end of a gap only."""
+    assert lm.vocabulary is not None
+    before, behind = "import nu", "    return x\n"
+    healed, plain = (_edge(lm, before, behind, (2,), heal=heal) for heal in (True, False))
+    assert (healed.lengths, plain.lengths) == ((4,), (2,))
+    assert healed.head
+    assert healed.prompt.healed_bytes
+    assert (plain.head, plain.prompt.healed_bytes) == (b"", b"")
+    assert (plain.edges.first, plain.edges.last) == (None, None)
+    assert plain.prompt.token_ids == lm.encode(before)
+    assert list(plain.suffix_ids) == lm.vocabulary.encode(behind)
+    text = f"{before}<FILL>{behind}"
+    found = {heal: lm.infill(text, heal=heal, **QUICK) for heal in (True, False)}
+    assert found[False].text.startswith(before)
+    assert found[False].text.endswith(behind)
+    assert {len(one.token_ids) for one in found[False].gaps[0].candidates} == {2, 4, 6}
+    assert {len(one.token_ids) for one in found[True].gaps[0].candidates} == {4, 6, 8}
+    assert found[True].text == lm.infill(text, **QUICK).text != found[False].text
+    words = ["infill", "--lengths", "2,4,6", "--seed", "0", "--json", text]
+    for word, heal in (("--heal", True), ("--no-heal", False)):
+        assert main([*words, word]) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == found[heal].text
 
 
 def test_command_on_text(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,19 @@ def test_long_files_have_a_reason() -> None:
     assert too_long == LONG_FILES.keys()
 
 
+def test_lines_of_cpp_are_short() -> None:
+    """Prevents: lines over 100 columns where no linter looks."""
+    paths = [path for path in _tracked() if path.suffix in (".h", ".cpp", ".cu")]
+    assert paths
+    long = [
+        f"{_name(path)}:{number}"
+        for path in paths
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if len(line) > 100
+    ]
+    assert not long
+
+
 def _tracked() -> list[Path]:
     try:
         listing = subprocess.run(

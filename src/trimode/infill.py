@@ -157,6 +157,7 @@ def infill_steps(
     top_p: float | None = None,
     min_p: float | None = None,
     seed: int | None = None,
+    heal: bool = True,
 ) -> Generator[Sequence, None, Infilling]:
     """`infill_text` for one who runs the engine: yields a sequence for each gap, and goes on when
     that one has finished.
@@ -173,6 +174,7 @@ def infill_steps(
         threshold, steps, temperature, top_k, top_p, min_p: As in block diffusion
             (`GenerationParams`); steps are spread over each length of its own.
         seed: Fixes the fills; None draws one.
+        heal: Whether the tokens at both ends of a gap may be chosen anew.
 
     Raises:
         RequestError: as `infill_text`.
@@ -184,6 +186,8 @@ def infill_steps(
     check_unicode("text", text)
     if language is not None and language not in LANGUAGES:
         raise RequestError(f"language is {language!r}; allowed: None, {', '.join(LANGUAGES)}")
+    if not isinstance(heal, bool):
+        raise RequestError(f"heal is {heal!r}; allowed: True or False")
     lengths = _checked_lengths(DEFAULT_LENGTHS if lengths is None else lengths)
     spans = _markers(text) if spans is None else _checked_spans(text, spans)
     seed = secrets.randbits(32) if seed is None else plain(seed)
@@ -216,7 +220,7 @@ def infill_steps(
         pieces = _between(text, spans[number:])
         later = "None".join(pieces)  # an expression and a statement
         behind = next((piece for piece in pieces if piece), "")
-        edge = _edge(lm, done, behind, lengths)
+        edge = _edge(lm, done, behind, lengths, heal=heal)
         yield (seq := _sequence(lm, edge, context=context or DEFAULT_CONTEXT, params=params))
         candidates = _ranked(lm, seq, edge, done, later, language=language, has_crlf=has_crlf)
         gaps.append(FilledGap(len(done), candidates))
@@ -259,12 +263,16 @@ class _Edge:
     edges: Edges
 
 
-def _edge(lm: LanguageModel, before: str, behind: str, lengths: tuple[int, ...]) -> _Edge:
+def _edge(
+    lm: LanguageModel, before: str, behind: str, lengths: tuple[int, ...], *, heal: bool = True
+) -> _Edge:
     """The gap's ends healed: a fill's first token covers what was taken back before the gap, its
     last one the beginning of what stands behind it. Each is one more than was asked for."""
     assert lm.vocabulary is not None
-    prompt = encode_prompt(lm.vocabulary, lm.model.config, before)
-    head, suffix_ids = _head(lm.vocabulary, behind)
+    prompt = encode_prompt(lm.vocabulary, lm.model.config, before, heal=heal)
+    head, suffix_ids = b"", tuple(lm.vocabulary.encode(behind))
+    if heal:
+        head, suffix_ids = _head(lm.vocabulary, behind)
     tokens, num_tokens = lm.vocabulary.token_bytes, lm.model.config.vocab_size
     owed = prompt.healed_bytes
     edges = Edges(

@@ -90,3 +90,14 @@ def test_another_model_does_not(tiny_checkpoint: Any, capsys: Capture) -> None:
     line = capsys.readouterr().err.splitlines()[-1]
     assert "needs a tokenizer with a chat template" in line
     assert "instruct_lora" not in line
+
+
+def test_a_prefill_that_is_not_healed(capsys: Capture) -> None:
+    """Prevents: a switch of the command line that does not reach the prompt."""
+    found = {}
+    for word in ("--heal", "--no-heal"):
+        words = ["--lora", "instruct_lora", "--device", "cpu", "--prefill", "import nu", "--json"]
+        assert main(["chat", "Sum a list.", *words, "--max-new-tokens", "6", word]) == 0
+        found[word] = json.loads(capsys.readouterr().out)
+    assert bytes(found["--heal"]["healed_bytes"]) == b" nu"
+    assert "healed_bytes" not in found["--no-heal"]

@@ -103,3 +103,34 @@ def test_at_the_contexts_end(server: Served, lm: TriModeLM) -> None:
     response = server.post("completions", {"prompt": prompt, "max_tokens": room + 1})
     assert response.status_code == 400
     assert f"prompt of {num_tokens} tokens" in response.json()["error"]["message"]
+
+
+def test_gaps_and_messages_that_are_not_healed(lm: TriModeLM, server: Served) -> None:
+    """Prevents: `heal` refused, or taken and not used, beside a gap or a message that goes on."""
+    text = "import nu<FILL>\n    return x\n"
+    answers = []
+    for heal in (True, False):
+        body = {"text": text, "lengths": [2, 4], "seed": 0, "heal": heal}
+        response = server.post("infill", body)
+        assert response.status_code == 200, response.text
+        answers.append(response.json()["text"])
+        assert answers[-1] == lm.infill(text, lengths=[2, 4], seed=0, heal=heal).text
+    assert answers[0] != answers[1]
+    refused = server.post("infill", {"text": text, "heal": 1})
+    assert refused.json()["error"]["message"] == "heal is 1; allowed: true or false"
+    chats = trimode.load(lora="instruct_lora")
+    ask = [{"role": "user", "content": "Write a function: Add two numbers."}]
+    with serving(chats, name="pocket", num_rows=2, context_len=256) as running:
+        for begun in ("def ad", "import nu"):
+            messages = [*ask, {"role": "assistant", "content": begun}]
+            found = []
+            for heal in (True, False):
+                options = {"temperature": 0, "heal": heal}
+                body = {"messages": messages, "max_tokens": 8, **options}
+                response = running.post("chat/completions", body)
+                assert response.status_code == 200, response.text
+                found.append(response.json()["choices"][0]["message"]["content"])
+                wanted = chats.chat(messages, max_new_tokens=8, **options)
+                assert found[-1] == wanted.text
+                assert bool(wanted.healed_bytes) is heal
+            assert found[0] != found[1]

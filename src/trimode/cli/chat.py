@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the answer begins (with MESSAGE); printed is what comes behind it",
     )
     parser.add_argument(
+        "--heal",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="choose the end of --prefill anew where a token may go on from inside of it (default)",
+    )
+    parser.add_argument(
         "--enable-thinking",
         action=argparse.BooleanOptionalAction,
         help="whether the model thinks before it answers, if its chat template knows of that",

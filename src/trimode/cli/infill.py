@@ -69,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-p", type=float, metavar="P", help="tokens of P times the likeliest's"
     )
     parser.add_argument("--seed", type=int, metavar="S", help="fixes the fills (default: drawn)")
+    parser.add_argument(
+        "--heal",
+        action=argparse.BooleanOptionalAction,
+        help="choose the tokens at both ends of a gap anew (default)",
+    )
     parser.add_argument("--write", action="store_true", help="change the file, all or nothing")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object with all candidates and scores"
@@ -147,7 +152,10 @@ def _source(what: str | None) -> tuple[Path | None, str, list[tuple[int, int]]]:
 
 def _options(args: argparse.Namespace, file: Path | None) -> dict[str, Any]:
     """What was given, as `TriModeLM.infill` takes it."""
-    names = ("context", "threshold", "steps", "temperature", "top_p", "top_k", "min_p", "seed")
+    names = (
+        *("context", "threshold", "steps", "temperature", "top_p", "top_k", "min_p", "seed"),
+        "heal",
+    )
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.lengths is not None:
         if not re.fullmatch(r"\d+(,\d+)*", args.lengths):

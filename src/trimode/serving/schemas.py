@@ -282,6 +282,11 @@ class ChatRequest(_Templated, _Generating):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
+    heal: bool | None = Field(
+        None,
+        description="choose the end of a message that is continued anew where it ends inside of a"
+        " token; true",
+    )
 
 
 class TokenizeRequest(_Templated, _Named):
@@ -314,6 +319,7 @@ class InfillRequest(_Request):
     lengths: Annotated[list[Count], Field(min_length=1, max_length=48)] | None = None
     language: Literal["python"] | None = None
     context: Count | None = None
+    heal: bool | None = Field(None, description="choose the tokens at a gap's ends anew; true")
 
 
 OURS = (
@@ -329,14 +335,17 @@ OURS = (
 
 OURS_OF_CHAT = (
     *("tool_choice", "parallel_tool_calls", "chat_template_kwargs", "enable_thinking"),
-    *("continue_final_message", "add_generation_prompt"),
+    *("continue_final_message", "add_generation_prompt", "heal"),
 )
 """Fields that are options of `TriModeLM.chat` by the same name."""
 
-OURS_OF_TEMPLATE = tuple(name for name in OURS_OF_CHAT if name != "parallel_tool_calls")
+OURS_OF_TEMPLATE = tuple(
+    name for name in OURS_OF_CHAT if name not in ("parallel_tool_calls", "heal")
+)
 """Those of them that say something of the prompt."""
 
 OURS_OF_INFILL = (
     *("lengths", "language", "context", "threshold", "steps", "top_k", "top_p", "min_p", "seed"),
+    "heal",
 )
 """Fields that are arguments of `TriModeLM.infill` by the same name."""

@@ -35,7 +35,8 @@ void check_once(Threads& threads, int count) {
 
 void check_counts(Threads& threads) {
     for (int round = 0; round < 300; round++)
-        for (int count : {0, 1, 2, 3, threads.size(), threads.size() + 1, 100}) check_once(threads, count);
+        for (int count : {0, 1, 2, 3, threads.size(), threads.size() + 1, 100})
+            check_once(threads, count);
     check_once(threads, (1 << 20) + 3);
     for (int round = 0; round < 30; round++) {  // the workers have gone to sleep before each
         std::this_thread::sleep_for(std::chrono::microseconds(200));
@@ -109,7 +110,8 @@ void check_float_mode(Threads& threads) {
             faults[size_t(i)] = smaller == 0.0f || double(third) < 1.0 / 3.0;
             std::this_thread::yield();
         });
-        if ((_mm_getcsr() & 0xffc0) != (flushing & 0xffc0)) fail("the caller's mode did not come back");
+        if ((_mm_getcsr() & 0xffc0) != (flushing & 0xffc0))
+            fail("the caller's mode did not come back");
         for (int fault : faults)
             if (fault) fail("a chunk ran in the caller's floating-point mode");
     }
@@ -161,7 +163,8 @@ void check_fork() {
             std::exit(status == 0 ? 0 : 1);
         }
         int status = 1;
-        if (waitpid(child, &status, 0) != child || status != 0) fail("a forked child did not end well");
+        if (waitpid(child, &status, 0) != child || status != 0)
+            fail("a forked child did not end well");
     }
     is_over.store(true);
     busy.join();

@@ -33,8 +33,8 @@ struct Partial {
     float* values;  // [D]
 };
 
-// N vectors of a head, of which the last has `tail` lanes if not IS_EVEN. No array, so that GCC keeps
-// them in registers.
+// N vectors of a head, of which the last has `tail` lanes if not IS_EVEN. No array, so that GCC
+// keeps them in registers.
 template <int N, bool IS_EVEN>
 struct Head {
     F x;

@@ -1,8 +1,8 @@
 // The choice of a token over the vocabulary, for all rows of a forward.
 //
-// A row is worked through in chunks of fixed size, whose results are joined in order. Rows are dealt
-// out to the threads, or, where there are few, the chunks of each. So what a row gets depends on
-// nothing but the row.
+// A row is worked through in chunks of fixed size, whose results are joined in order. Rows are
+// dealt out to the threads, or, where there are few, the chunks of each. So what a row gets depends
+// on nothing but the row.
 #pragma once
 
 #include <limits>

@@ -29,7 +29,8 @@ struct Cpu {
         has_avx512 = has_avx2 && (saved & 0xe0) == 0xe0 && bit(b, 16) && bit(b, 17) && bit(b, 30) &&
                      bit(b, 31);
         const bool has_vnni = bit(c, 11), has_more = a >= 1;
-        if (!has_avx512 || !has_vnni || !has_more || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
+        if (!has_avx512 || !has_vnni || !has_more) return;
+        if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
         has_avx512_bf16 = bit(a, 5);
     }
 #endif

@@ -80,8 +80,9 @@ inline Edge edge_of_sorted(const std::vector<uint64_t>& keys, float best, double
     return edge_at(keys.back());
 }
 
-// Top-p over all tokens of scores from `floor` on. They are dealt out to buckets by how far they are below the best; the
-// bucket in which the mass is reached is sorted. What is DEPTH below has no mass to speak of.
+// Top-p over all tokens of scores from `floor` on. They are dealt out to buckets by how far they
+// are below the best; the bucket in which the mass is reached is sorted. What is DEPTH below has no
+// mass to speak of.
 inline Edge top_p_edge(const float* logits, int num_tokens, float temperature, float floor,
                        double top_p, float best, FilterScratch& scratch) {
     constexpr int DEPTH = 32, BUCKETS = 1024;
@@ -132,8 +133,8 @@ inline Edge top_p_edge(const float* logits, int num_tokens, float temperature, f
     return edge_of_sorted(scratch.keys, best, before, target);
 }
 
-// What scores from `floor` on, then top-k, then top-p, each within what is left, keep of a row whose
-// best score is finite.
+// What scores from `floor` on, then top-k, then top-p, each within what is left, keep of a row
+// whose best score is finite.
 inline Edge filter_edge(const float* logits, int num_tokens, float temperature, float floor,
                         int top_k, double top_p, float best, FilterScratch& scratch) {
     bool has_k = top_k > 0 && top_k < num_tokens, has_p = top_p < 1;

@@ -38,8 +38,8 @@ INLINE void put(const Input& input, int form, int row, int at, F x, int n) {
 }
 
 // Sums of inputs k .. k+num-1 for a tile of rows, added to y [rows][PANEL] unless k is 0.
-inline void piece_of(const Weight& weight, const char* data, const Input& x, int first, int rows, int k,
-                     int num, float* y) {
+inline void piece_of(const Weight& weight, const char* data, const Input& x, int first, int rows,
+                     int k, int num, float* y) {
     const bool goes_on = k > 0;
     if (weight.form == FLOAT32) {
         const float* from = (const float*)x.data + first * x.stride + k;
@@ -121,7 +121,8 @@ class Pass {
   public:
     Pass(Model& model, const Forward& forward)
         : model_(model), shape_(model.shape), f_(forward), threads_(*model.threads),
-          form_(model.shape.form), lora_form_(form_ == FLOAT32 ? FLOAT32 : BFLOAT16), num_rows_(forward.num_tokens) {}
+          form_(model.shape.form), lora_form_(form_ == FLOAT32 ? FLOAT32 : BFLOAT16),
+          num_rows_(forward.num_tokens) {}
 
     void run() {
         Workspace workspace(model_.workspace);
@@ -285,7 +286,8 @@ class Pass {
             while (panel >= weights[i]->num_panels) panel -= weights[i++]->num_panels;
             float y[BAND_ROWS * PANEL];
             each_band(num_rows, [&](int first, int rows) {
-                sums(*weights[i], pairs == nullptr ? nullptr : pairs[i], i, panel, x, first, rows, y);
+                sums(*weights[i], pairs == nullptr ? nullptr : pairs[i], i, panel, x, first, rows,
+                     y);
                 store(i, panel, first, rows, y);
             });
         });
@@ -584,11 +586,12 @@ class Pass {
         round(x, shape_.hidden_size, num_rows);
         const Weight* weights[] = {&model_.head};
         const int V = model_.head.out;
-        product(weights, 1, nullptr, x, num_rows, [&](int, int panel, int first, int rows, float* y) {
+        const auto keep = [&](int, int panel, int first, int rows, float* y) {
             for (int r = 0; r < rows; r++)
                 copy_out(logits + long(first + r) * V + panel * PANEL, y + r * PANEL,
                          V - panel * PANEL);
-        });
+        };
+        product(weights, 1, nullptr, x, num_rows, keep);
     }
 };
 

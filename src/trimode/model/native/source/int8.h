@@ -1,9 +1,9 @@
 // Products of weights and inputs in 8 bits, with a scale for every GROUP of inputs in both.
 //
-// A panel holds its groups one after the other: PANEL scales in bfloat16, then [GROUP / 4][PANEL][4]
-// weights as w + 128 in uint8, which is what the CPU's dot products take beside a signed input. The 128
-// is taken off again with the sum of the row's inputs. Sums within a group are of integers, at most
-// 32 * 255 * 127; groups are added up in float32 in their order.
+// A panel holds its groups one after the other: PANEL scales in bfloat16, then
+// [GROUP / 4][PANEL][4] weights as w + 128 in uint8, which is what the CPU's dot products take
+// beside a signed input. The 128 is taken off again with the sum of the row's inputs. Sums within a
+// group are of integers, at most 32 * 255 * 127; groups are added up in float32 in their order.
 #pragma once
 
 #include "products.h"

@@ -29,8 +29,8 @@ constexpr int MOST_ROWS = 4;
 constexpr int BAND_ROWS = 4 * MOST_ROWS;
 constexpr int PIECE_BYTES = 8192;
 
-// Bytes that are fetched before a tile of R rows needs them. The CPU does that by itself where there
-// is little else to do.
+// Bytes that are fetched before a tile of R rows needs them. The CPU does that by itself where
+// there is little else to do.
 constexpr int AHEAD = 4096;
 template <int R>
 INLINE void prefetch(const void* weights) {

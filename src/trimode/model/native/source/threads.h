@@ -20,9 +20,9 @@ class FloatMode {
     uint64_t before_;
 };
 
-// A call of `run` deals out chunks 0 .. count-1 one by one to whoever asks, the caller included, and
-// returns when all are done. A thread that the system has taken off its core holds up nobody unless
-// it holds a chunk. Which thread does which chunk never matters to a result.
+// A call of `run` deals out chunks 0 .. count-1 one by one to whoever asks, the caller included,
+// and returns when all are done. A thread that the system has taken off its core holds up nobody
+// unless it holds a chunk. Which thread does which chunk never matters to a result.
 //
 // Any thread may call `run` at any time. If the pool is busy, with another thread's chunks or with
 // the chunk that calls, the caller does all its chunks itself: nobody waits for a lock, so nothing
