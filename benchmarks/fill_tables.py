@@ -120,9 +120,10 @@ def infill_table() -> str:
 
 
 def heal_table() -> str:
-    """Prompts cut anywhere, gone on with and without healing, of both models."""
-    found = [newest(stem).with_suffix(".md") for stem in ("heal_cpu", "heal_smollm2")]
-    return "\n\n".join(path.read_text(encoding="utf-8").strip() for path in found)
+    """Prompts cut anywhere, gone on with and without healing."""
+    paths = [newest("heal_cpu"), *sorted(RESULTS.glob("heal_smollm2_*.json"))[-1:]]
+    texts = [path.with_suffix(".md").read_text(encoding="utf-8").strip() for path in paths]
+    return "\n\n".join(texts)
 
 
 def _twelve_over_one(found: dict[str, Any]) -> str:

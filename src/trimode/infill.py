@@ -104,8 +104,8 @@ class Infilling:
         text: All of it.
         gaps: In the order of the text.
         seed: The seed that reproduces it.
-        stats: What it cost; `new_tokens` are those of the fills, with the ones that also say how the
-            text around a gap ends and begins.
+        stats: What it cost; `new_tokens` are those of the fills, with the ones that also say how
+            the text around a gap ends and begins.
     """
 
     text: str
