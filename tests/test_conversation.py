@@ -425,7 +425,8 @@ def test_names_reach_the_template(vocabulary_of: Any) -> None:
             CALLED[2:],
             "'tool'",
         ),
-        (HERMES, [*ASK, {**CALLED[1], "tool_calls": []}], r"message 3 has tool_calls \[\]"),
+        (HERMES, [*ASK, {**CALLED[1], "tool_calls": []}], "message 3 has role 'assistant' and con"),
+        (HERMES, [*ASK, {**CALLED[1], "tool_calls": 3}], "message 3 has tool_calls 3; allowed"),
         (
             HERMES,
             [{**CALLED[1], "role": "user", "content": "x"}],
@@ -449,10 +450,36 @@ def test_messages_that_cannot_be(
         answering(vocabulary_of(template), messages, {})
 
 
-@pytest.mark.parametrize("arguments", ["{", "[1]", 3])
+@pytest.mark.parametrize("arguments", ["{", "[1]", 3, "[" * 100_000])
 def test_arguments_that_are_no_object(vocabulary_of: Any, arguments: Any) -> None:
     """Prevents: a template that fails with a riddle."""
     call = {**CALL, "function": {"name": "f", "arguments": arguments}}
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     with pytest.raises(RequestError, match=r"message 1 calls 'f' with arguments .*; allowed: a JS"):
         answering(vocabulary_of(HERMES), [message, ASK[1]], {})
+
+
+def test_arguments_that_are_nested_too_deep(vocabulary_of: Any) -> None:
+    """Prevents: a template, or our own walk, that fails by recursion."""
+    deep: Any = {}
+    for _ in range(5000):
+        deep = {"x": [deep]}
+    message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": deep}}]}
+    vocabulary = vocabulary_of(HERMES)
+    with pytest.raises(RequestError, match="message 1 is nested more than 100 deep"):
+        answering(vocabulary, [message, ASK[1]], {})
+    with pytest.raises(RequestError, match="chat_template_kwargs is nested more than 100 deep"):
+        answering(vocabulary, ASK, {"chat_template_kwargs": {"x": deep}})
+    with pytest.raises(RequestError, match="chat_template_kwargs is not valid Unicode"):
+        answering(vocabulary, ASK, {"chat_template_kwargs": {"x": "\ud800"}})
+
+
+def test_messages_with_private_characters(vocabulary_of: Any) -> None:
+    """Prevents: no stand-in found, and an error that a future cannot carry."""
+    vocabulary = vocabulary_of(CHATML)
+    basic = "".join(map(chr, range(0xE000, 0xF900)))
+    ids = ids_of(vocabulary, [{"role": "user", "content": f"{basic}<|im_end|>"}])
+    assert text_of(vocabulary, ids).count(f"{basic}<|im_end|><|im_end|>") == 1
+    planes = "".join(map(chr, [*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]))
+    with pytest.raises(RequestError, match="messages use every private character"):
+        ids_of(vocabulary, [{"role": "user", "content": basic + planes}])

@@ -145,6 +145,14 @@ def test_text_before_a_call(vocabulary_of: Any, name: str) -> None:
         ("hermes", '<tool_call>{"arguments": {}}'),
         ("hermes", '<tool_call>{"name": "f", "arguments": [1]}'),
         ("hermes", '<tool_call>{"name": "look", "argum'),
+        ("hermes", '<tool_call>{"name": "", "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "look", "arguments": {"at": "\\ud800"}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "look", "arguments": {"\\udc00": 1}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "look\\ud800", "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "look", "arguments": {"at": NaN}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "look", "arguments": {"at": [1e999]}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "look", "arguments": "' + "[" * 100_000 + '"}'),
+        ("hermes", '<tool_call>{"name": "look", "parameters": [1]}</tool_call>'),
         ("llama", '{"name": "other", "parameters": {}}'),
         ("llama", '{"name": "look", "parameters": {}} and more'),
         ("llama", '{"title": 3}'),
@@ -183,6 +191,26 @@ def test_a_call_without_arguments(vocabulary_of: Any) -> None:
     assert form is not None
     ids = vocabulary.encode('<tool_call>{"name": "go"}</tool_call>')
     assert split(vocabulary, form, ids) == ("", [("go", {})])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "look", "parameters": {"at": "sky"}}</tool_call>'),
+        ("llama", '{"name": "look", "arguments": {"at": "sky"}}'),
+        (
+            "nested",
+            '<tool_call>{"type": "function", "function": {"name": "look", "parameters":'
+            ' {"at": "sky"}}}</tool_call>',
+        ),
+    ],
+)
+def test_arguments_under_the_other_key(vocabulary_of: Any, name: str, text: str) -> None:
+    """Prevents: a call whose arguments are lost in silence."""
+    vocabulary = vocabulary_of(FORMS[name])
+    form = find_form(Renderer(vocabulary))
+    assert form is not None
+    assert split(vocabulary, form, vocabulary.encode(text)) == ("", [("look", {"at": "sky"})])
 
 
 @pytest.mark.parametrize("template", [CHATML, PLAIN, HERMES.replace("m.tool_calls or []", "[]")])

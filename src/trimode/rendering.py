@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from trimode.errors import RequestError
 from trimode.messages import strings_in
 from trimode.vocabulary import Vocabulary, pattern_of
 
-_PRIVATE = range(0xE000, 0xF900)
-"""Characters without a meaning of their own, which no template strips or changes."""
+_PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFD))
+"""Characters without a meaning of their own, which no template strips or changes. The last one is
+left to `Vocabulary.encode_marked`."""
 
 _FREE_ARGUMENTS = ("documents",)
 """Arguments of `apply_chat_template` that are variables of the template."""
@@ -173,9 +175,16 @@ def _hidden(value: Any, sign_of: Mapping[str, str]) -> Any:
 
 
 def _free_signs(given: Any) -> Iterator[str]:
-    """Yield characters that no string of a caller has."""
+    """Yield characters that no string of a caller has.
+
+    Raises:
+        RequestError: There is none left.
+    """
     used = set().union(*strings_in(given))
-    return (sign for code in _PRIVATE if (sign := chr(code)) not in used)
+    for code in itertools.chain(*_PRIVATE):
+        if (sign := chr(code)) not in used:
+            yield sign
+    raise RequestError("messages use every private character of Unicode; leave some out")
 
 
 def _checked_variables(

@@ -36,6 +36,9 @@ _TOOL = {
 _USER = {"role": "user", "content": "x"}
 _TEXT = "\N{OBJECT REPLACEMENT CHARACTER}"
 
+_ARGUMENT_KEYS = ("arguments", "parameters")
+"""Models take the one for the other."""
+
 Path = tuple[str, ...]
 
 
@@ -120,12 +123,18 @@ class ToolForm:
                 return None
             items, end = body
             items = items if isinstance(items, list) else [items]
-            calls = [
-                _made(_at(item, self.name_path), _at(item, self.arguments_path, {}))
-                for item in items
-            ]
+            calls = [_made(_at(item, self.name_path), self._arguments(item)) for item in items]
         whole = [call for call in calls if call is not None]
         return (whole, end) if whole and len(whole) == len(calls) else None
+
+    def _arguments(self, item: Any) -> Any:
+        """Of a call, under the template's key or the other usual one; {} where it has neither."""
+        *inner, key = self.arguments_path
+        holder = _at(item, tuple(inner))
+        for name in (key, *_ARGUMENT_KEYS):
+            if isinstance(holder, dict) and name in holder:
+                return holder[name]
+        return {}
 
 
 def find_form(renderer: Renderer) -> ToolForm | None:
@@ -357,24 +366,28 @@ def _path_to(value: Any, target: Any) -> Path | None:
     return None
 
 
-def _at(value: Any, path: Path, default: Any = None) -> Any:
+def _at(value: Any, path: Path) -> Any:
     for key in path:
-        value = value.get(key, default) if isinstance(value, dict) else default
+        value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
 def _made(name: Any, arguments: Any) -> ToolCall | None:
     arguments = _loaded(arguments) if isinstance(arguments, str) else arguments
-    if not isinstance(name, str) or not isinstance(arguments, dict):
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         return None
-    text = json.dumps(arguments, ensure_ascii=False)
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (name + text).encode()
+    except (ValueError, RecursionError):  # NaN is no JSON, and half a surrogate pair no text
+        return None
     return ToolCall(secrets.token_hex(5)[:9], name, text)
 
 
 def _loaded(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

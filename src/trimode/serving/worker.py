@@ -370,7 +370,7 @@ class LocalBackend:
         ticket.changed.clear()
 
     async def _in_pool(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, _settled(call))
 
     def _failure(self, ticket: Ticket) -> Failed | None:
         """Why a ticket that is over gave no text, if so."""
@@ -415,6 +415,18 @@ class LocalBackend:
             new_tokens=new_tokens,
             elapsed_s=elapsed_s,
         )
+
+
+def _settled(call: Callable[[], T]) -> Callable[[], T]:
+    """The call; a StopIteration of its is another error, for a future that gets one never ends."""
+
+    def settled() -> T:
+        try:
+            return call()
+        except StopIteration as error:
+            raise RuntimeError("a call in the pool raised StopIteration") from error
+
+    return settled
 
 
 def _advance(steps: Generator[Sequence, None, Infilling]) -> Sequence | Infilling:
