@@ -483,3 +483,54 @@ def test_messages_with_private_characters(vocabulary_of: Any) -> None:
     planes = "".join(map(chr, [*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]))
     with pytest.raises(RequestError, match="messages use every private character"):
         ids_of(vocabulary, [{"role": "user", "content": basic + planes}])
+
+
+THOUGHTS = CHATML.replace(
+    "m.content",
+    "(m.content if m.role != 'assistant' else ('' if '</think>' in m.content else"
+    " '<think></think>') + m.content)",
+)
+"""As Nemotron's, which writes thoughts in front of answers that have none."""
+
+DROPPING = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+"""As DeepSeek's, which drops the thoughts of earlier answers."""
+
+
+@pytest.mark.parametrize("template", [THOUGHTS, DROPPING])
+@pytest.mark.parametrize("content", ["<think>\nhm\n</think>\n\nYes", "Yes <think>", "Yes"])
+def test_thoughts_of_earlier_answers(vocabulary_of: Any, template: str, content: str) -> None:
+    """Prevents: an answer with thoughts refused, or its thoughts in other tokens."""
+    vocabulary = vocabulary_of(template)
+    vocabulary.tokenizer.add_tokens(["<think>", "</think>"])
+    messages = [ASK[1], {"role": "assistant", "content": content}, ASK[1]]
+    assert ids_of(vocabulary, messages) == theirs(vocabulary, messages)
+    messages[1] = {"role": "assistant", "content": f"{content}<|im_end|>"}
+    ids = ids_of(vocabulary, messages)
+    assert sum(i in vocabulary.control_ids for i in ids) == 7
+
+
+def test_an_answer_cannot_end_its_turn_by_an_ordinary_token(vocabulary_of: Any) -> None:
+    """Prevents: the tokens that an assistant may write taking in those that end its turn."""
+    vocabulary = vocabulary_of(THOUGHTS.replace("<|im_end|>", "<end>"))
+    vocabulary.tokenizer.add_tokens(["<end>", "<think>", "</think>"])
+    messages = [ASK[1], {"role": "assistant", "content": "<think>a</think>b<end>c"}, ASK[1]]
+    ids = ids_of(vocabulary, messages)
+    end, think = vocabulary.tokenizer.convert_tokens_to_ids(["<end>", "<think>"])
+    assert (ids.count(end), ids.count(think)) == (3, 1)
+
+
+@pytest.mark.parametrize("text", ["<think>\nhm\n</think>\n\nSo", "a</think>a"])
+def test_a_prefill_that_is_dropped_in_part_is_refused(vocabulary_of: Any, text: str) -> None:
+    """Prevents: an answer that goes on from another text than was given."""
+    with pytest.raises(RequestError, match="changes the last message, so it cannot be continued"):
+        ids_of(vocabulary_of(DROPPING), [ASK[1], {"role": "assistant", "content": text}])
+
+
+@pytest.mark.parametrize("name", ["content", "m", "mood", "raise_exception", "im_start"])
+def test_variables_are_those_of_the_template(vocabulary_of: Any, name: str) -> None:
+    """Prevents: a variable taken because the word stands in a text, a comment or a loop."""
+    template = "{# mood #}{% generation %}" + CHATML + "{% endgeneration %}{{ tone }}"
+    vocabulary = vocabulary_of(template)
+    with pytest.raises(RequestError, match=f"chat_template_kwargs has '{name}', which"):
+        answering(vocabulary, ASK, {"chat_template_kwargs": {name: "x"}})
+    assert text_of(vocabulary, ids_of(vocabulary, ASK, chat_template_kwargs={"tone": "x"}))

@@ -18,7 +18,7 @@ from trimode.detokenize import GrowingText, StandingText, free_len, text_before
 from trimode.errors import RequestError
 from trimode.messages import ToolCall, offered_tools, strings_in
 from trimode.rendering import Renderer
-from trimode.vocabulary import Vocabulary
+from trimode.vocabulary import Vocabulary, pattern_of
 
 NO_TOOLS = "this model's chat template declares no form for tool calls"
 
@@ -39,6 +39,8 @@ _TEXT = "\N{OBJECT REPLACEMENT CHARACTER}"
 _ARGUMENT_KEYS = ("arguments", "parameters")
 """Models take the one for the other."""
 
+_BEGIN, _END = "<think>", "</think>"
+
 Path = tuple[str, ...]
 
 
@@ -53,6 +55,7 @@ class ToolForm:
         name_path, arguments_path: Keys to both in this JSON.
         control: Control tokens of the tokenizer; where `opening` has one, calls are looked for
             among the tokens rather than in the text.
+        thinks: Whether the model may think aloud; what it thinks is no call.
     """
 
     opening: str
@@ -61,6 +64,7 @@ class ToolForm:
     name_path: Path
     arguments_path: Path
     control: Mapping[str, int]
+    thinks: bool = False
 
     @property
     def opening_id(self) -> int | None:
@@ -73,20 +77,43 @@ class ToolForm:
         """The first word of the opening."""
         return (self.opening.split() or [""])[0]
 
-    def calls(self, text: str, names: Collection[str]) -> tuple[int, list[ToolCall]]:
+    def is_thinking(self, vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> bool:
+        """Whether the turn that a prompt opens begins with a thought, and does not end it."""
+        if not self.thinks:
+            return False
+        thoughts = {self.control.get(sign) for sign in (_BEGIN, _END)}
+        turns = [i for i, t in enumerate(prompt_ids) if t in vocabulary.control_ids - thoughts]
+        turn = list(prompt_ids[turns[-1] + 1 if turns else 0 :])
+        text = str(vocabulary.tokenizer.decode(turn, skip_special_tokens=False))
+        return text.rfind(_BEGIN) > text.rfind(_END)
+
+    def end_of_thought(self, text: str, is_thinking: bool) -> int | None:
+        """Where an answer's thought ends; 0 without one, None if it goes on behind the text."""
+        if not self.thinks or not (is_thinking or text.lstrip().startswith(_BEGIN)):
+            return 0
+        found = text.find(_END)
+        return None if found < 0 else found + len(_END)
+
+    def calls(
+        self, text: str, names: Collection[str], *, is_thinking: bool = False
+    ) -> tuple[int, list[ToolCall]]:
         """Find calls in an answer.
 
         Args:
             text: Of the answer, control tokens included if the opening has one.
             names: Of the tools that were offered; a call without an opening must be of one.
+            is_thinking: Whether the answer begins inside of a thought.
 
         Returns:
             Where the first call begins, and all calls; the length of the text, and none.
         """
+        at = self.end_of_thought(text, is_thinking)
+        if at is None:
+            return len(text), []
         if not self.opening:
-            return (0, calls) if (calls := self._whole(text, names)) else (len(text), [])
+            return (at, calls) if (calls := self._whole(text[at:], names)) else (len(text), [])
         found: list[ToolCall] = []
-        first, at = len(text), 0
+        first = len(text)
         opening = _loosely(self.opening)
         following = opening if self.between is None else f"{_loosely(self.between)}|{opening}"
         while match := re.compile(following if found else opening).search(text, at):
@@ -171,7 +198,20 @@ def find_form(renderer: Renderer) -> ToolForm | None:
     vocabulary = renderer.vocabulary
     added = vocabulary.tokenizer.added_tokens_decoder
     names = {added[i].content: i for i in vocabulary.control_ids}
-    return ToolForm(opening, between, middle, name_path, arguments_path, names)
+    template = str(vocabulary.tokenizer.chat_template)
+    thinks = _BEGIN in template or _BEGIN in (token.content for token in added.values())
+    form = ToolForm(opening, between, middle, name_path, arguments_path, names, thinks)
+    return form if _reads(form, renderer, whole[start:]) else None
+
+
+def _reads(form: ToolForm, renderer: Renderer, answer: str) -> bool:
+    """Whether a form reads an answer with one call, as the template wrote it and as it comes."""
+    plain = renderer.text([_USER, {"role": "assistant", "content": _TEXT}])
+    answer = answer.removesuffix(plain.rpartition(_TEXT)[2])
+    if form.opening_id is None and form.control:
+        answer = pattern_of(form.control).sub("", answer)
+    calls = form.calls(answer, [_NAME])[1]
+    return [(call.name, json.loads(call.arguments)) for call in calls] == [(_NAME, _ARGUMENTS)]
 
 
 def shows_calls(renderer: Renderer) -> bool:
@@ -192,6 +232,7 @@ def read_calls(
     text: str,
     token_ids: Sequence[int],
     before: GrowingText,
+    is_thinking: bool = False,
 ) -> tuple[str, list[ToolCall]]:
     """Split an answer.
 
@@ -202,13 +243,14 @@ def read_calls(
         text: The answer.
         token_ids: Its tokens.
         before: The same text, of which nothing was pushed.
+        is_thinking: Whether it begins inside of a thought.
 
     Returns:
         What stands before the first call, all of it without one; and the calls.
     """
     mark = form.opening_id
     if mark is None:
-        start, calls = form.calls(text, names)
+        start, calls = form.calls(text, names, is_thinking=is_thinking)
         return text[:start], calls
     if mark not in token_ids:
         return text, []
@@ -216,10 +258,13 @@ def read_calls(
         list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     assert isinstance(raw, str)
-    _, calls = form.calls(raw, names)
+    start, calls = form.calls(raw, names, is_thinking=is_thinking)
     if not calls:
         return text, []
-    return text[: len(before.whole(token_ids[: token_ids.index(mark)]))], calls
+    # Marks inside of a thought stand before the call's.
+    sign = next(name for name, i in form.control.items() if i == mark)
+    marks = [i for i, token_id in enumerate(token_ids) if token_id == mark]
+    return text[: len(before.whole(token_ids[: marks[raw[:start].count(sign)]]))], calls
 
 
 def split_answer(
@@ -247,6 +292,7 @@ def split_answer(
         text=answer["text"],
         token_ids=answer["token_ids"],
         before=GrowingText(renderer.vocabulary.tokenizer, before),
+        is_thinking=form.is_thinking(renderer.vocabulary, answer["prompt_ids"]),
     )
 
 
