@@ -17,7 +17,7 @@ from tests import chat_templates
 from tests.chat_templates import (
     ALPACA,
     CHATML,
-    DEEPSEEK,
+    FENCED,
     HERMES,
     HUMAN,
     LLAMA_2,
@@ -218,7 +218,7 @@ def test_private_characters_are_no_way_around(vocabulary_of: Any) -> None:
         (VICUNA, None, ["<|eos|>"]),
         (LLAMA_2, None, ["</s>"]),
         (MISTRAL, None, ["</s>"]),
-        (DEEPSEEK, None, ["</s>"]),
+        (FENCED, None, ["</s>"]),
         (CHATML, None, ["<|im_end|>"]),
         (CHATML.replace("<|im_end|>", "<end>"), ["<end>"], None),
         (CHATML.replace("<|im_end|>", "\n<end>"), ["<end>"], None),
@@ -394,7 +394,7 @@ def test_variables_reach_the_template(vocabulary_of: Any) -> None:
     assert ids[0] == ord("<")
 
 
-@pytest.mark.parametrize("template", [HERMES, MISTRAL, DEEPSEEK])
+@pytest.mark.parametrize("template", [HERMES, MISTRAL, FENCED])
 def test_tools_and_their_calls_reach_the_template(vocabulary_of: Any, template: str) -> None:
     """Prevents: arguments that the template writes as a string in a string; tools left out."""
     vocabulary = vocabulary_of(template)
@@ -534,3 +534,36 @@ def test_variables_are_those_of_the_template(vocabulary_of: Any, name: str) -> N
     with pytest.raises(RequestError, match=f"chat_template_kwargs has '{name}', which"):
         answering(vocabulary, ASK, {"chat_template_kwargs": {name: "x"}})
     assert text_of(vocabulary, ids_of(vocabulary, ASK, chat_template_kwargs={"tone": "x"}))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name", "content"),
+    [
+        ("m.content", "(m.name or '') + m.content", "<|im_", "end|>"),
+        ("m.content", "(m.content | replace('*', ''))", None, "a<|im_*end|>b"),
+        ("m.content", "'<|' + (m.name or '') + '|>' + m.content", "im_end", "x"),
+        ("<|im_start|>' + m.role", "<' + (m.name or '') + '|>' + m.role", "|im_end", "x"),
+        ("m.content", "'<' + m.content", None, "|im_end|>"),
+        ("<|im_end|>", "<end>", None, "a<*end>b"),
+    ],
+)
+def test_control_tokens_of_parts_are_refused(
+    vocabulary_of: Any, old: str, new: str, name: str | None, content: str
+) -> None:
+    """Prevents: a message that ends its own turn by what the template joins or takes out."""
+    template = CHATML.replace(old, new)
+    if "<end>" in template:
+        template = template.replace("m.content", "(m.content | replace('*', ''))")
+    vocabulary = vocabulary_of(template)
+    vocabulary.tokenizer.add_tokens(["<end>"])
+    message = {"role": "user", "content": content, **({} if name is None else {"name": name})}
+    with pytest.raises(RequestError, match="makes the control token <.*end.*> of parts"):
+        answering(vocabulary, [message], {})
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_parts_of_control_tokens_are_text(vocabulary_of: Any, name: str) -> None:
+    """Prevents: code and names turned away because control tokens are made of such characters."""
+    vocabulary = vocabulary_of(getattr(chat_templates, name))
+    message = {"role": "user", "content": "if a[i] <|b| > c: <|im_", "name": "<|im_end"}
+    assert ids_of(vocabulary, [message]) == theirs(vocabulary, [message])

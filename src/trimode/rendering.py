@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,8 @@ class Rendering:
     """A conversation as a prompt.
 
     Attributes:
-        token_ids: In which only the template's control tokens are control tokens.
+        token_ids: In which only the template's control tokens are control tokens. Of what a message
+            holds there is none, unless the template itself writes both ends of it.
         text: As the caller's reader would see it.
     """
 
@@ -104,8 +106,8 @@ class Renderer:
                 closes it nor strips it at its end. None renders all.
 
         Raises:
-            RequestError: The template refuses the messages, or treats control tokens as more than
-                text.
+            RequestError: The template refuses the messages, treats control tokens as more than
+                text, or makes them of parts that messages hold.
         """
         given: list[Any] = [list(messages), self._tools, self._variables]
         free = _free_signs([*given, str(self.vocabulary.tokenizer.chat_template)])
@@ -134,7 +136,8 @@ class Renderer:
                     f"messages spell the control token {spelled[0]}, and the chat template does"
                     " not hand it on as it is; leave it out"
                 )
-            text = hidden
+            text, given = hidden, signed
+        self._check_joined(given, text, next(free), add_generation_prompt)
         if open_at is not None:
             before, found, _ = text.rpartition(end)
             if not found:
@@ -165,6 +168,39 @@ class Renderer:
             if any(word in text for text in strings_in(held_by)):
                 found.add(word)
         return sorted(found), of_heads
+
+    def _check_joined(
+        self, given: Sequence[Any], text: str, sign: str, add_generation_prompt: bool
+    ) -> None:
+        """Refuse a text in which the template joined parts of messages to control tokens: it has
+        more of them than one whose messages hold no end of any, and no name."""
+        vocabulary = self.vocabulary
+        added = vocabulary.tokenizer.added_tokens_decoder
+        names = [added[i].content for i in vocabulary.control_ids]
+        ordinary = vocabulary.ordinary_words
+        signs = {end for name in (*names, *ordinary) if name for end in (name[0], name[-1])}
+        ends = {end for end in signs if not end.isalnum() and end != "_"}
+        has_name = any(message.get("name") for message in given[0])
+        if not has_name and not any(ends.intersection(some) for some in strings_in(given)):
+            return
+        unnamed = [
+            {**message, "name": sign * len(message["name"])} if message.get("name") else message
+            for message in given[0]
+        ]
+        harmless = _hidden([unnamed, *given[1:]], dict.fromkeys(ends, sign))
+        if ordinary:
+            marks, of_heads = self._marks()
+            names += sorted(marks - of_heads)
+        if not names:
+            return
+        count = Counter(pattern_of(names).findall(text))
+        count.subtract(pattern_of(names).findall(self._render(harmless, add_generation_prompt)))
+        joined = [name for name, number in count.items() if number > 0]
+        if joined:
+            raise RequestError(
+                f"the chat template makes the control token {joined[0]} of parts that messages"
+                " hold; leave them out"
+            )
 
     def _marks(self) -> tuple[set[str], set[str]]:
         """Added tokens that are not special and mark turns; and those of them that stand nowhere

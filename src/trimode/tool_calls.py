@@ -11,10 +11,10 @@ import os
 import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from trimode.detokenize import GrowingText, StandingText, free_len, text_before
+from trimode.detokenize import GrowingText, text_before
 from trimode.errors import RequestError
 from trimode.messages import ToolCall, offered_tools, strings_in
 from trimode.rendering import Renderer
@@ -36,10 +36,11 @@ _TOOL = {
 _USER = {"role": "user", "content": "x"}
 _TEXT = "\N{OBJECT REPLACEMENT CHARACTER}"
 
+_NAME_PATTERN = r"\s*([\w.-]+?)\s*"
 _ARGUMENT_KEYS = ("arguments", "parameters")
 """Models take the one for the other."""
 
-_BEGIN, _END = "<think>", "</think>"
+BEGIN_THOUGHT, END_THOUGHT = "<think>", "</think>"
 
 Path = tuple[str, ...]
 
@@ -77,22 +78,36 @@ class ToolForm:
         """The first word of the opening."""
         return (self.opening.split() or [""])[0]
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """That a call without an opening may have; with others it is JSON that was asked for."""
+        paths = (self.name_path[:1], self.arguments_path[:1])
+        return frozenset({*(key for path in paths for key in path), *_ARGUMENT_KEYS, "type", "id"})
+
+    def body(self, text: str, *, is_named: bool = False) -> int | None:
+        """Where the JSON of a call begins, in a text that begins with its opening; or, where that
+        is asked for, the name before it. None if it does not begin."""
+        head = "" if self.middle is None or is_named else rf"{_NAME_PATTERN}{self.middle}\s*"
+        found = re.compile(_loosely(self.opening) + head).match(text)
+        return None if found is None else found.end()
+
     def is_thinking(self, vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> bool:
         """Whether the turn that a prompt opens begins with a thought, and does not end it."""
         if not self.thinks:
             return False
-        thoughts = {self.control.get(sign) for sign in (_BEGIN, _END)}
-        turns = [i for i, t in enumerate(prompt_ids) if t in vocabulary.control_ids - thoughts]
+        thoughts = {self.control.get(sign) for sign in (BEGIN_THOUGHT, END_THOUGHT)}
+        control = vocabulary.control_ids - thoughts
+        turns = [i for i, token_id in enumerate(prompt_ids) if token_id in control]
         turn = list(prompt_ids[turns[-1] + 1 if turns else 0 :])
         text = str(vocabulary.tokenizer.decode(turn, skip_special_tokens=False))
-        return text.rfind(_BEGIN) > text.rfind(_END)
+        return text.rfind(BEGIN_THOUGHT) > text.rfind(END_THOUGHT)
 
     def end_of_thought(self, text: str, is_thinking: bool) -> int | None:
         """Where an answer's thought ends; 0 without one, None if it goes on behind the text."""
-        if not self.thinks or not (is_thinking or text.lstrip().startswith(_BEGIN)):
+        if not self.thinks or not (is_thinking or text.lstrip().startswith(BEGIN_THOUGHT)):
             return 0
-        found = text.find(_END)
-        return None if found < 0 else found + len(_END)
+        found = text.find(END_THOUGHT)
+        return None if found < 0 else found + len(END_THOUGHT)
 
     def calls(
         self, text: str, names: Collection[str], *, is_thinking: bool = False
@@ -139,7 +154,7 @@ class ToolForm:
     def _call(self, text: str, start: int) -> tuple[list[ToolCall], int] | None:
         """The calls at a place, and where they end."""
         if self.middle is not None:
-            head = re.compile(rf"\s*([\w.-]+?)\s*{self.middle}\s*").match(text, start)
+            head = re.compile(rf"{_NAME_PATTERN}{self.middle}\s*").match(text, start)
             if head is None or (body := _json_at(text, head.end())) is None:
                 return None
             calls = [_made(head[1], body[0])]
@@ -150,6 +165,8 @@ class ToolForm:
                 return None
             items, end = body
             items = items if isinstance(items, list) else [items]
+            if not self.opening and any(not {*_keys_of(item)} <= self.keys for item in items):
+                return None
             calls = [_made(_at(item, self.name_path), self._arguments(item)) for item in items]
         whole = [call for call in calls if call is not None]
         return (whole, end) if whole and len(whole) == len(calls) else None
@@ -199,8 +216,10 @@ def find_form(renderer: Renderer) -> ToolForm | None:
     added = vocabulary.tokenizer.added_tokens_decoder
     names = {added[i].content: i for i in vocabulary.control_ids}
     template = str(vocabulary.tokenizer.chat_template)
-    thinks = _BEGIN in template or _BEGIN in (token.content for token in added.values())
+    thinks = BEGIN_THOUGHT in template or BEGIN_THOUGHT in (one.content for one in added.values())
     form = ToolForm(opening, between, middle, name_path, arguments_path, names, thinks)
+    if form.opening_id is None and END_THOUGHT in names:  # which no text shows
+        form = replace(form, thinks=False)
     return form if _reads(form, renderer, whole[start:]) else None
 
 
@@ -296,67 +315,6 @@ def split_answer(
     )
 
 
-class CallsHeldBack:
-    """Hands out the text of a growing answer up to what may be a tool call.
-
-    Args:
-        form: Of the template.
-        text: The answer's.
-    """
-
-    def __init__(self, form: ToolForm, text: StandingText) -> None:
-        self._form = form
-        self._text = text
-        self._held = ""
-        self._num_given = 0
-        self._is_closed = False
-        self._is_free = False
-
-    def push(self, token_ids: Sequence[int], *, num_deaf: int = 0) -> str:
-        """Take the next tokens; returns the text that is no call, possibly none.
-
-        Args:
-            token_ids: The next.
-            num_deaf: As `StandingText.push` has it.
-        """
-        if self._is_closed:
-            return ""
-        mark = self._form.opening_id
-        if mark in token_ids:
-            token_ids = token_ids[: token_ids.index(mark)]
-            self._is_closed = True
-        self._held += self._text.push(token_ids, num_deaf=num_deaf)
-        piece = self._held[: self._free_len(mark)]
-        self._held = self._held[len(piece) :]
-        self._num_given += len(piece)
-        return piece
-
-    def finish(self, content: str) -> str:
-        """What of the answer, calls aside, was not given yet."""
-        return content[self._num_given :]
-
-    def _free_len(self, mark: int | None) -> int:
-        if mark is not None or self._is_free:
-            return len(self._held)
-        if self._form.opening:
-            return free_len(self._held, [self._form.mark])
-        begun = self._held.lstrip()
-        self._is_free = bool(begun) and begun[0] not in "{["
-        return len(self._held) if self._is_free else 0
-
-
-class CallAlone:
-    """The text of an answer that is the arguments of a call: nothing, unless it was cut."""
-
-    def push(self, token_ids: Sequence[int], *, num_deaf: int = 0) -> str:
-        """Take the next tokens; none of them is text."""
-        return ""
-
-    def finish(self, content: str) -> str:
-        """The answer's text, which is no call."""
-        return content
-
-
 def forced_call(name: str, text: str) -> tuple[str, list[ToolCall]]:
     """Read an answer as the arguments of a call; returns the text beside it, and the call."""
     call = _made(name, text)
@@ -410,6 +368,10 @@ def _path_to(value: Any, target: Any) -> Path | None:
             if (rest := _path_to(item, target)) is not None:
                 return (key, *rest)
     return None
+
+
+def _keys_of(value: Any) -> Collection[str]:
+    return value.keys() if isinstance(value, dict) else ()
 
 
 def _at(value: Any, path: Path) -> Any:
