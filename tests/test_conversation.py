@@ -509,6 +509,18 @@ def test_thoughts_of_earlier_answers(vocabulary_of: Any, template: str, content:
     assert sum(i in vocabulary.control_ids for i in ids) == 7
 
 
+def test_a_user_who_spells_a_thought(vocabulary_of: Any) -> None:
+    """Prevents: a history refused, or an answer's thought taken apart, since a user spells one."""
+    vocabulary = vocabulary_of(THOUGHTS)
+    vocabulary.tokenizer.add_tokens(["<think>", "</think>"])
+    think = vocabulary.tokenizer.convert_tokens_to_ids("<think>")
+    ask = {"role": "user", "content": "what is <think>?"}
+    answer = {"role": "assistant", "content": "<think>hm</think>It is <think>."}
+    ids = ids_of(vocabulary, [ask, answer, ask])
+    assert ids.count(think) == 2
+    assert text_of(vocabulary, ids).count("what is <think>?") == 2
+
+
 def test_an_answer_cannot_end_its_turn_by_an_ordinary_token(vocabulary_of: Any) -> None:
     """Prevents: the tokens that an assistant may write taking in those that end its turn."""
     vocabulary = vocabulary_of(THOUGHTS.replace("<|im_end|>", "<end>"))

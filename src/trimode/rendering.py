@@ -234,6 +234,8 @@ class Renderer:
 
 def _hidden(value: Any, sign_of: Mapping[str, str]) -> Any:
     """Plain JSON in which every token that a string spells is its sign."""
+    if not sign_of:
+        return value
     if isinstance(value, str):
         return pattern_of(sign_of).sub(lambda match: sign_of[match[0]], value)
     if isinstance(value, Mapping):
