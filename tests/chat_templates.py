@@ -95,7 +95,7 @@ MISTRAL_11 = (
     "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
 )
 
-DEEPSEEK = (
+FENCED = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<|start|>' + m.content }}"
     "{% elif m.role == 'tool' %}{{ '<|sep|>' + m.content }}"
     "{% else %}{{ '<|end|>' + (m.content or '') }}{% for c in m.tool_calls or [] %}"

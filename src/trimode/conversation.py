@@ -189,10 +189,8 @@ def _continued(renderer: Renderer, messages: Messages, options: Mapping[str, Any
     """The conversation up to the end of its last message, which is healed there."""
     rendering, text = renderer.prompt(messages, open_at=-1), messages[-1]["content"]
     said = os.path.commonprefix([rendering.text[::-1], text[::-1]])[::-1]
-    if text.strip() and not said:
-        raise RequestError(
-            "the chat template changes the end of the last message, so it cannot be continued"
-        )
+    if not said.endswith(text.lstrip()):
+        raise RequestError("the chat template changes the last message, so it cannot be continued")
     plain = EncodedPrompt(rendering.token_ids)
     if not said or options.get("heal") is False:
         return plain

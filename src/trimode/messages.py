@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trimode.errors import RequestError
 
 Messages = Sequence[Mapping[str, Any]]
+
+_MAX_DEPTH = 100
+"""Of lists and objects in one another; templates, and JSON, are read by recursion."""
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -51,6 +54,8 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{name} is a {type(message).__name__}; allowed: a mapping")
     found = {key: value for key, value in message.items() if value is not None or key == "content"}
+    if found.get("tool_calls") == []:
+        del found["tool_calls"]
     role, content = found.get("role"), found.get("content")
     has_calls = role == "assistant" and "tool_calls" in found
     if role not in _ROLES or not (isinstance(content, str) or (content is None and has_calls)):
@@ -67,8 +72,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     if has_calls:
         found["content"] = content
         found["tool_calls"] = _calls(found["tool_calls"], name)
-    if any("\ud800" <= sign <= "\udfff" for text in strings_in(found) for sign in text):
-        raise RequestError(f"{name} is not valid Unicode; convert it first")
+    _check_plain(found, name)
     return found
 
 
@@ -87,7 +91,7 @@ def _calls(calls: Any, name: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except ValueError:
+            except (ValueError, RecursionError):
                 arguments = None
         if not isinstance(arguments, Mapping):
             raise RequestError(
@@ -125,8 +129,7 @@ def offered_tools(tools: Any, tool_choice: Any) -> list[dict[str, Any]] | None:
                 f"tool {number} of tools has strict {function['strict']!r}, which is not"
                 " supported; allowed: False"
             )
-    if any("\ud800" <= sign <= "\udfff" for text in strings_in(tools) for sign in text):
-        raise RequestError("tools is not valid Unicode; convert it first")
+    _check_plain(tools, "tools")
     return [dict(tool) for tool in tools] if tools and tool_choice != "none" else None
 
 
@@ -143,6 +146,7 @@ def template_variables(kwargs: Any, enable_thinking: Any) -> dict[str, Any]:
     if not isinstance(enable_thinking, bool | None):
         raise RequestError(f"enable_thinking is {enable_thinking!r}; allowed: True or False")
     found = dict(kwargs or {})
+    _check_plain(found, "chat_template_kwargs")
     if enable_thinking is not None:
         if found.setdefault("enable_thinking", enable_thinking) is not enable_thinking:
             raise RequestError(
@@ -150,6 +154,25 @@ def template_variables(kwargs: Any, enable_thinking: Any) -> dict[str, Any]:
                 " chat_template_kwargs; allowed: one of them"
             )
     return found
+
+
+def _check_plain(value: Any, name: str) -> None:
+    """Refuse what is nested too deep, or no valid Unicode."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [item for one in level for item in _items(one)]
+    if level:
+        raise RequestError(
+            f"{name} is nested more than {_MAX_DEPTH} deep; allowed: at most {_MAX_DEPTH}"
+        )
+    if any("\ud800" <= sign <= "\udfff" for text in strings_in(value) for sign in text):
+        raise RequestError(f"{name} is not valid Unicode; convert it first")
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
 
 
 def strings_in(value: Any) -> Iterator[str]:

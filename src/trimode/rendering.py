@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerBase
 
 from trimode.errors import RequestError
 from trimode.messages import strings_in
 from trimode.vocabulary import Vocabulary, pattern_of
 
-_PRIVATE = range(0xE000, 0xF900)
-"""Characters without a meaning of their own, which no template strips or changes."""
+_PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFD))
+"""Characters without a meaning of their own, which no template strips or changes. The last one is
+left to `Vocabulary.encode_marked`."""
+
+_STAND_INS = ("\N{OBJECT REPLACEMENT CHARACTER}", "\N{INTERLINEAR ANNOTATION ANCHOR}")
 
 _FREE_ARGUMENTS = ("documents",)
 """Arguments of `apply_chat_template` that are variables of the template."""
+
+_NOT_VARIABLES = ("messages", "raise_exception", "strftime_now")
+"""What `apply_chat_template` hands to every template."""
+
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+"""Tags that transformers adds to Jinja."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +39,8 @@ class Rendering:
     """A conversation as a prompt.
 
     Attributes:
-        token_ids: In which only the template's control tokens are control tokens.
+        token_ids: In which only the template's control tokens are control tokens. Of what a message
+            holds there is none, unless the template itself writes both ends of it.
         text: As the caller's reader would see it.
     """
 
@@ -92,8 +106,8 @@ class Renderer:
                 closes it nor strips it at its end. None renders all.
 
         Raises:
-            RequestError: The template refuses the messages, or treats control tokens as more than
-                text.
+            RequestError: The template refuses the messages, treats control tokens as more than
+                text, or makes them of parts that messages hold.
         """
         given: list[Any] = [list(messages), self._tools, self._variables]
         free = _free_signs([*given, str(self.vocabulary.tokenizer.chat_template)])
@@ -104,19 +118,26 @@ class Renderer:
             opened = f"{'' if content.strip() else begin}{content}{end}"
             given[0] = list(messages)
             given[0][open_at] = {**messages[open_at], "content": opened}
-        spelled = self._spelled(given)
+        spelled, of_others = self._spelled(given)
         sign_of = {name: next(free) for name in spelled}
         as_text = {sign: name for name, sign in sign_of.items()}
         show = str.maketrans(as_text)
         text = self._render(given, add_generation_prompt)
         if spelled:
-            hidden = self._render(_hidden(given, sign_of), add_generation_prompt)
+            own = {name: sign for name, sign in sign_of.items() if name not in of_others}
+            apart = [
+                _hidden(message, own if message["role"] == "assistant" else sign_of)
+                for message in given[0]
+            ]
+            signed = [apart, *_hidden(given[1:], sign_of)]
+            hidden = self._render(signed, add_generation_prompt)
             if hidden.translate(show) != text:
                 raise RequestError(
                     f"messages spell the control token {spelled[0]}, and the chat template does"
                     " not hand it on as it is; leave it out"
                 )
-            text = hidden
+            text, given = hidden, signed
+        self._check_joined(given, text, next(free), add_generation_prompt)
         if open_at is not None:
             before, found, _ = text.rpartition(end)
             if not found:
@@ -132,17 +153,67 @@ class Renderer:
             raise RequestError("the chat template writes nothing for these messages")
         return Rendering(ids, text.translate(show))
 
-    def _spelled(self, given: Sequence[Any]) -> list[str]:
-        """Control tokens that a caller spells, and other added tokens that mark turns."""
+    def _spelled(self, given: Sequence[Any]) -> tuple[list[str], set[str]]:
+        """Control tokens that a caller spells, and other added tokens that mark turns; and those
+        of the latter that an assistant may write, as it writes its thoughts."""
         vocabulary = self.vocabulary
         found = {name for text in strings_in(given) for name in vocabulary.spelled_control(text)}
         words = vocabulary.ordinary_words
-        if words and any(map(pattern_of(words).search, strings_in(given))):
-            ask = {"role": "user", "content": ""}
-            turns = self._render([[ask, {**ask, "role": "assistant"}, ask], None, {}], False)
-            marks = {word for word in pattern_of(words).findall(turns)}
-            found |= {word for word in marks if any(word in text for text in strings_in(given))}
-        return sorted(found)
+        if not words or not any(map(pattern_of(words).search, strings_in(given))):
+            return sorted(found), set()
+        marks, of_heads = self._marks()
+        others = [message for message in given[0] if message["role"] != "assistant"]
+        for word in marks:
+            held_by = [others, given[1:]] if word in of_heads else given
+            if any(word in text for text in strings_in(held_by)):
+                found.add(word)
+        return sorted(found), of_heads
+
+    def _check_joined(
+        self, given: Sequence[Any], text: str, sign: str, add_generation_prompt: bool
+    ) -> None:
+        """Refuse a text in which the template joined parts of messages to control tokens: it has
+        more of them than one whose messages hold no end of any, and no name."""
+        vocabulary = self.vocabulary
+        added = vocabulary.tokenizer.added_tokens_decoder
+        names = [added[i].content for i in vocabulary.control_ids]
+        ordinary = vocabulary.ordinary_words
+        signs = {end for name in (*names, *ordinary) if name for end in (name[0], name[-1])}
+        ends = {end for end in signs if not end.isalnum() and end != "_"}
+        has_name = any(message.get("name") for message in given[0])
+        if not has_name and not any(ends.intersection(some) for some in strings_in(given)):
+            return
+        unnamed = [
+            {**message, "name": sign * len(message["name"])} if message.get("name") else message
+            for message in given[0]
+        ]
+        harmless = _hidden([unnamed, *given[1:]], dict.fromkeys(ends, sign))
+        if ordinary:
+            marks, of_heads = self._marks()
+            names += sorted(marks - of_heads)
+        if not names:
+            return
+        count = Counter(pattern_of(names).findall(text))
+        count.subtract(pattern_of(names).findall(self._render(harmless, add_generation_prompt)))
+        joined = [name for name, number in count.items() if number > 0]
+        if joined:
+            raise RequestError(
+                f"the chat template makes the control token {joined[0]} of parts that messages"
+                " hold; leave them out"
+            )
+
+    def _marks(self) -> tuple[set[str], set[str]]:
+        """Added tokens that are not special and mark turns; and those of them that stand nowhere
+        but between a user's message and its answer."""
+        find = pattern_of(self.vocabulary.ordinary_words).findall
+        ask = {"role": "user", "content": ""}
+        turns = [ask, {**ask, "role": "assistant"}, ask]
+        marks = {*find(self._render([turns, None, {}], False))}
+        asked, answered = _STAND_INS
+        turns = [{**ask, "content": asked}, {"role": "assistant", "content": answered}, ask]
+        before, _, rest = self._render([turns, None, {}], False).partition(asked)
+        head, _, behind = rest.partition(answered)
+        return marks | {*find(head)}, ({*find(head)} | marks) - {*find(before), *find(behind)}
 
     def _render(self, given: Sequence[Any], add_generation_prompt: bool) -> str:
         messages, tools, variables = given
@@ -163,6 +234,8 @@ class Renderer:
 
 def _hidden(value: Any, sign_of: Mapping[str, str]) -> Any:
     """Plain JSON in which every token that a string spells is its sign."""
+    if not sign_of:
+        return value
     if isinstance(value, str):
         return pattern_of(sign_of).sub(lambda match: sign_of[match[0]], value)
     if isinstance(value, Mapping):
@@ -173,21 +246,34 @@ def _hidden(value: Any, sign_of: Mapping[str, str]) -> Any:
 
 
 def _free_signs(given: Any) -> Iterator[str]:
-    """Yield characters that no string of a caller has."""
+    """Yield characters that no string of a caller has.
+
+    Raises:
+        RequestError: There is none left.
+    """
     used = set().union(*strings_in(given))
-    return (sign for code in _PRIVATE if (sign := chr(code)) not in used)
+    for code in itertools.chain(*_PRIVATE):
+        if (sign := chr(code)) not in used:
+            yield sign
+    raise RequestError("messages use every private character of Unicode; leave some out")
+
+
+def _variables_of(source: str) -> set[str]:
+    """Variables that a template reads and does not set itself before."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    return find_undeclared_variables(environment.parse(_GENERATION.sub("", source)))
 
 
 def _checked_variables(
     tokenizer: PreTrainedTokenizerBase, tools: Any, variables: Mapping[str, Any]
 ) -> dict[str, Any]:
     arguments = inspect.signature(tokenizer.apply_chat_template).parameters
-    taken = {*arguments, *tokenizer.special_tokens_map, "messages"} - {*_FREE_ARGUMENTS}
-    source = ""
+    taken = {*arguments, *tokenizer.special_tokens_map, *_NOT_VARIABLES} - {*_FREE_ARGUMENTS}
+    named = set[str]()
     if variables:
         try:
-            source = str(tokenizer.get_chat_template(tools=tools))
-        except ValueError as error:
+            named = _variables_of(str(tokenizer.get_chat_template(tools=tools)))
+        except (ValueError, TemplateSyntaxError) as error:
             raise RequestError(f"chat_template_kwargs is given, but {error}") from error
     read = {}
     for name, value in variables.items():
@@ -195,7 +281,7 @@ def _checked_variables(
             raise RequestError(
                 f"chat_template_kwargs has {name!r}, which is not a variable of the template's own"
             )
-        if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", source):
+        if name in named:
             read[name] = value
         elif name != "enable_thinking" or value:  # who does not think need not be told not to
             raise RequestError(

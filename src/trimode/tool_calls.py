@@ -11,14 +11,14 @@ import os
 import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from trimode.detokenize import GrowingText, StandingText, free_len, text_before
+from trimode.detokenize import GrowingText, text_before
 from trimode.errors import RequestError
 from trimode.messages import ToolCall, offered_tools, strings_in
 from trimode.rendering import Renderer
-from trimode.vocabulary import Vocabulary
+from trimode.vocabulary import Vocabulary, pattern_of
 
 NO_TOOLS = "this model's chat template declares no form for tool calls"
 
@@ -36,6 +36,12 @@ _TOOL = {
 _USER = {"role": "user", "content": "x"}
 _TEXT = "\N{OBJECT REPLACEMENT CHARACTER}"
 
+_NAME_PATTERN = r"\s*([\w.-]+?)\s*"
+_ARGUMENT_KEYS = ("arguments", "parameters")
+"""Models take the one for the other."""
+
+BEGIN_THOUGHT, END_THOUGHT = "<think>", "</think>"
+
 Path = tuple[str, ...]
 
 
@@ -50,6 +56,7 @@ class ToolForm:
         name_path, arguments_path: Keys to both in this JSON.
         control: Control tokens of the tokenizer; where `opening` has one, calls are looked for
             among the tokens rather than in the text.
+        thinks: Whether the model may think aloud; what it thinks is no call.
     """
 
     opening: str
@@ -58,6 +65,7 @@ class ToolForm:
     name_path: Path
     arguments_path: Path
     control: Mapping[str, int]
+    thinks: bool = False
 
     @property
     def opening_id(self) -> int | None:
@@ -70,20 +78,57 @@ class ToolForm:
         """The first word of the opening."""
         return (self.opening.split() or [""])[0]
 
-    def calls(self, text: str, names: Collection[str]) -> tuple[int, list[ToolCall]]:
+    @property
+    def keys(self) -> frozenset[str]:
+        """That a call without an opening may have; with others it is JSON that was asked for."""
+        paths = (self.name_path[:1], self.arguments_path[:1])
+        return frozenset({*(key for path in paths for key in path), *_ARGUMENT_KEYS, "type", "id"})
+
+    def body(self, text: str, *, is_named: bool = False) -> int | None:
+        """Where the JSON of a call begins, in a text that begins with its opening; or, where that
+        is asked for, the name before it. None if it does not begin."""
+        head = "" if self.middle is None or is_named else rf"{_NAME_PATTERN}{self.middle}\s*"
+        found = re.compile(_loosely(self.opening) + head).match(text)
+        return None if found is None else found.end()
+
+    def is_thinking(self, vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> bool:
+        """Whether the turn that a prompt opens begins with a thought, and does not end it."""
+        if not self.thinks:
+            return False
+        thoughts = {self.control.get(sign) for sign in (BEGIN_THOUGHT, END_THOUGHT)}
+        control = vocabulary.control_ids - thoughts
+        turns = [i for i, token_id in enumerate(prompt_ids) if token_id in control]
+        turn = list(prompt_ids[turns[-1] + 1 if turns else 0 :])
+        text = str(vocabulary.tokenizer.decode(turn, skip_special_tokens=False))
+        return text.rfind(BEGIN_THOUGHT) > text.rfind(END_THOUGHT)
+
+    def end_of_thought(self, text: str, is_thinking: bool) -> int | None:
+        """Where an answer's thought ends; 0 without one, None if it goes on behind the text."""
+        if not self.thinks or not (is_thinking or text.lstrip().startswith(BEGIN_THOUGHT)):
+            return 0
+        found = text.find(END_THOUGHT)
+        return None if found < 0 else found + len(END_THOUGHT)
+
+    def calls(
+        self, text: str, names: Collection[str], *, is_thinking: bool = False
+    ) -> tuple[int, list[ToolCall]]:
         """Find calls in an answer.
 
         Args:
             text: Of the answer, control tokens included if the opening has one.
             names: Of the tools that were offered; a call without an opening must be of one.
+            is_thinking: Whether the answer begins inside of a thought.
 
         Returns:
             Where the first call begins, and all calls; the length of the text, and none.
         """
+        at = self.end_of_thought(text, is_thinking)
+        if at is None:
+            return len(text), []
         if not self.opening:
-            return (0, calls) if (calls := self._whole(text, names)) else (len(text), [])
+            return (at, calls) if (calls := self._whole(text[at:], names)) else (len(text), [])
         found: list[ToolCall] = []
-        first, at = len(text), 0
+        first = len(text)
         opening = _loosely(self.opening)
         following = opening if self.between is None else f"{_loosely(self.between)}|{opening}"
         while match := re.compile(following if found else opening).search(text, at):
@@ -109,7 +154,7 @@ class ToolForm:
     def _call(self, text: str, start: int) -> tuple[list[ToolCall], int] | None:
         """The calls at a place, and where they end."""
         if self.middle is not None:
-            head = re.compile(rf"\s*([\w.-]+?)\s*{self.middle}\s*").match(text, start)
+            head = re.compile(rf"{_NAME_PATTERN}{self.middle}\s*").match(text, start)
             if head is None or (body := _json_at(text, head.end())) is None:
                 return None
             calls = [_made(head[1], body[0])]
@@ -120,12 +165,20 @@ class ToolForm:
                 return None
             items, end = body
             items = items if isinstance(items, list) else [items]
-            calls = [
-                _made(_at(item, self.name_path), _at(item, self.arguments_path, {}))
-                for item in items
-            ]
+            if not self.opening and any(not {*_keys_of(item)} <= self.keys for item in items):
+                return None
+            calls = [_made(_at(item, self.name_path), self._arguments(item)) for item in items]
         whole = [call for call in calls if call is not None]
         return (whole, end) if whole and len(whole) == len(calls) else None
+
+    def _arguments(self, item: Any) -> Any:
+        """Of a call, under the template's key or the other usual one; {} where it has neither."""
+        *inner, key = self.arguments_path
+        holder = _at(item, tuple(inner))
+        for name in (key, *_ARGUMENT_KEYS):
+            if isinstance(holder, dict) and name in holder:
+                return holder[name]
+        return {}
 
 
 def find_form(renderer: Renderer) -> ToolForm | None:
@@ -162,7 +215,22 @@ def find_form(renderer: Renderer) -> ToolForm | None:
     vocabulary = renderer.vocabulary
     added = vocabulary.tokenizer.added_tokens_decoder
     names = {added[i].content: i for i in vocabulary.control_ids}
-    return ToolForm(opening, between, middle, name_path, arguments_path, names)
+    template = str(vocabulary.tokenizer.chat_template)
+    thinks = BEGIN_THOUGHT in template or BEGIN_THOUGHT in (one.content for one in added.values())
+    form = ToolForm(opening, between, middle, name_path, arguments_path, names, thinks)
+    if form.opening_id is None and END_THOUGHT in names:  # which no text shows
+        form = replace(form, thinks=False)
+    return form if _reads(form, renderer, whole[start:]) else None
+
+
+def _reads(form: ToolForm, renderer: Renderer, answer: str) -> bool:
+    """Whether a form reads an answer with one call, as the template wrote it and as it comes."""
+    plain = renderer.text([_USER, {"role": "assistant", "content": _TEXT}])
+    answer = answer.removesuffix(plain.rpartition(_TEXT)[2])
+    if form.opening_id is None and form.control:
+        answer = pattern_of(form.control).sub("", answer)
+    calls = form.calls(answer, [_NAME])[1]
+    return [(call.name, json.loads(call.arguments)) for call in calls] == [(_NAME, _ARGUMENTS)]
 
 
 def shows_calls(renderer: Renderer) -> bool:
@@ -183,6 +251,7 @@ def read_calls(
     text: str,
     token_ids: Sequence[int],
     before: GrowingText,
+    is_thinking: bool = False,
 ) -> tuple[str, list[ToolCall]]:
     """Split an answer.
 
@@ -193,13 +262,14 @@ def read_calls(
         text: The answer.
         token_ids: Its tokens.
         before: The same text, of which nothing was pushed.
+        is_thinking: Whether it begins inside of a thought.
 
     Returns:
         What stands before the first call, all of it without one; and the calls.
     """
     mark = form.opening_id
     if mark is None:
-        start, calls = form.calls(text, names)
+        start, calls = form.calls(text, names, is_thinking=is_thinking)
         return text[:start], calls
     if mark not in token_ids:
         return text, []
@@ -207,10 +277,13 @@ def read_calls(
         list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     assert isinstance(raw, str)
-    _, calls = form.calls(raw, names)
+    start, calls = form.calls(raw, names, is_thinking=is_thinking)
     if not calls:
         return text, []
-    return text[: len(before.whole(token_ids[: token_ids.index(mark)]))], calls
+    # Marks inside of a thought stand before the call's.
+    sign = next(name for name, i in form.control.items() if i == mark)
+    marks = [i for i, token_id in enumerate(token_ids) if token_id == mark]
+    return text[: len(before.whole(token_ids[: marks[raw[:start].count(sign)]]))], calls
 
 
 def split_answer(
@@ -238,68 +311,8 @@ def split_answer(
         text=answer["text"],
         token_ids=answer["token_ids"],
         before=GrowingText(renderer.vocabulary.tokenizer, before),
+        is_thinking=form.is_thinking(renderer.vocabulary, answer["prompt_ids"]),
     )
-
-
-class CallsHeldBack:
-    """Hands out the text of a growing answer up to what may be a tool call.
-
-    Args:
-        form: Of the template.
-        text: The answer's.
-    """
-
-    def __init__(self, form: ToolForm, text: StandingText) -> None:
-        self._form = form
-        self._text = text
-        self._held = ""
-        self._num_given = 0
-        self._is_closed = False
-        self._is_free = False
-
-    def push(self, token_ids: Sequence[int], *, num_deaf: int = 0) -> str:
-        """Take the next tokens; returns the text that is no call, possibly none.
-
-        Args:
-            token_ids: The next.
-            num_deaf: As `StandingText.push` has it.
-        """
-        if self._is_closed:
-            return ""
-        mark = self._form.opening_id
-        if mark in token_ids:
-            token_ids = token_ids[: token_ids.index(mark)]
-            self._is_closed = True
-        self._held += self._text.push(token_ids, num_deaf=num_deaf)
-        piece = self._held[: self._free_len(mark)]
-        self._held = self._held[len(piece) :]
-        self._num_given += len(piece)
-        return piece
-
-    def finish(self, content: str) -> str:
-        """What of the answer, calls aside, was not given yet."""
-        return content[self._num_given :]
-
-    def _free_len(self, mark: int | None) -> int:
-        if mark is not None or self._is_free:
-            return len(self._held)
-        if self._form.opening:
-            return free_len(self._held, [self._form.mark])
-        begun = self._held.lstrip()
-        self._is_free = bool(begun) and begun[0] not in "{["
-        return len(self._held) if self._is_free else 0
-
-
-class CallAlone:
-    """The text of an answer that is the arguments of a call: nothing, unless it was cut."""
-
-    def push(self, token_ids: Sequence[int], *, num_deaf: int = 0) -> str:
-        """Take the next tokens; none of them is text."""
-        return ""
-
-    def finish(self, content: str) -> str:
-        """The answer's text, which is no call."""
-        return content
 
 
 def forced_call(name: str, text: str) -> tuple[str, list[ToolCall]]:
@@ -357,24 +370,32 @@ def _path_to(value: Any, target: Any) -> Path | None:
     return None
 
 
-def _at(value: Any, path: Path, default: Any = None) -> Any:
+def _keys_of(value: Any) -> Collection[str]:
+    return value.keys() if isinstance(value, dict) else ()
+
+
+def _at(value: Any, path: Path) -> Any:
     for key in path:
-        value = value.get(key, default) if isinstance(value, dict) else default
+        value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
 def _made(name: Any, arguments: Any) -> ToolCall | None:
     arguments = _loaded(arguments) if isinstance(arguments, str) else arguments
-    if not isinstance(name, str) or not isinstance(arguments, dict):
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         return None
-    text = json.dumps(arguments, ensure_ascii=False)
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (name + text).encode()
+    except (ValueError, RecursionError):  # NaN is no JSON, and half a surrogate pair no text
+        return None
     return ToolCall(secrets.token_hex(5)[:9], name, text)
 
 
 def _loaded(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

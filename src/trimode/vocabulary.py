@@ -39,7 +39,7 @@ class Vocabulary:
         num_tokens: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._added = added = tokenizer.added_tokens_decoder
+        added = tokenizer.added_tokens_decoder
         mask = {mask_token_id} & added.keys()
         self.control_ids = frozenset(i for i, token in added.items() if token.special) | mask
         self._mask_token_id = mask_token_id
@@ -145,7 +145,7 @@ class Vocabulary:
     @cached_property
     def ordinary_words(self) -> list[str]:
         """Added tokens that are text and no white space, such as `<think>`."""
-        added = self._added.items()
+        added = self.tokenizer.added_tokens_decoder.items()
         ordinary = [token.content for i, token in added if i not in self.control_ids]
         return [word for word in ordinary if word.strip()]
 
@@ -154,12 +154,13 @@ class Vocabulary:
         """Of all tokens that are text, as they are inside of a text; none where the tokenizer does
         not say them."""
         tokenizer, most = self.tokenizer, self._num_tokens
+        added_tokens = tokenizer.added_tokens_decoder
         spell = _speller(tokenizer)
         found, single = dict[int, bytes](), set[int]()
         for token, token_id in tokenizer.get_vocab().items():
             if token_id == self._mask_token_id or (most is not None and token_id >= most):
                 continue
-            if (added := self._added.get(token_id)) is None:
+            if (added := added_tokens.get(token_id)) is None:
                 octets = spell(token)
                 if _BYTE_TOKEN.fullmatch(token):
                     single.add(token_id)

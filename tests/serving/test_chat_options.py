@@ -240,3 +240,22 @@ def test_variables_of_the_template(lm: TriModeLM) -> None:
             )
         ]
     assert found[0] < found[1] == found[2]
+
+
+def test_what_other_clients_leave_in_messages_and_tools(client: openai.OpenAI) -> None:
+    """Prevents: a client that sends an empty list of calls, or marks tools, turned away."""
+    plain: dict[str, Any] = {"max_tokens": 3, "extra_body": {"tools": [TOOL]}}
+    marked = {"tools": [{**TOOL, "cache_control": {"type": "ephemeral"}}]}
+    said: dict[str, Any] = {"role": "assistant", "content": "yes"}
+    wanted = client.chat.completions.create(messages=[ASK, said, ASK], **OPTIONS | plain)
+    messages: Any = [ASK, {**said, "tool_calls": []}, ASK]
+    answer = client.chat.completions.create(
+        messages=messages, **OPTIONS | {**plain, "extra_body": marked}
+    )
+    assert answer.choices[0].message == wanted.choices[0].message
+    assert answer.usage is not None
+    assert wanted.usage is not None
+    assert answer.usage.prompt_tokens == wanted.usage.prompt_tokens
+    empty: Any = [{"role": "assistant", "content": None, "tool_calls": []}, ASK]
+    with pytest.raises(openai.BadRequestError, match="content is null or missing"):
+        client.chat.completions.create(messages=empty, **OPTIONS)

@@ -187,7 +187,7 @@ def test_the_field_that_was_sent_is_named(
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "allowed: a string, or a list of text parts",
         ),
-        ({"messages": [{**ASSISTANT, "tool_calls": []}]}, "tool_calls is []; allowed: at least 1"),
+        ({"messages": [{**ASSISTANT, "content": None, "tool_calls": []}]}, "0.content is null or"),
         ({"prompt": "x"}, "it is one of /v1/completions and /v1/infill"),
         ({"tools": [{"type": "function"}]}, "tools.0.function is missing"),
         ({"tools": [{**TOOL, "function": {"name": "f", "strict": True}}]}, "strict is true; allow"),

@@ -395,3 +395,10 @@ def test_what_cannot_serve_is_refused(tiny_lm: TriModeLM) -> None:
         LocalBackend(TriModeLM(tiny_lm.model, None), name="x")
     with pytest.raises(ConfigError, match="context_len is 513; allowed: 2 to the model's own, 512"):
         LocalBackend(tiny_lm, name="x", context_len=513)
+
+
+def test_a_call_that_raises_stop_iteration_ends(make: Make) -> None:
+    """Prevents: a request that waits for ever for a future that cannot carry this error."""
+    backend = make()
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        _run(backend._in_pool(lambda: next(iter(()))))

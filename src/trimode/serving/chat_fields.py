@@ -28,7 +28,10 @@ def chat_options(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
     """Return the options of the template that a request gives."""
     names = OURS_OF_CHAT if isinstance(request, ChatRequest) else OURS_OF_TEMPLATE
     options = {name: value for name in names if (value := getattr(request, name)) is not None}
-    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+    tools = [
+        tool.model_dump(exclude_none=True, exclude={"cache_control"})
+        for tool in request.tools or ()
+    ]
     if isinstance(request, TokenizeRequest):  # a required call is written by no template
         if options.get("tool_choice") not in (None, "none", "auto"):
             del options["tool_choice"]
@@ -83,7 +86,7 @@ def _forced(request: ChatRequest) -> int | None:
 def _plain(index: int, message: Message) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     content = message.content
-    if content is None and message.tool_calls is None:
+    if content is None and not message.tool_calls:
         raise bad_request(
             f"messages.{index}.content is null or missing; allowed: a string, or a list of text"
             " parts; null beside tool_calls",
@@ -99,7 +102,6 @@ def _plain(index: int, message: Message) -> dict[str, Any]:
         for name in ("name", "tool_call_id")
         if (value := getattr(message, name)) is not None
     }
-    if message.tool_calls is not None:
-        calls = message.tool_calls
+    if calls := message.tool_calls:
         plain["tool_calls"] = [call.model_dump(exclude={"index"}) for call in calls]
     return plain

@@ -183,7 +183,7 @@ class Message(BaseModel):
     )
     name: str | None = Field(None, description="handed to the chat template")
     tool_call_id: str | None = Field(None, description="with role tool")
-    tool_calls: Annotated[list[CalledTool], Field(min_length=1)] | None = None
+    tool_calls: list[CalledTool] | None = Field(None, description="an empty list is none")
     cache_control: Any = Field(None, description="taken and not used")
     # An answer may be sent back as it came.
     annotations: None = None
@@ -210,6 +210,7 @@ class Tool(BaseModel):
 
     type: Literal["function"]
     function: ToolFunction
+    cache_control: Any = Field(None, description="taken and not used")
 
 
 class ChosenFunction(BaseModel):

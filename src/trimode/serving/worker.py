@@ -29,6 +29,7 @@ from trimode.runtime import MAX_BATCH, TriModeLM
 from trimode.serving.draining import SHUTTING_DOWN, RunningJobs
 from trimode.serving.engine_thread import EngineThread, Ticket
 from trimode.serving.failures import ABORTS, BROKEN, GIVEN_UP, TOO_SLOW, no_room, refused
+from trimode.serving.held_calls import CallAlone, CallsHeldBack
 from trimode.serving.jobs import (
     Accepted,
     Done,
@@ -44,8 +45,6 @@ from trimode.serving.room import check_room
 from trimode.serving.token_texts import NewLogprobs, TokenTexts
 from trimode.serving.tokenizing import TASKS, check_chat, tokenized
 from trimode.tool_calls import (
-    CallAlone,
-    CallsHeldBack,
     ToolForm,
     find_form,
     forced_call,
@@ -202,7 +201,13 @@ class LocalBackend:
         form = await self._in_pool(lambda: self._tool_form(job))
         forced = job.options.get("forced_call")
         held = CallAlone() if forced else standing
-        text = held if form is None else CallsHeldBack(form, standing)
+        vocabulary = self._vocabulary
+        is_thinking = form is not None and form.is_thinking(vocabulary, seq.prompt_ids)
+        text = (
+            CallsHeldBack(vocabulary.tokenizer, form, standing, is_thinking=is_thinking)
+            if form is not None
+            else held
+        )
         prompt = self._texts.prompt_text(seq, job.inputs) if job.wants_prompt else ""
         growing = self._lm.growing_text(seq)
         shown = NewLogprobs(self._texts, growing, num_chars=len(prompt))
@@ -246,6 +251,7 @@ class LocalBackend:
                 text=content,
                 token_ids=seq.new_ids,
                 before=self._lm.growing_text(seq),
+                is_thinking=is_thinking,
             )
         elif forced:
             content, calls = forced_call(forced, content)
@@ -370,7 +376,7 @@ class LocalBackend:
         ticket.changed.clear()
 
     async def _in_pool(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, _settled(call))
 
     def _failure(self, ticket: Ticket) -> Failed | None:
         """Why a ticket that is over gave no text, if so."""
@@ -415,6 +421,18 @@ class LocalBackend:
             new_tokens=new_tokens,
             elapsed_s=elapsed_s,
         )
+
+
+def _settled(call: Callable[[], T]) -> Callable[[], T]:
+    """The call; a StopIteration of its is another error, for a future that gets one never ends."""
+
+    def settled() -> T:
+        try:
+            return call()
+        except StopIteration as error:
+            raise RuntimeError("a call in the pool raised StopIteration") from error
+
+    return settled
 
 
 def _advance(steps: Generator[Sequence, None, Infilling]) -> Sequence | Infilling:
