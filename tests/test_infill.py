@@ -196,7 +196,7 @@ def test_ends_that_are_not_healed(lm: trimode.TriModeLM, capsys: Capture) -> Non
     assert healed.head
     assert healed.prompt.healed_bytes
     assert (plain.head, plain.prompt.healed_bytes) == (b"", b"")
-    assert (plain.edges.first, plain.edges.last) == (None, None)
+    assert plain.edges.first is plain.edges.last is plain.edges.inner  # any text
     assert plain.prompt.token_ids == lm.encode(before)
     assert list(plain.suffix_ids) == lm.vocabulary.encode(behind)
     text = f"{before}<FILL>{behind}"
@@ -383,3 +383,14 @@ def test_only_the_nearest_text_before_is_in_view(lm: trimode.TriModeLM) -> None:
     [alone] = lm.infill(far + near, context=3, **QUICK).gaps
     assert deep.candidates == deeper.candidates
     assert deep.candidates != alone.candidates
+
+
+def test_fills_are_text_and_each_is_offered_once(lm: trimode.TriModeLM) -> None:
+    """Prevents: control tokens inside of a fill, and one text ranked several times."""
+    assert lm.vocabulary is not None
+    for text in ("fac<FILL>(n)\n", "def f(a):\n<FILL>    return a\n", "x = <FILL>\n"):
+        [gap] = lm.infill(text, seed=0).gaps
+        texts = [fill.text for fill in gap.candidates]
+        assert len(set(texts)) == len(texts)
+        ids = {i for fill in gap.candidates for i in fill.token_ids}
+        assert not ids & lm.vocabulary.control_ids

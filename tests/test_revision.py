@@ -271,3 +271,12 @@ def test_bad_files(
         path.write_bytes(content)
     assert main(["revise", str(path), *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_last_line_break_stays(lm: trimode.TriModeLM) -> None:
+    """Prevents: a file that no longer ends in a line break."""
+    for text in (
+        "def f():\n    return 1\n",
+        "import os\n\n\ndef g(a, b):\n    x = a + b\n    return x\n",
+    ):
+        assert lm.revise(text, budget=5, min_gain=0.0).text.endswith("\n")

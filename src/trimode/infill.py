@@ -275,9 +275,11 @@ def _edge(
         head, suffix_ids = _head(lm.vocabulary, behind)
     tokens, num_tokens = lm.vocabulary.token_bytes, lm.model.config.vocab_size
     owed = prompt.healed_bytes
+    text = token_set(tokens.beginning(b""), num_tokens) if tokens.longest else None
     edges = Edges(
-        first=token_set(tokens.beginning(owed), num_tokens) if owed else None,
-        last=token_set(tokens.ending(head), num_tokens) if head else None,
+        first=token_set(tokens.beginning(owed), num_tokens) if owed else text,
+        last=token_set(tokens.ending(head), num_tokens) if head else text,
+        inner=text,
     )
     lengths = tuple(length + bool(head) + bool(owed) for length in lengths)
     return _Edge(prompt, suffix_ids, head, lengths, edges)
@@ -344,6 +346,10 @@ def _ranked(
             text = re.sub(r"(?<!\r)\n", "\r\n", text)
         is_valid = None if language is None else _parses(before + text + later)
         fills.append(Fill(text, one.token_ids, one.fill_log_prob, one.suffix_log_prob, is_valid))
+    best = dict[str, Fill]()  # of each text, since others may write it in other tokens
+    for fill in fills:
+        best.setdefault(fill.text, fill)
+    fills = [*best.values()]
     special = lm.vocabulary.control_ids
     no_text = [not one.text.strip() or not _is_text(one, special) for one in fills]
     ranked = sorted(range(len(fills)), key=lambda i: (no_text[i], fills[i].is_valid is False))

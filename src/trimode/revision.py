@@ -104,6 +104,7 @@ def revise_text(
         and first_char <= span[0]
         and span[1] <= last_char
         and "\r" not in text[slice(*span)]  # half of a line's end
+        and not (span[1] == len(text) and text.endswith("\n"))  # the file's last line break
     }
 
     def text_of(token_id: int) -> str:

@@ -82,7 +82,8 @@ class Vocabulary:
         if parse_special:
             found = [(at, word) for at, word in found if word in self._mask]
         if not found:
-            return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+            encoding = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+            return list(encoding["input_ids"])
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:
             return list(self._literal(text, add_special_tokens=add_special_tokens)["input_ids"])
         free = (sign for sign in map(chr, range(0xF0000, 0xFFFFE)) if sign not in text)

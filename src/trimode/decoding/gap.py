@@ -35,21 +35,23 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Edges:
-    """What a fill's ends may be, where the text around it begins or ends inside of a token.
+    """What a fill may be: its ends, where the text around it begins or ends inside of a token.
 
     Attributes:
         first: Tokens for the first place of a fill; None for all.
         last: For the last one, if that is another.
+        inner: For those between.
     """
 
     first: Bits | None = None
     last: Bits | None = None
+    inner: Bits | None = None
 
     def at(self, index: int, length: int) -> Bits | None:
         """For a place of a fill, counted from 0."""
         if index == 0:
             return self.first
-        return self.last if index == length - 1 else None
+        return self.last if index == length - 1 else self.inner
 
 
 @dataclass(slots=True)
