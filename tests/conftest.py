@@ -15,10 +15,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from tests.chat_templates import SPECIALS
 from trimode.checkpoint.io import save_checkpoint
 from trimode.model import DrafterAdapter, TriModeConfig, TriModeModel
 from trimode.model.adapter import LoraPair
 from trimode.model.modeling import MODEL_CLASSES
+from trimode.vocabulary import Vocabulary
 
 BOS, EOS, MASK = 256, 257, 258
 """Ids after the 256 bytes; token id b < 256 is the byte b."""
@@ -169,6 +171,19 @@ def _random_adapter(model: TriModeModel, *, seed: int = 1, strength: float = 1.0
     weight = model.encoder.embed_tokens.weight
     adapter = DrafterAdapter(pairs).to(device=weight.device, dtype=weight.dtype)
     return adapter.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def vocabulary_of() -> Callable[[str], Vocabulary]:
+    """`vocabulary_of(template)`: bytes, and the control tokens of `tests.chat_templates`."""
+
+    def make(template: str) -> Vocabulary:
+        tokenizer = _byte_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS})
+        tokenizer.chat_template = template
+        return Vocabulary(tokenizer, mask_token_id=MASK)
+
+    return make
 
 
 @pytest.fixture(scope="session")

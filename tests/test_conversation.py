@@ -6,7 +6,6 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -49,19 +48,6 @@ CALLED = [
     {"role": "tool", "content": "blue", "tool_call_id": "abcdefghi", "name": "look"},
 ]
 TEMPLATES = sorted(name for name in vars(chat_templates) if name.isupper() and name != "SPECIALS")
-
-
-@pytest.fixture(scope="module")
-def vocabulary_of(byte_tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Vocabulary]:
-    """`vocabulary_of(template)`: bytes, and the control tokens of the templates."""
-
-    def make(template: str) -> Vocabulary:
-        tokenizer = copy.deepcopy(byte_tokenizer)
-        tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS})
-        tokenizer.chat_template = template
-        return Vocabulary(tokenizer, mask_token_id=MASK)
-
-    return make
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("messages", "rendering", "tool_calls", "heal", "vocabulary"),
         *("decoding", "errors"),
     },
-    "vocabulary": {"decoding"},
+    "vocabulary": {"decoding", "errors"},
     "heal": {"vocabulary"},
     "detokenize": {"vocabulary"},
     "arguments": {"heal", "errors"},

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from tests.chat_templates import (
     CHATML,
@@ -17,10 +14,8 @@ from tests.chat_templates import (
     LLAMA_3,
     MISTRAL,
     MISTRAL_11,
-    SPECIALS,
     THINKING,
 )
-from tests.conftest import MASK
 from trimode.detokenize import GrowingText, StandingText
 from trimode.errors import RequestError
 from trimode.rendering import Renderer
@@ -56,17 +51,6 @@ FORMS = {
     "mistral 11": MISTRAL_11,
     "fenced": FENCED,
 }
-
-
-@pytest.fixture(scope="module")
-def vocabulary_of(byte_tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Vocabulary]:
-    def make(template: str) -> Vocabulary:
-        tokenizer = copy.deepcopy(byte_tokenizer)
-        tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS})
-        tokenizer.chat_template = template
-        return Vocabulary(tokenizer, mask_token_id=MASK)
-
-    return make
 
 
 def written(vocabulary: Vocabulary, calls: Any, *, before: str = "") -> list[int]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import EOS, MASK
+from trimode.errors import RequestError
 from trimode.infill import _head
 from trimode.model import TriModeModel
 from trimode.runtime import TriModeLM
@@ -124,3 +125,11 @@ def test_many_control_tokens_are_found_quickly(byte_tokenizer: Any) -> None:
     begun = time.process_time()
     assert vocabulary.spelled_control("<unused" * 30_000 + "<unused17>x") == ["<unused17>"]
     assert time.process_time() - begun < 2
+
+
+def test_a_text_of_all_private_characters(tiny_model: Model, byte_tokenizer: Any) -> None:
+    """Prevents: an end of iteration that no caller expects, where no stand-in is left."""
+    signs = [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFD)]
+    lm = TriModeLM(tiny_model(), byte_tokenizer)
+    with pytest.raises(RequestError, match="use every private character"):
+        lm.generate("<|eos|>" + "".join(map(chr, signs)))

@@ -270,9 +270,10 @@ def _edge(
     last one the beginning of what stands behind it. Each is one more than was asked for."""
     assert lm.vocabulary is not None
     prompt = encode_prompt(lm.vocabulary, lm.model.config, before, heal=heal)
-    head, suffix_ids = b"", tuple(lm.vocabulary.encode(behind))
     if heal:
         head, suffix_ids = _head(lm.vocabulary, behind)
+    else:
+        head, suffix_ids = b"", tuple(lm.vocabulary.encode(behind))
     tokens, num_tokens = lm.vocabulary.token_bytes, lm.model.config.vocab_size
     owed = prompt.healed_bytes
     text = token_set(tokens.beginning(b""), num_tokens) if tokens.longest else None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimode.errors import RequestError
 from trimode.messages import strings_in
-from trimode.vocabulary import Vocabulary, pattern_of
-
-_PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFD))
-"""Characters without a meaning of their own, which no template strips or changes. The last one is
-left to `Vocabulary.encode_marked`."""
+from trimode.vocabulary import Vocabulary, free_signs, pattern_of
 
 _STAND_INS = ("\N{OBJECT REPLACEMENT CHARACTER}", "\N{INTERLINEAR ANNOTATION ANCHOR}")
 
@@ -110,7 +105,8 @@ class Renderer:
                 text, or makes them of parts that messages hold.
         """
         given: list[Any] = [list(messages), self._tools, self._variables]
-        free = _free_signs([*given, str(self.vocabulary.tokenizer.chat_template)])
+        template = str(self.vocabulary.tokenizer.chat_template)
+        free = free_signs("messages", strings_in([*given, template]))
         begin, end = next(free), next(free)
         if open_at is not None:
             content = messages[open_at]["content"]
@@ -243,19 +239,6 @@ def _hidden(value: Any, sign_of: Mapping[str, str]) -> Any:
     if isinstance(value, list | tuple):
         return [_hidden(item, sign_of) for item in value]
     return value
-
-
-def _free_signs(given: Any) -> Iterator[str]:
-    """Yield characters that no string of a caller has.
-
-    Raises:
-        RequestError: There is none left.
-    """
-    used = set().union(*strings_in(given))
-    for code in itertools.chain(*_PRIVATE):
-        if (sign := chr(code)) not in used:
-            yield sign
-    raise RequestError("messages use every private character of Unicode; leave some out")
 
 
 def _variables_of(source: str) -> set[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from tokenizers import AddedToken, Tokenizer
@@ -14,9 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trimode.decoding.token_bytes import TokenBytes
+from trimode.errors import RequestError
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _WORD_BEGIN = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece's space
+
+_PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFD))
+"""Characters without a meaning of their own, which no template strips or changes. The last one is
+left to `Vocabulary.encode_marked`."""
 
 
 class Vocabulary:
@@ -77,6 +83,10 @@ class Vocabulary:
             add_special_tokens: Whether the tokenizer's own beginning and end are put around it.
             parse_special: Whether control tokens that the text spells become these tokens, the mask
                 token excepted. Else they are text, as everything.
+
+        Raises:
+            RequestError: It uses all characters that could stand in for control tokens.
+            ValueError: The tokenizer has no other tokens for such a text.
         """
         found = self._spelled(text)
         if parse_special:
@@ -86,7 +96,7 @@ class Vocabulary:
             return list(encoding["input_ids"])
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:
             return list(self._literal(text, add_special_tokens=add_special_tokens)["input_ids"])
-        free = (sign for sign in map(chr, range(0xF0000, 0xFFFFE)) if sign not in text)
+        free = free_signs("the characters of the prompt", [text])
         sign_of = {word: next(free) for word in sorted({word for _, word in found})}
         parts, reached = [], 0
         for at, word in found:
@@ -220,6 +230,19 @@ class Vocabulary:
         literal = copy.deepcopy(self.tokenizer)
         literal.split_special_tokens = True
         return literal
+
+
+def free_signs(name: str, texts: Iterable[str]) -> Iterator[str]:
+    """Yield characters that no text has.
+
+    Raises:
+        RequestError: There is none left in what has this name.
+    """
+    used = set().union(*texts)
+    for code in itertools.chain(*_PRIVATE):
+        if (sign := chr(code)) not in used:
+            yield sign
+    raise RequestError(f"{name} use every private character of Unicode; leave some out")
 
 
 def pattern_of(words: Collection[str]) -> re.Pattern[str]:

@@ -108,6 +108,16 @@ def tiny_lm(tiny_model: Any, random_adapter: Any, byte_tokenizer: Any) -> TriMod
     return TriModeLM(model, tokenizer, adapter=random_adapter(model))
 
 
+@pytest.fixture(scope="module")
+def pieces(tiny_model: Any, piece_tokenizer: Any) -> Iterator[Served]:
+    """Its tokenizer puts `<s>` and a space before a text, and single bytes where it has no
+    piece."""
+    size = len(piece_tokenizer)
+    model = tiny_model(vocab_size=size, mask_token_id=size - 1, bos_token_id=1, eos_token_id=2)
+    with serving(TriModeLM(model, piece_tokenizer)) as served:
+        yield served
+
+
 @contextmanager
 def serving(
     lm: TriModeLM,

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.conftest import BOS, EOS
-from tests.serving.conftest import WAIT_S, Served, serving
+from tests.serving.conftest import WAIT_S, Served
 from trimode.runtime import TriModeLM
 
 MODES = ("ar", "diffusion", "linear", "branching", "quadratic")
 IDS = [BOS, *b"def f(x):"]
 ASK = {"temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def pieces(tiny_model: Callable[..., Any], piece_tokenizer: Any) -> Iterator[Served]:
-    """Its tokenizer puts a space before a text, and single bytes where it has no piece."""
-    size = len(piece_tokenizer)
-    model = tiny_model(vocab_size=size, mask_token_id=size - 1, bos_token_id=1, eos_token_id=2)
-    with serving(TriModeLM(model, piece_tokenizer)) as served:
-        yield served
 
 
 def choice_of(response: httpx.Response) -> dict[str, Any]:

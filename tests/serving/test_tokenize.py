@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.serving.conftest import WAIT_S, Served, serving
-from trimode.runtime import TriModeLM
+from tests.serving.conftest import WAIT_S, Served
 from trimode.serving.settings import Settings
-
-
-@pytest.fixture(scope="module")
-def pieces(tiny_model: Callable[..., Any], piece_tokenizer: Any) -> Iterator[Served]:
-    """Its tokenizer puts `<s>` before a text."""
-    size = len(piece_tokenizer)
-    model = tiny_model(vocab_size=size, mask_token_id=size - 1, bos_token_id=1, eos_token_id=2)
-    with serving(TriModeLM(model, piece_tokenizer)) as served:
-        yield served
 
 
 def post(served: Served, path: str, body: Any, **options: Any) -> httpx.Response:
