@@ -238,7 +238,7 @@ class TestPrompts:
         """Prevents: silent rounding of ids, and errors of the embedding instead of ours."""
         with pytest.raises(RequestError, match="empty list; give ''"):
             lm.generate([])
-        for wrong in ([1.5], [True], ["a", 5], [-1], [259], np.array([0.5])):
+        for wrong in ([1.5], [True], [-1], [259], np.array([0.5])):
             with pytest.raises(RequestError, match="token id .*; allowed: 0 to 258"):
                 lm.generate(wrong)
         with pytest.raises(RequestError, match="needs a tokenizer"):
@@ -437,6 +437,23 @@ class TestOptions:
         plain = ascii_lm.generate("a", max_new_tokens=4)
         found = ascii_lm.generate("a", max_new_tokens=4, stop=None, stop_token_ids=None)
         assert found.token_ids == plain.token_ids
+
+    @pytest.mark.parametrize("stop", [5, "", b"x", 0.5])
+    def test_wrong_stop_is_shown_as_given(self, ascii_lm: TriModeLM, stop: object) -> None:
+        """Prevents: `stop=""` shown as a tuple, and a string not named among what is allowed."""
+        said = f"stop is {stop!r}; allowed: a non-empty string or a list of these"
+        with pytest.raises(RequestError, match=said):
+            ascii_lm.generate("a", stop=stop)
+
+    @pytest.mark.parametrize("prompts", [["a", None], ["a", 5], [[1], None], [None, "a"], [3, "a"]])
+    def test_wrong_prompt_of_several_is_named(
+        self, ascii_lm: TriModeLM, prompts: list[object]
+    ) -> None:
+        """Prevents: `["a", None]` read as token ids, and "a" blamed."""
+        place = next(i for i, prompt in enumerate(prompts) if not hasattr(prompt, "__len__"))
+        said = f"prompt has {prompts[place]!r} at place {place} of a list of prompts"
+        with pytest.raises(RequestError, match=said):
+            ascii_lm.generate(prompts)
 
     def test_events_name_their_prompt(self, lm: TriModeLM) -> None:
         """Prevents: all events carrying the index of the last prompt."""

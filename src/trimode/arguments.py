@@ -27,8 +27,15 @@ def as_prompts(prompt: Prompt | Items[Prompt]) -> tuple[bool, list[Prompt]]:
     items = list(items)
     if not items:
         raise RequestError("prompt is an empty list; give '' for an empty prompt")
-    if all(isinstance(item, str | EncodedPrompt) or hasattr(item, "__len__") for item in items):
+    is_prompt = [isinstance(i, str | EncodedPrompt) or hasattr(i, "__len__") for i in items]
+    if all(is_prompt):
         return False, items
+    if any(is_prompt):
+        wrong = is_prompt.index(False)
+        raise RequestError(
+            f"prompt has {items[wrong]!r} at place {wrong} of a list of prompts; allowed there: a"
+            " string or token ids"
+        )
     return True, [items]
 
 
@@ -65,6 +72,19 @@ def plain(value: Any) -> Any:
         return {plain(key): plain(item) for key, item in value.items()}
     is_scalar = hasattr(value, "item") and getattr(value, "ndim", 0) == 0
     return value.item() if is_scalar else value
+
+
+def as_strings(name: str, value: str | Items[str] | None) -> tuple[Any, ...]:
+    """One non-empty string, several or None as a tuple."""
+    found = (value,) if isinstance(value, str) else value
+    is_list = (
+        found is None
+        or hasattr(found, "tolist")
+        or (isinstance(found, Items) and not isinstance(found, bytes))
+    )
+    if found == ("",) or not is_list:
+        raise RequestError(f"{name} is {value!r}; allowed: a non-empty string or a list of these")
+    return as_tuple(name, found)
 
 
 def as_tuple(name: str, values: Any) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trimode.arguments import as_prompts, as_seeds, as_tuple, plain
+from trimode.arguments import as_prompts, as_seeds, as_strings, as_tuple, plain
 from trimode.checkpoint.generation_defaults import GenerationDefaults
 from trimode.conversation import answering
 from trimode.decoding import Event, GenerationParams, Sequence, Stats
@@ -261,7 +261,7 @@ class TriModeLM:
                 mode=mode,
                 block_length=plain(block_length),
                 seed=plain(one_seed),
-                stop=(stop,) if isinstance(stop, str) else as_tuple("stop", stop),
+                stop=as_strings("stop", stop),
                 stop_token_ids=as_tuple("stop_token_ids", stop_token_ids),
                 control=control,
                 **{name: plain(value) for name, value in params.items()},

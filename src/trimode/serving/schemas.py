@@ -34,10 +34,16 @@ TopK = Annotated[int, Field(ge=-1)]
 CountPenalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class _Named(BaseModel):
+class _Part(BaseModel):
+    """An object within a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Named(_Part):
     """A request that may name the model."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     NEUTRAL: ClassVar[Neutral] = NEUTRAL_OF_ALL
     """Fields of other servers that are not supported -> values that ask for nothing."""
@@ -66,10 +72,8 @@ class _Request(_Named):
     user: str | None = Field(None, description="taken and not used, as OpenAI's field is for them")
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Part):
     """OpenAI's `stream_options`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     include_usage: bool = Field(False, description="a last chunk with the usage")
     continuous_usage_stats: Literal[False] | None = None
@@ -142,29 +146,23 @@ class CompletionRequest(_Generating):
     parse_special: bool | None = Field(None, description=PARSE_SPECIAL)
 
 
-class TextPart(BaseModel):
+class TextPart(_Part):
     """A part of a message's content."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     type: Literal["text"]
     text: str
     cache_control: Any = Field(None, description="taken and not used")
 
 
-class CalledFunction(BaseModel):
+class CalledFunction(_Part):
     """Of a tool call."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: Text
     arguments: str = Field(description="a JSON object, as a string")
 
 
-class CalledTool(BaseModel):
+class CalledTool(_Part):
     """A tool call of an earlier answer."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     id: str
     type: Literal["function"] = "function"
@@ -172,10 +170,8 @@ class CalledTool(BaseModel):
     index: int | None = Field(None, description="of a stream's delta; taken and not used")
 
 
-class Message(BaseModel):
+class Message(_Part):
     """One message of a conversation; `developer` is `system`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = Field(
@@ -192,10 +188,8 @@ class Message(BaseModel):
     refusal: None = None
 
 
-class ToolFunction(BaseModel):
+class ToolFunction(_Part):
     """Of a tool."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: Text
     description: str | None = None
@@ -203,37 +197,29 @@ class ToolFunction(BaseModel):
     strict: bool | None = Field(None, description="true: only of the tool that must be called")
 
 
-class Tool(BaseModel):
+class Tool(_Part):
     """One that the model may call."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     type: Literal["function"]
     function: ToolFunction
     cache_control: Any = Field(None, description="taken and not used")
 
 
-class ChosenFunction(BaseModel):
+class ChosenFunction(_Part):
     """Of the tool that must be called."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: Text
 
 
-class ChosenTool(BaseModel):
+class ChosenTool(_Part):
     """The tool that must be called."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     type: Literal["function"]
     function: ChosenFunction
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(_Part):
     """Of `response_format`; always kept to, `strict` or not."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: str
     description: str | None = None
@@ -241,10 +227,8 @@ class JsonSchema(BaseModel):
     schema_: dict[str, Any] | bool = Field(alias="schema", description="an object, true or false")
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_Part):
     """OpenAI's `response_format`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
