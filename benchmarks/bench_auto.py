@@ -25,7 +25,7 @@ import torch
 from bench_decode import environment
 
 import trimode
-from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.io import POCKET_MODEL
 from trimode.conversation import answering
 from trimode.decoding import Sequence
 from trimode.engine import Engine
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--model", default="pocket")
     parser.add_argument("--drafter", default=None)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--prompts", type=Path, default=DEFAULT_MODEL / "heldout_prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=POCKET_MODEL / "heldout_prompts.jsonl")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--output", type=Path, required=True)

@@ -17,7 +17,7 @@ from typing import Any
 from bench_decode import environment
 
 import trimode
-from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.io import POCKET_MODEL
 
 Options = dict[str, Any]
 
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=None)
     parser.add_argument("--drafter", default=None)
-    parser.add_argument("--prompts", type=Path, default=DEFAULT_MODEL / "heldout_prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=POCKET_MODEL / "heldout_prompts.jsonl")
     parser.add_argument("--num-prompts", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--output", type=Path, required=True)

@@ -34,7 +34,7 @@ import torch
 from bench_decode import environment, transformers_twin
 
 import trimode
-from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.io import POCKET_MODEL
 from trimode.checkpoint.names import KNOWN, find_source
 from trimode.decoding import GenerationParams, Sequence
 from trimode.decoding.step import Group, Step, causal_step, group_step
@@ -482,7 +482,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    heldout = (DEFAULT_MODEL / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    heldout = (POCKET_MODEL / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()
     chat = (Path(__file__).parent / "chat_prompts.jsonl").read_text(encoding="utf-8").splitlines()
     record: dict[str, Any] = {"environment": environment(arguments), "models": {}, "quality": {}}
     record |= {"loading": {}, "load_average": [os.getloadavg()]}

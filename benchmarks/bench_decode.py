@@ -25,7 +25,7 @@ import transformers
 from transformers import Ministral3Config, Ministral3ForCausalLM
 
 import trimode
-from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.io import POCKET_MODEL
 
 MODES = ("ar", "diffusion", "linear")
 
@@ -287,7 +287,7 @@ def table(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=None)
-    parser.add_argument("--prompts", type=Path, default=DEFAULT_MODEL / "heldout_prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=POCKET_MODEL / "heldout_prompts.jsonl")
     parser.add_argument("--num-prompts", type=int, default=50)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--drafter", type=Path, default=None, help="measure linear with it too")

@@ -92,8 +92,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    tuned = trimode.load(dtype="float32", lora=arguments.lora)
-    base = trimode.load(dtype="float32")
+    tuned = trimode.load("pocket", dtype="float32", lora=arguments.lora)
+    base = trimode.load("pocket", dtype="float32")
     base.tokenizer = tuned.tokenizer  # for its chat template; the vocabulary is the same
     lines = arguments.pairs.read_text(encoding="utf-8").splitlines()[: arguments.num]
     records = [json.loads(line) for line in lines]

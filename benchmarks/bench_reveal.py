@@ -39,7 +39,7 @@ from bench_decode import environment
 from matplotlib import pyplot
 
 import trimode
-from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.io import POCKET_MODEL
 from trimode.decoding.params import REVISIONS
 
 Options = dict[str, Any]
@@ -224,7 +224,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=None)
-    parser.add_argument("--prompts", type=Path, default=DEFAULT_MODEL / "heldout_prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=POCKET_MODEL / "heldout_prompts.jsonl")
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--output", type=Path, required=True)

@@ -19,7 +19,7 @@ from typing import Any
 from bench_decode import environment
 
 import trimode
-from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.io import POCKET_MODEL
 from trimode.decoding import editing
 
 GAINS = (0, 4, 8, 12, 16, 20)
@@ -74,11 +74,11 @@ def rows(name: str, runs: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=Path, default=DEFAULT_MODEL / "heldout_prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=POCKET_MODEL / "heldout_prompts.jsonl")
     parser.add_argument("--num-prompts", type=int, default=50)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    lm = trimode.load(dtype="float32")
+    lm = trimode.load("pocket", dtype="float32")
     lines = arguments.prompts.read_text(encoding="utf-8").splitlines()[: arguments.num_prompts]
     prompts = [lm.encode(json.loads(line)["prompt"]) for line in lines]
     runs = {"both views propose": measure(lm, prompts)}

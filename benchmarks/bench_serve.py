@@ -41,7 +41,7 @@ from typing import Any
 
 import httpx
 import torch
-from bench_decode import DEFAULT_MODEL, environment, transformers_twin
+from bench_decode import POCKET_MODEL, environment, transformers_twin
 
 import trimode
 from trimode.checkpoint.names import find_source
@@ -419,7 +419,7 @@ def main() -> None:
     parser.add_argument("--drafter", default=None)
     parser.add_argument("--dtype", default="float32", choices=LLAMA_KINDS)
     parser.add_argument("--llama-python", type=Path, default=None)
-    parser.add_argument("--prompts", type=Path, default=DEFAULT_MODEL / "heldout_prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=POCKET_MODEL / "heldout_prompts.jsonl")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--least-requests", type=int, default=8, help="of a point")

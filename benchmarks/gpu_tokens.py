@@ -23,7 +23,7 @@ from gpu_record import Record, Setting
 from torch import Tensor
 
 import trimode
-from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.io import POCKET_MODEL
 from trimode.decoding.choose import choose
 from trimode.decoding.noise import gumbel, noise_key, random_words
 from trimode.decoding.params import GenerationParams
@@ -81,7 +81,7 @@ def texts(lm: TriModeLM, prompts: list[list[int]], **options: Any) -> list[Gener
 
 def held_out_prompts(lm: TriModeLM, number: int) -> list[list[int]]:
     """Token ids of the package's held-out prompts, of different lengths."""
-    lines = (DEFAULT_MODEL / "heldout_prompts.jsonl").read_text("utf-8").splitlines()
+    lines = (POCKET_MODEL / "heldout_prompts.jsonl").read_text("utf-8").splitlines()
     found = [lm.encode(json.loads(line)["prompt"]) for line in lines[:number]]
     return [ids[: 24 + 7 * i] for i, ids in enumerate(found)]
 

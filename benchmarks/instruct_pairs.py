@@ -40,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.io import POCKET_MODEL
 from trimode.cli.config_file import read_config
 from trimode.training.chat import ChatFormat
 from trimode.training.documents import Document
@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/pocket_data.yaml"))
     arguments = parser.parse_args()
     config, output = read_config(PrepareConfig, arguments.config), arguments.output
-    chat_config = PrepareConfig("", "chat", jsonl=(str(output),), tokenizer=str(DEFAULT_MODEL))
+    chat_config = PrepareConfig("", "chat", jsonl=(str(output),), tokenizer=str(POCKET_MODEL))
     chat = ChatFormat.load(chat_config)
     pairs, held_out = read_pairs(arguments.data, config)
     files = {True: output.with_stem(output.stem + "_held_out"), False: output}

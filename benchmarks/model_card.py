@@ -14,7 +14,7 @@ from typing import Any
 from fill_tables import RESULTS, instruct_table, newest, read, views_table
 
 import trimode
-from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.io import POCKET_MODEL
 
 NUM_SAMPLES = 2
 SAMPLE_TOKENS = 64
@@ -46,7 +46,7 @@ def package_row(package: dict[str, Any]) -> str:
 
 def samples(lm: trimode.TriModeLM) -> str:
     """What the modes write after the first prompts."""
-    lines = (DEFAULT_MODEL / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (POCKET_MODEL / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()
     parts = []
     for line in lines[:NUM_SAMPLES]:
         prompt = json.loads(line)["prompt"]
@@ -65,7 +65,7 @@ def main() -> None:
     run, configs = legs[-1], [leg["config"] for leg in legs]
     report = run["evaluations"][-1]["report"]
     benchmark = newest("pocket_cpu").with_suffix(".md").read_text(encoding="utf-8")
-    lm = trimode.load(weights="plain")  # packed weights are no parameters
+    lm = trimode.load("pocket", weights="plain")  # packed weights are no parameters
     shape, num_parameters = lm.model.config, sum(p.numel() for p in lm.model.parameters())
     packages = sorted(data["packages"], key=lambda p: (p["split"] != "train", p["name"]))
     card = TEMPLATE.read_text(encoding="utf-8").format(
@@ -98,7 +98,7 @@ def main() -> None:
         samples=samples(lm),
         window=max(stage["sequence_length"] for config in configs for stage in config["stages"]),
     )
-    (DEFAULT_MODEL / "README.md").write_text(card, encoding="utf-8")
+    (POCKET_MODEL / "README.md").write_text(card, encoding="utf-8")
     print(card)
 
 

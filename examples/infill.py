@@ -16,7 +16,7 @@ SOURCE = """class Account:
 
 
 def main() -> None:
-    lm = trimode.load()
+    lm = trimode.load("pocket")
     filled = lm.infill(SOURCE, language="python", lengths=[1, 2, 3, 4, 6, 8], seed=0)
     print(filled.text)
     for candidate in filled.gaps[0].candidates:

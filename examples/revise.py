@@ -19,7 +19,7 @@ def main(argv):
 
 
 def main() -> None:
-    lm = trimode.load()
+    lm = trimode.load("pocket")
     revision = lm.revise(SOURCE, lines=(6, 10), budget=1)
     for edit in revision.edits:
         print(f"line {edit.line}: {edit.old!r} -> {edit.new!r}, {edit.gain:.1f} nats likelier")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from trimode.checkpoint import model_cache
-from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.io import POCKET_MODEL
 from trimode.runtime import TriModeLM
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -268,9 +268,9 @@ def test_humaneval_prompts(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_model_may_be_a_name(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents the default model, which is a name, from being loaded and then not found."""
-    monkeypatch.setattr(model_cache, "_converted", lambda name: DEFAULT_MODEL)
+    monkeypatch.setattr(model_cache, "_converted", lambda name: POCKET_MODEL)
     monkeypatch.setattr(sys, "argv", ["bench_drafting.py", "--output", "out"])
     arguments = bench.parse()
     assert arguments.model in model_cache.NAMES
     found = bench.identity_of(arguments, is_chat=False)
-    assert found["model_sha256"] == bench.weights_sha256(DEFAULT_MODEL)
+    assert found["model_sha256"] == bench.weights_sha256(POCKET_MODEL)

@@ -52,7 +52,7 @@ TEMPLATES = sorted(name for name in vars(chat_templates) if name.isupper() and n
 
 @pytest.fixture(scope="module")
 def instruct() -> TriModeLM:
-    return load(lora="instruct_lora", device="cpu")
+    return load("pocket", lora="instruct_lora", device="cpu")
 
 
 def ids_of(vocabulary: Vocabulary, messages: Any, **options: Any) -> list[int]:

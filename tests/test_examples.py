@@ -13,11 +13,11 @@ pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-DEFAULT_MODEL = ROOT / "src" / "trimode" / "assets" / "pocket"
+POCKET_MODEL = ROOT / "src" / "trimode" / "assets" / "pocket"
 
 
 @pytest.mark.skipif(
-    not (DEFAULT_MODEL / "config.json").is_file(),
+    not (POCKET_MODEL / "config.json").is_file(),
     reason="the default model is not in the tree (src/trimode/assets/pocket)",
 )
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

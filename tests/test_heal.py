@@ -48,7 +48,7 @@ LOSSLESS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def lm() -> TriModeLM:
-    return trimode.load()
+    return trimode.load("pocket")
 
 
 def one(lm: TriModeLM, prompt: Any, **options: Any) -> Generation:
@@ -306,7 +306,7 @@ class TestText:
 class TestControlTokens:
     def test_a_string_is_text(self, lm: TriModeLM, caplog: pytest.LogCaptureFixture) -> None:
         """Prevents: a file that ends where it only names the end; and a change without a word."""
-        fresh = trimode.load()
+        fresh = trimode.load("pocket")
         prompt = 'EOS = "<|eos|>"  # <|mask|>'
         with caplog.at_level(logging.WARNING):
             found = one(fresh, prompt, max_new_tokens=4)

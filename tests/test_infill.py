@@ -34,7 +34,7 @@ QUICK: dict[str, Any] = {"lengths": [2, 4, 6], "seed": 0}
 
 @pytest.fixture(scope="module")
 def lm() -> trimode.TriModeLM:
-    return trimode.load(dtype="float32", device="cpu")
+    return trimode.load("pocket", dtype="float32", device="cpu")
 
 
 def test_what_is_no_gap_stays(lm: trimode.TriModeLM) -> None:

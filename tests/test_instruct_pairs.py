@@ -17,7 +17,7 @@ from trimode.training.prepare_config import PrepareConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "instruct_pairs.py"
-DEFAULT_MODEL = ROOT / "src" / "trimode" / "assets" / "pocket"
+POCKET_MODEL = ROOT / "src" / "trimode" / "assets" / "pocket"
 
 SENTENCE = "Return the sum of all the numbers."
 BODY = """\
@@ -222,7 +222,7 @@ def test_lines_are_counted_as_python_counts_them(
 
 
 @pytest.mark.skipif(
-    not (DEFAULT_MODEL / "config.json").is_file(),
+    not (POCKET_MODEL / "config.json").is_file(),
     reason="the default model is not in the tree (src/trimode/assets/pocket)",
 )
 class TestScript:

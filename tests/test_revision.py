@@ -14,7 +14,7 @@ import torch
 
 import trimode
 from tests.reference import next_logits
-from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.io import POCKET_MODEL
 from trimode.cli.main import main
 from trimode.cli.text_file import write_file
 from trimode.decoding import editing
@@ -38,7 +38,7 @@ def main(argv):
 
 @pytest.fixture(scope="module")
 def lm() -> trimode.TriModeLM:
-    return trimode.load(dtype="float32", device="cpu")
+    return trimode.load("pocket", dtype="float32", device="cpu")
 
 
 def test_gains_are_those_of_the_slow_twin(tiny_model: Any) -> None:
@@ -91,7 +91,7 @@ def test_a_typing_error_is_found(lm: trimode.TriModeLM) -> None:
 
 def test_corrupted_tokens_of_real_code_are_put_right(lm: trimode.TriModeLM) -> None:
     """A revision that is no better than chance."""
-    lines = (DEFAULT_MODEL / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()[:24]
+    lines = (POCKET_MODEL / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()[:24]
     rng, right = random.Random(0), 0
     for line in lines:
         ids = lm.encode(json.loads(line)["prompt"])

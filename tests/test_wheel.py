@@ -15,7 +15,7 @@ pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "trimode"
-DEFAULT_MODEL = PACKAGE / "assets" / "pocket"
+POCKET_MODEL = PACKAGE / "assets" / "pocket"
 
 IMPORT_ALL = """
 import importlib, pathlib, sys
@@ -58,8 +58,8 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
         inside = set(archive.namelist())
     expected = [*PACKAGE.rglob("*.py"), PACKAGE / "py.typed"]
     expected += [*PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]
-    if DEFAULT_MODEL.is_dir():
-        expected += [path for path in DEFAULT_MODEL.rglob("*") if path.is_file()]
+    if POCKET_MODEL.is_dir():
+        expected += [path for path in POCKET_MODEL.rglob("*") if path.is_file()]
     names = {path.relative_to(PACKAGE.parent).as_posix() for path in expected}
     assert not sorted(names - inside)
     assert not [name for name in inside if name.endswith(".so")]  # of the machine that packed it

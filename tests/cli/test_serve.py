@@ -24,7 +24,17 @@ WAIT_S = 60.0
 @contextmanager
 def _serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """The process, where it listens, and the words of its first lines."""
-    command = [sys.executable, "-m", "trimode", "serve", "--port", "0", "--no-auto", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "trimode",
+        "serve",
+        "pocket",
+        "--port",
+        "0",
+        "--no-auto",
+        *words,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRIMODE_API_KEYS", None)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -69,7 +79,7 @@ def test_flags_reach_the_server_and_a_running_stream_finishes(tmp_path: Path) ->
     flags += ["--max-context", "256", "--max-batch", "2", "--cors", "https://a.example"]
     headers = {"Origin": "https://a.example", "Authorization": "Bearer secret-key-1"}
     with _serving("--name", "small", *flags) as (process, url, seen):
-        assert seen[0] == "trimode: loading the default model\n"
+        assert seen[0] == "trimode: loading pocket\n"
         assert "trimode: small is ready at" in seen[-1]
         with httpx.Client(timeout=WAIT_S) as client, httpx.Client(timeout=WAIT_S) as other:
             assert client.get(f"{url}/v1/models").status_code == 401
@@ -134,7 +144,7 @@ def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Prevents: a traceback, or a model loaded for minutes before the port is looked at."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert main(["serve", "--port", str(port)]) == FAILURE
+        assert main(["serve", "pocket", "--port", str(port)]) == FAILURE
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         f"trimode: error: Address already in use: 127.0.0.1 port {port}; choose another --port"
@@ -153,7 +163,7 @@ def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--cors", "*"], "--cors has '*'; allowed: origins such as"),
         (["--api-keys", "/nonexistent"], "API keys '/nonexistent' cannot be read"),
         (["--host", "no.such.host.invalid"], "--host is 'no.such.host.invalid'"),
-        (["--port", "0", "--max-context", "1"], "--max-context is 1; allowed: 2 to"),
+        (["pocket", "--port", "0", "--max-context", "1"], "--max-context is 1; allowed: 2 to"),
         (["--token-budget", "9"], "--token-budget is 9; allowed: at least 128, 4 times --max-b"),
         (["--port", "0", "/nonexistent"], "/nonexistent"),
     ],

@@ -88,7 +88,7 @@ def test_the_prompt_does_not_count(lm: TriModeLM) -> None:
 @pytest.mark.parametrize("mode", ["ar", "linear", "branching"])
 def test_tokens_that_say_what_the_prompt_said_do_not_count(mode: str) -> None:
     """Prevents: a penalty for the end of a prompt where healing chose it anew."""
-    lm = trimode.load(dtype="float32")
+    lm = trimode.load("pocket", dtype="float32")
     law: dict[str, Any] = {"mode": mode, "seed": 1, "temperature": 0.7, "frequency_penalty": 2.0}
     num_checked = 0
     for prompt in ("for i in range", "return self", "def add(a, b):\n    return a", "import"):

@@ -153,7 +153,14 @@ def test_the_built_in_model_has_a_name(tmp_path: Path, capsys: Capture) -> None:
     """Prevents: a model that is loaded by its name, and then not found as a folder."""
     (tmp_path / "prompts.txt").write_text("Hi\n")
     arguments = ["selfgen", "--output", str(tmp_path / "out.jsonl"), "--max-answer-tokens", "4"]
-    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--lora", "instruct_lora"]
+    arguments += [
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--model",
+        "pocket",
+        "--lora",
+        "instruct_lora",
+    ]
     assert main(arguments) == 0
     assert "kept 1 of 1" in capsys.readouterr().err
 

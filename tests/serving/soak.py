@@ -287,7 +287,7 @@ def body_of(prompt: int, spec: int) -> dict[str, Any]:
 
 def expected_texts() -> dict[tuple[int, int], str]:
     """What every request must give, decoded here and alone."""
-    lm = trimode.load(dtype="float64", weights="plain")
+    lm = trimode.load("pocket", dtype="float64", weights="plain")
     found = {}
     for prompt, text in enumerate(PROMPTS):
         for spec, options in enumerate(SPECS):
@@ -302,7 +302,17 @@ def expected_texts() -> dict[tuple[int, int], str]:
 @contextlib.contextmanager
 def serving(*, replicas: int, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A server of its own; yields its address and its process."""
-    words = [sys.executable, "-m", "trimode", "serve", "--port", "0", "--dtype", "float64"]
+    words = [
+        sys.executable,
+        "-m",
+        "trimode",
+        "serve",
+        "pocket",
+        "--port",
+        "0",
+        "--dtype",
+        "float64",
+    ]
     words += ["--weights", "plain", "--max-batch", "8", "--max-context", "512"]
     words += ["--token-budget", "64", "--time-slice", "16"]
     words += ["--max-body-bytes", str(MAX_BODY_BYTES), "--replicas", str(replicas)]

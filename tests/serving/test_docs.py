@@ -35,7 +35,7 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 @pytest.fixture(scope="module")
 def pocket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The default model as the pages have it, with a chat template in use."""
-    lm = trimode.load(lora="instruct_lora")
+    lm = trimode.load("pocket", lora="instruct_lora")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         with serving(lm, name="pocket", num_rows=4, context_len=512, has_auto=True) as served:

@@ -19,7 +19,7 @@ PROMPTS = [METHOD, "import nu", "for i in range(10):\n    pr", "s = '😀 caf", 
 
 @pytest.fixture(scope="module")
 def lm() -> TriModeLM:
-    return trimode.load()
+    return trimode.load("pocket")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_gaps_and_messages_that_are_not_healed(lm: TriModeLM, server: Served) ->
     assert answers[0] != answers[1]
     refused = server.post("infill", {"text": text, "heal": 1})
     assert refused.json()["error"]["message"] == "heal is 1; allowed: true or false"
-    chats = trimode.load(lora="instruct_lora")
+    chats = trimode.load("pocket", lora="instruct_lora")
     ask = [{"role": "user", "content": "Write a function: Add two numbers."}]
     with serving(chats, name="pocket", num_rows=2, context_len=256) as running:
         for begun in ("def ad", "import nu"):

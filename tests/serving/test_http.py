@@ -468,7 +468,7 @@ def test_without_a_chat_template(serve: Callable[..., Served], tiny_lm: TriModeL
     server.backend.card = dataclasses.replace(server.backend.card, has_chat=False)
     body = {"messages": [{"role": "user", "content": "x"}]}
     response = server.post("chat/completions", body)
-    assert "`trimode serve --lora instruct_lora`" in _message(response, 400)
+    assert "`trimode serve smollm2`" in _message(response, 400)
     assert response.json()["error"]["param"] == "messages"
 
 

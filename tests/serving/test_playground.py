@@ -60,7 +60,7 @@ def served() -> Iterator[Served]:
     is_up = threading.Event()
 
     async def serve() -> None:
-        backend = LocalBackend(trimode.load(), name="pocket", num_rows=4, context_len=1024)
+        backend = LocalBackend(trimode.load("pocket"), name="pocket", num_rows=4, context_len=1024)
         for settings in (Settings(), Settings(api_keys=(KEY,))):
             app = create_app(backend, settings)
             config = uvicorn.Config(app, log_config=None, lifespan="off", access_log=False)

@@ -31,7 +31,7 @@ from trimode.model import TriModeModel
 from trimode.model.configuration import TriModeConfig
 from trimode.model.modeling import MODEL_CLASSES
 
-DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "pocket"
+POCKET_MODEL = Path(__file__).parents[1] / "assets" / "pocket"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -40,10 +40,8 @@ _OF_RANK = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def resolve(path: str | Path | None) -> Path:
-    """The local folder of a checkpoint: the default model, a folder, or a snapshot from the hub."""
-    if path is None:
-        return DEFAULT_MODEL
+def resolve(path: str | Path) -> Path:
+    """The local folder of a checkpoint: a folder, or a snapshot from the hub."""
     folder = Path(path)
     if folder.is_dir():
         return folder

@@ -22,7 +22,15 @@ from trimode.checkpoint import io
 from trimode.checkpoint.content_key import content_key
 from trimode.checkpoint.convert import VERSION, convert
 from trimode.checkpoint.gguf_file import checked_fields, find_gguf, is_gguf
-from trimode.checkpoint.names import KNOWN, NAMES, POCKET, find_source
+from trimode.checkpoint.names import (
+    DEFAULT,
+    KNOWN,
+    NAMES,
+    POCKET,
+    find_source,
+    how_to_get,
+    is_at_hand,
+)
 from trimode.errors import CheckpointError
 from trimode.user_cache import cache_folder
 
@@ -60,6 +68,8 @@ def resolve(path: str | Path | None) -> Path:
     Raises:
         CheckpointError: There is none.
     """
+    if path is None:
+        path = default_name()
     if isinstance(path, str) and path in NAMES:
         return named_folder(path)
     file = None if path is None else find_gguf(path)
@@ -75,23 +85,44 @@ def resolve(path: str | Path | None) -> Path:
     return folder if file is None else _converted(_of_file(file))
 
 
+@functools.cache
+def default_name() -> str:
+    """The model where none is named: one answer for the whole process, with a line that says so
+    where it is the smaller one."""
+    if (_folder(_of_name(DEFAULT)) / io.CONFIG_NAME).exists() or is_at_hand(DEFAULT):
+        return DEFAULT
+    logger.warning(
+        "the model is %s, small and for Python code, since the weights of %s are not here; %s",
+        *(POCKET, DEFAULT, how_to_get(DEFAULT)),
+    )
+    return POCKET
+
+
 def named_folder(path: str | Path) -> Path:
     """The folder of a named model, or of a GGUF file; any other path as it is."""
     if path == POCKET:
-        return io.DEFAULT_MODEL
+        return io.POCKET_MODEL
     if isinstance(path, str) and path in KNOWN:
-        return _converted(_Wanted(path, f"{path}_{VERSION}", KNOWN[path].block_length))
+        return _converted(_of_name(path))
     file = find_gguf(path) if is_gguf(path) else None
     return Path(path) if file is None else _converted(_of_file(file))
+
+
+def _of_name(name: str) -> _Wanted:
+    return _Wanted(name, f"{name}_{VERSION}", KNOWN[name].block_length)
 
 
 def _of_file(file: Path) -> _Wanted:
     return _Wanted(file.name, f"gguf_{content_key(file)}_{VERSION}", BLOCK_LENGTH, file)
 
 
+def _folder(wanted: _Wanted) -> Path:
+    return cache_folder() / "models" / wanted.key
+
+
 def _converted(wanted: _Wanted) -> Path:
     """The folder in the user's cache, made if it is not there."""
-    folder = cache_folder() / "models" / wanted.key
+    folder = _folder(wanted)
     if (folder / io.CONFIG_NAME).exists():
         return folder
     if wanted.file is not None:

@@ -206,6 +206,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 def load_model(args: argparse.Namespace) -> TriModeLM:
     """What the arguments of `add_model_arguments` ask for."""
     use_threads(args.threads)
+    from trimode.checkpoint.names import NO_DRAFTER
     from trimode.loading import load
 
     return load(
@@ -213,34 +214,39 @@ def load_model(args: argparse.Namespace) -> TriModeLM:
         device=args.device,
         dtype=args.dtype,
         lora=args.lora,
-        drafter=getattr(args, "drafter", None),
+        drafter=getattr(args, "drafter", NO_DRAFTER),
         weights=args.weights,
     )
 
 
 def check_template(lm: TriModeLM, args: argparse.Namespace) -> None:
-    """Refuse conversations with the default model where it has no chat template.
+    """Refuse conversations with `pocket` where it has no chat template.
 
     Raises:
         RequestError: naming the LoRA that brings one; other models are left to `lm.chat`.
     """
+    from trimode.checkpoint.model_cache import default_name
     from trimode.checkpoint.names import POCKET
 
     has_template = lm.tokenizer is not None and lm.tokenizer.chat_template
-    if args.model in (None, POCKET) and not has_template:
+    if not has_template and (args.model or default_name()) == POCKET:
         raise RequestError(
-            "a conversation needs a chat template, and the default model has none; give it the LoRA"
-            " that was tuned on conversations: --lora instruct_lora"
+            f"a conversation needs a chat template, and {POCKET} has none; give it the LoRA that"
+            " was tuned on conversations: --lora instruct_lora"
         )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, has_drafter: bool = True) -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, has_drafter: bool = True, default: str | None = None
+) -> None:
     """Declare what `trimode.load` takes; no drafter for a command that drafts nothing."""
     model = parser.add_argument_group("model")
+    named = default or "smollm2, or pocket where it is not at hand"
     model.add_argument(
         "--model",
         metavar="PATH",
-        help="pocket (built in, default), smollm2, a folder, a GGUF file or a hub id",
+        default=default,
+        help=f"smollm2, pocket (built in), a folder, a GGUF file or a hub id (default: {named})",
     )
     model.add_argument(
         "--lora",
@@ -251,7 +257,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, has_drafter: bool = 
         model.add_argument(
             "--drafter",
             metavar="PATH",
-            help="the same for the diffusion view: on for drafts, or for what its files say",
+            help="the same for the diffusion view: on for drafts, or for what its files say; none"
+            " turns off that of smollm2",
         )
     model.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is)")
     model.add_argument(

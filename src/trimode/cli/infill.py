@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object with all candidates and scores"
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, default="pocket")
 
 
 def run(args: argparse.Namespace) -> int:

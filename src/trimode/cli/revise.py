@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--write", action="store_true", help="change the file, all or nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a diff")
-    add_model_arguments(parser)
+    add_model_arguments(parser, default="pocket")
 
 
 def run(args: argparse.Namespace) -> int:

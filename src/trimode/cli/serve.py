@@ -55,12 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="pocket (built in, default), smollm2, a folder, a GGUF file or a hub id",
+        help="smollm2, pocket (built in), a folder, a GGUF file or a hub id (default: smollm2, or"
+        " pocket where it is not at hand)",
     )
     model.add_argument("--name", metavar="NAME", help="what requests call it (default: its own)")
     model.add_argument("--lora", metavar="PATH", help="PEFT LoRA folder to merge into the weights")
     model.add_argument(
-        "--drafter", metavar="PATH", help="the same, on for drafts, or for what its files say"
+        "--drafter",
+        metavar="PATH",
+        help="the same, on for drafts, or for what its files say; none turns off that of smollm2",
     )
     model.add_argument("--device", metavar="D", help="cpu, cuda, ...")
     model.add_argument("--dtype", metavar="D", help="float32, bfloat16, ...")
@@ -204,11 +207,14 @@ def _run(args: argparse.Namespace) -> int:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ConfigError(f"{missing[0]} is not installed; pip install 'trimode[serve]'")
+    from trimode.checkpoint.model_cache import default_name
+
     _check(args)
     use_threads(args.threads)
     if args.replicas > 1 and find_spec("ray") is None:
         raise ConfigError("--replicas needs ray, not installed here; pip install 'trimode[ray]'")
     settings = _settings(args)
+    args.model = args.model or default_name()
     names = ("lora", "drafter", "device", "dtype", "weights", "tensor_parallel")
     load = {name: getattr(args, name) for name in names}
     if args.tensor_parallel and os.environ.get("RANK", "0") != "0":
@@ -240,7 +246,7 @@ def _serve(
         if args.host not in LOOPBACK and not settings.api_keys:
             logger.warning("listening on %s without API keys: all may use it", args.host)
         once = "" if args.no_auto else "; measuring forwards for mode auto, about 3 s, once"
-        _say(f"loading {args.model or 'the default model'}{once}")
+        _say(f"loading {args.model}{once}")
         backend = _backend(args, load=load, engine=engine)
         _log_as_json()
         port = listening.getsockname()[1]
@@ -261,7 +267,7 @@ def _say(what: str) -> None:
     print(f"trimode: {what}", file=sys.stderr, flush=True)
 
 
-def _follow(model: str | None, *, load: dict[str, Any]) -> int:
+def _follow(model: str, *, load: dict[str, Any]) -> int:
     """Run rank 0's forwards until it has ended."""
     from trimode import loading
 
@@ -333,10 +339,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _name(model: str | None) -> str:
+def _name(model: str) -> str:
     """What a model is called where nothing is said: its folder's or repository's name."""
-    if model is None:
-        return "pocket"
     name = Path(model).resolve().name if Path(model).exists() else model.rstrip("/").split("/")[-1]
     if not name:
         raise CheckpointError(f"model {model!r} has no name; give one by --name")

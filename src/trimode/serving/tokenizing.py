@@ -75,7 +75,7 @@ def check_chat(card: ModelCard) -> None:
     if not card.has_chat:
         raise RequestError(
             "messages need a chat template, and this model has none; serve one tuned on"
-            " conversations, such as `trimode serve --lora instruct_lora`"
+            " conversations, such as `trimode serve smollm2`"
         )
 
 

@@ -48,7 +48,7 @@ def main() -> int:
     commands = {path: command for path in scripts if (command := _installed(path, folder))}
     with ExitStack() as stack:
         model = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        url = stack.enter_context(_serving("--lora", "instruct_lora"))
+        url = stack.enter_context(_serving("pocket", "--lora", "instruct_lora"))
         tools_url = stack.enter_context(_serving(_with_tools(model), "--name", "tools"))
         env = {
             **{name: text for name, text in os.environ.items() if name != "PYTHONPATH"},
