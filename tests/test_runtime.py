@@ -304,7 +304,7 @@ class TestOptions:
             ({"max_new_tokens": 0}, "max_new_tokens is 0"),
             ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0"),
             ({"threshold": 1.5}, "threshold is 1.5"),
-            ({"steps": 9}, "steps is 9; allowed: None, or 1 to block_length=8"),
+            ({"mode": "linear", "steps": 9}, "steps is 9; allowed: None, or 1 to block_length=8"),
             ({"temperature": -1}, "temperature is -1"),
             ({"temperature": float("nan")}, "temperature is nan"),
             ({"top_p": 0}, "top_p is 0"),

@@ -19,6 +19,7 @@ from trimode.decoding import Event, GenerationParams, Sequence, Stats
 from trimode.decoding.control import CONTROL_NAMES, Control
 from trimode.decoding.grammar import Grammars
 from trimode.decoding.healing import Healing
+from trimode.decoding.params import DEFAULT_MODE
 from trimode.decoding.reveal import degenerate_reason
 from trimode.decoding.scoring import check_number
 from trimode.detokenize import GrowingText, StandingText, decode, text_before
@@ -86,7 +87,7 @@ class TriModeLM:
         self,
         prompt: Prompt | Items[Prompt],
         *,
-        mode: str = "linear",
+        mode: str = DEFAULT_MODE,
         max_new_tokens: int = 128,
         block_length: int | None = None,
         threshold: float | None = None,

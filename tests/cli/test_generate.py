@@ -132,9 +132,9 @@ class TestText:
         self, folder: Path, lm: TriModeLM, capsys: Capture, flags: list[str]
     ) -> None:
         """Prevents: counts in a redirected file, and pictures where there is no terminal."""
-        assert main(words(folder, PROMPT, *flags)) == 0
+        assert main(words(folder, PROMPT, "--mode", "linear", *flags)) == 0
         out, err = capsys.readouterr()
-        expected = lm.generate(PROMPT, max_new_tokens=12)
+        expected = lm.generate(PROMPT, mode="linear", max_new_tokens=12)
         assert out == PROMPT + expected.text + "\n"
         assert "-- linear, block length 8, seed 3: 12 tokens in " in err
         assert " tokens/s, ended by length\n" in err

@@ -11,6 +11,7 @@ from tests.serving.conftest import Served
 from trimode.checkpoint.generation_defaults import GenerationDefaults
 from trimode.runtime import Generation, TriModeLM
 from trimode.serving.foreign_fields import IGNORED, NEUTRAL_OF_CHATS, NEUTRAL_OF_COMPLETIONS
+from trimode.serving.jobs import ModelCard
 from trimode.serving.schemas import ChatRequest, CompletionRequest
 from trimode.serving.settings import Settings
 from trimode.serving.translate import Caller, completion_jobs
@@ -73,7 +74,10 @@ def test_an_off_of_a_request_wins_over_the_model_s_own() -> None:
     body = CompletionRequest.model_validate({"prompt": "x", "top_k": 0, "min_p": 0})
     own = GenerationDefaults(top_k=3, min_p=0.1, temperature=0.5)
     caller = Caller(request_id="r", name="n")
-    [job] = completion_jobs(body, caller, settings=Settings(), defaults=own)
+    sizes = {"block_length": 8, "context_len": 64, "num_parameters": 1}
+    flags = {"has_chat": False, "has_drafter": False}
+    card = ModelCard(name="m", modes=("ar",), generation_defaults=own, **sizes, **flags)
+    [job] = completion_jobs(body, caller, settings=Settings(), card=card)
     assert {name: job.options[name] for name in ("top_k", "min_p", "temperature")} == {
         "top_k": 0,
         "min_p": 0,

@@ -25,7 +25,8 @@ HELP = "continue a prompt, in any mode"
 DECODING_FLAGS: dict[str, dict[str, Any]] = {
     "mode": {
         "metavar": "MODE",
-        "help": "ar, diffusion, linear, branching, quadratic or auto (default linear)",
+        "help": "ar, diffusion, linear, branching, quadratic, or auto, the best of every round"
+        " (default auto)",
     },
     "max_new_tokens": {"type": int, "metavar": "N", "help": "at most so many (default 128)"},
     "block_length": {

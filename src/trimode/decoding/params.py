@@ -15,6 +15,9 @@ from trimode.model.adapter import DRAFT_FORMS, PUBLISHED_FORM, AdapterForm
 
 MODE_NAMES = ("ar", "diffusion", "linear", "branching", "quadratic", "auto")
 SPECULATIVE = ("linear", "branching", "quadratic", "auto")
+
+DEFAULT_MODE = "auto"
+"""What is best differs by model, machine, text and load, so it is measured."""
 """Modes that write what `ar` writes, in rounds of drafting and verifying; `auto` picks among them
 and `ar`, anew for every round."""
 

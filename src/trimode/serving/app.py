@@ -116,16 +116,16 @@ class _Server:
         try:
             body = await read_body(request, settings=self.settings)
             asked: CompletionRequest | ChatRequest
-            defaults = self.backend.card.generation_defaults
+            card = self.backend.card
             if chat:
                 asked = parse(ChatRequest, body)
-                check_model(asked.model, self.backend.card)
-                jobs = chat_jobs(asked, caller, settings=self.settings, defaults=defaults)
+                check_model(asked.model, card)
+                jobs = chat_jobs(asked, caller, settings=self.settings, card=card)
             else:
                 asked = parse(CompletionRequest, body)
-                check_model(asked.model, self.backend.card)
-                jobs = completion_jobs(asked, caller, settings=self.settings, defaults=defaults)
-            request.scope["trimode"]["mode"] = jobs[0].options.get("mode", "linear")
+                check_model(asked.model, card)
+                jobs = completion_jobs(asked, caller, settings=self.settings, card=card)
+            request.scope["trimode"]["mode"] = jobs[0].options["mode"]
             options = asked.stream_options
             answer = Answer(
                 "chat.completion" if chat else "text_completion",

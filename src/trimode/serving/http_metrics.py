@@ -62,7 +62,7 @@ class HttpMetrics:
             async for index, update in updates:
                 if isinstance(update, Piece) and update.token_ids:
                     now = time.perf_counter()
-                    mode = str(jobs[index].options.get("mode", "linear"))
+                    mode = str(jobs[index].options["mode"])
                     if index not in latest:
                         self._first.labels(mode).observe(now - started_s)
                     else:

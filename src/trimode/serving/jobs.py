@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from trimode.checkpoint.generation_defaults import GenerationDefaults
+from trimode.decoding.params import DEFAULT_MODE
 from trimode.decoding.stats import Stats
 from trimode.messages import ToolCall
 
@@ -227,6 +228,11 @@ class ModelCard:
     has_drafter: bool
     num_parameters: int
     generation_defaults: GenerationDefaults = GenerationDefaults()
+
+    @property
+    def default_mode(self) -> str:
+        """Of a request that names none."""
+        return DEFAULT_MODE if DEFAULT_MODE in self.modes else "linear"
 
 
 class Backend(Protocol):

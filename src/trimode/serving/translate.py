@@ -116,7 +116,7 @@ def completion_jobs(
     caller: Caller,
     *,
     settings: Settings,
-    defaults: GenerationDefaults,
+    card: ModelCard,
 ) -> list[Job]:
     """A job for each choice: all of the first prompt, then of the second, and so on.
 
@@ -124,7 +124,7 @@ def completion_jobs(
         request: Checked.
         caller: Who asks.
         settings: Of the server.
-        defaults: Of the model, for what the request leaves open.
+        card: Of the model, for what the request leaves open.
 
     Raises:
         Refusal: 400, naming the field.
@@ -135,8 +135,8 @@ def completion_jobs(
         prompts = request.prompt if is_many else [request.prompt]
     if not request.prompt and not isinstance(request.prompt, str):
         raise bad_request('prompt is []; allowed: "" for an empty prompt', param="prompt")
-    options = _options(request, defaults)
-    number, usual = request.max_tokens, _usual(defaults, settings)
+    options = _options(request, card)
+    number, usual = request.max_tokens, _usual(card.generation_defaults, settings)
     if number is None and usual is None:
         number = min(DEFAULT_COMPLETION_TOKENS, settings.max_output_tokens or sys.maxsize)
     if number is not None:
@@ -159,14 +159,14 @@ def completion_jobs(
 
 
 def chat_jobs(
-    request: ChatRequest, caller: Caller, *, settings: Settings, defaults: GenerationDefaults
+    request: ChatRequest, caller: Caller, *, settings: Settings, card: ModelCard
 ) -> list[Job]:
     """A job for each choice; arguments as of `completion_jobs`.
 
     Raises:
         Refusal: 400, naming the field.
     """
-    options = _options(request, defaults)
+    options = _options(request, card)
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise bad_request(
             "max_tokens and max_completion_tokens are given; allowed: one of them",
@@ -198,7 +198,7 @@ def chat_jobs(
         [messages_of(request)],
         request,
         options=options,
-        usual=_usual(defaults, settings),
+        usual=_usual(card.generation_defaults, settings),
         names=names,
         caller=caller,
         settings=settings,
@@ -255,13 +255,15 @@ def _usual(defaults: GenerationDefaults, settings: Settings) -> int | None:
     return None if own is None else min(own, settings.max_output_tokens or sys.maxsize)
 
 
-def _options(
-    request: CompletionRequest | ChatRequest, defaults: GenerationDefaults
-) -> dict[str, Any]:
+def _options(request: CompletionRequest | ChatRequest, card: ModelCard) -> dict[str, Any]:
     """Arguments of `TriModeLM.generate` that a request gives, and those that the model does."""
     names = (*OURS, "temperature")
     options = {name: value for name in names if (value := getattr(request, name)) is not None}
-    options = {"temperature": DEFAULT_TEMPERATURE, **defaults.fill(options)}
+    options = {
+        "mode": card.default_mode,
+        "temperature": DEFAULT_TEMPERATURE,
+        **card.generation_defaults.fill(options),
+    }
     if request.logit_bias is not None:
         options["logit_bias"] = {
             _token_id(token_id): value for token_id, value in request.logit_bias.items()
