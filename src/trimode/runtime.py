@@ -353,7 +353,7 @@ class TriModeLM:
     def planner(self) -> Planner:
         """Of mode `auto`: learns from all that this model decodes. Made when first wanted, which
         takes a few seconds where forwards were not measured before."""
-        return Planner(find_costs(self.model, adapter=self.adapter))
+        return Planner(find_costs(self.model, adapter=self.adapter), self.form)
 
     def engine(self, sequences: Items[Sequence]) -> Engine:
         """An engine just large enough for these sequences, with them submitted."""

@@ -8,7 +8,7 @@ the fields of `AdapterForm`), its mask embeddings and corrector (`trimode_view.s
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,7 @@ def _read_view(folder: Path) -> tuple[AdapterForm, int | None]:
     if not file.exists():
         return PUBLISHED_FORM, None
     view = read_json(file)
-    names = {"views", "adapts_clean", "draft_forms", "num_masks"}
+    names = {field.name for field in fields(AdapterForm)}
     unknown = set(view) - names - {"format", "place", "corrector_candidates"}
     if view.get("format") != _VIEW_FORMAT or unknown:
         raise CheckpointError(
@@ -240,6 +240,10 @@ def _read_view(folder: Path) -> tuple[AdapterForm, int | None]:
     for name in ("views", "draft_forms"):
         if isinstance(given.get(name), list):
             given[name] = tuple(given[name])
+    if isinstance(given.get("acceptance"), list):
+        given["acceptance"] = tuple(
+            tuple(one) if isinstance(one, list) else one for one in given["acceptance"]
+        )
     try:
         return AdapterForm(**given), num_candidates
     except (ConfigError, TypeError) as error:

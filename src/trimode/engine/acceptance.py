@@ -13,14 +13,20 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from operator import mul
+from typing import Any
 
 from trimode.decoding.setting import Round, Setting
+from trimode.model.adapter import PUBLISHED_FORM, AdapterForm
 
 HOPE = 1.5
 """Added to shared log-odds, over the root of how often they were seen: 0.82 at first."""
+
+FRESH_PRIOR, EARLY_PRIOR = 16, 4
+"""Rounds that an adapter's own figures are worth, of drafts as they were measured and of others."""
 
 SHARED_RATE = 0.02
 OWN_RATE = 0.06
@@ -47,11 +53,16 @@ AR_PACE = Pace(1.0, 1.0)
 
 
 class _Shared:
-    """Log-odds by position, learned together."""
+    """Log-odds by position, learned together.
 
-    def __init__(self) -> None:
-        self._odds = [0.0]
-        self._num_seen = [0]
+    Args:
+        chances: Known before, by position; may be empty.
+        num_seen: Rounds that these are worth.
+    """
+
+    def __init__(self, chances: Items[float] = (), *, num_seen: int = 0) -> None:
+        self._odds = [*map(_odds, chances)] or [0.0]
+        self._num_seen = [num_seen if chances else 0] * len(self._odds)
 
     def at(self, index: int) -> float:
         """A position that never was reached is taken to be as the last that was."""
@@ -100,11 +111,15 @@ class Acceptance:
     One that had a forward of its own (fresh) is better than one made behind a verify forward
     (early), before the token that it follows was known; how much, depends on which outcomes have
     groups, so early ones are known by the setting that made them. Fresh ones are known by whether
-    their masks skip the bonus.
+    their masks skip the bonus. Both begin with what the adapter says of itself.
+
+    Attributes:
+        form: Of the adapter that drafts.
     """
 
-    _fresh: defaultdict[bool, _Shared] = field(default_factory=lambda: defaultdict(_Shared))
-    _early: defaultdict[Setting, _Shared] = field(default_factory=lambda: defaultdict(_Shared))
+    form: AdapterForm = PUBLISHED_FORM
+    _fresh: dict[bool, _Shared] = field(default_factory=dict)
+    _early: dict[Setting, _Shared] = field(default_factory=dict)
     _hits: defaultdict[Setting, _Shared] = field(default_factory=lambda: defaultdict(_Shared))
 
     def learn(self, shift: Shift, happened: Round, *, is_cut: bool) -> None:
@@ -123,7 +138,7 @@ class Acceptance:
         num_seen = happened.num_accepted + (
             happened.num_accepted < happened.num_checked or (is_cut and is_short)
         )
-        shared = self._fresh[_skips(setting)] if happened.is_fresh else self._early[setting]
+        shared = self._fresh_of(setting) if happened.is_fresh else self._early_of(setting)
         total = 0.0
         for j in range(num_seen):
             holds = j < happened.num_accepted
@@ -138,13 +153,25 @@ class Acceptance:
 
     def fresh(self, setting: Setting, shift: float) -> list[float]:
         """Chances that 0, 1, ... positions in a row hold of a draft with a forward of its own."""
-        shared = self._fresh[_skips(setting)]
+        shared = self._fresh_of(setting)
         return _reached(shared.hoped(j) + shift for j in range(setting.draft_len))
 
     def early(self, setting: Setting, shift: float) -> list[float]:
         """The same of a draft made behind a verify forward."""
-        shared = self._early[setting]
+        shared = self._early_of(setting)
         return _reached(shared.hoped(j) + shift for j in range(setting.draft_len))
+
+    def _fresh_of(self, setting: Setting) -> _Shared:
+        return self._of(self._fresh, _skips(setting), setting, FRESH_PRIOR)
+
+    def _early_of(self, setting: Setting) -> _Shared:
+        return self._of(self._early, setting, setting, EARLY_PRIOR)
+
+    def _of(self, known: dict[Any, _Shared], key: Any, setting: Setting, worth: int) -> _Shared:
+        if key not in known:
+            chances = self.form.acceptance_of("skip" if _skips(setting) else "block")
+            known[key] = _Shared(chances, num_seen=worth)
+        return known[key]
 
     def hit(self, setting: Setting, shift: float) -> float:
         """Chance that a verify forward makes the next draft as well."""

@@ -17,6 +17,7 @@ from trimode.decoding.params import MAX_AUTO_BRANCHES
 from trimode.decoding.setting import Round, Setting
 from trimode.engine.acceptance import AR_PACE, Acceptance, Outlook, Pace, Shift
 from trimode.engine.costs import Costs
+from trimode.model.adapter import PUBLISHED_FORM, AdapterForm
 
 REVIEW_ROUNDS = 8
 AR_REVIEW_ROUNDS = 32
@@ -105,6 +106,7 @@ class Planner:
 
     Args:
         costs: What forwards cost.
+        form: Of the adapter that drafts.
 
     Attributes:
         costs: As given, refined by every forward.
@@ -112,9 +114,9 @@ class Planner:
         num_probes: Rounds spent on finding out.
     """
 
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: Costs, form: AdapterForm = PUBLISHED_FORM) -> None:
         self.costs = costs
-        self._known = Acceptance()
+        self._known = Acceptance(form)
         self._requests: WeakKeyDictionary[Sequence, _Request] = WeakKeyDictionary()
         self._num_forwards = 0
         self._total = _Totals(0, 0.0, 0.0)

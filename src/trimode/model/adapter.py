@@ -51,12 +51,15 @@ class AdapterForm:
         adapts_clean: Whether clean tokens of a group carry it too, or its masks only.
         draft_forms: From `DRAFT_FORMS`, those it was trained in, the one to prefer first.
         num_masks: Masks of a group it was trained with; None where nobody says.
+        acceptance: For each of `draft_forms` the chances that the first, second, ... token of a
+            draft is right if those before it are, on held-out answers; empty where nobody says.
     """
 
     views: tuple[str, ...] = ("draft",)
     adapts_clean: bool = True
     draft_forms: tuple[str, ...] = ("block",)
     num_masks: int | None = None
+    acceptance: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in (("views", VIEWS), ("draft_forms", DRAFT_FORMS)):
@@ -71,6 +74,22 @@ class AdapterForm:
         num_masks = self.num_masks
         if num_masks is not None and (type(num_masks) is not int or num_masks < 1):
             raise ConfigError(f"num_masks is {num_masks!r}; allowed: null, or at least 1")
+        found = self.acceptance
+        is_good = isinstance(found, tuple) and len(found) in (0, len(self.draft_forms))
+        if not is_good or not all(map(_are_chances, found)):
+            raise ConfigError(
+                f"acceptance is {found!r}; allowed: for each of draft_forms, some of 0 to 1"
+            )
+
+    def acceptance_of(self, form: str) -> tuple[float, ...]:
+        """What `acceptance` says of one form; empty if nothing."""
+        return dict(zip(self.draft_forms, self.acceptance, strict=False)).get(form, ())
+
+
+def _are_chances(found: object) -> bool:
+    return isinstance(found, tuple) and all(
+        type(chance) in (int, float) and 0 <= chance <= 1 for chance in found
+    )
 
 
 PUBLISHED_FORM = AdapterForm()

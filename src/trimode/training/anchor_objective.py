@@ -183,6 +183,11 @@ class AnchorObjective:
             untrained=self._measured["fresh"],
             with_adapter=self._measure(self.trainable),
         )
+        measured = [report.with_adapter.of(one) for one in self._anchors.forms]
+        self.trainable.form = replace(
+            self.trainable.form,
+            acceptance=tuple(tuple(one.conditional_by_offset) for one in measured),
+        )
         score = report.with_adapter.of(form).round_acceptance_length
         state = kept_if_best(
             *(self.trainable, state),
