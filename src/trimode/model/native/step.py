@@ -21,6 +21,7 @@ from trimode.model.adapter import TARGETS, DrafterAdapter
 from trimode.model.attention import RowFeed
 from trimode.model.cache import KVCache
 from trimode.model.configuration import TriModeConfig
+from trimode.model.native.adapter_parts import first_halves, padded_ranks, second_half
 from trimode.model.native.fed import Fed
 from trimode.model.native.library import Library, load
 from trimode.model.rotary import Rotary
@@ -38,7 +39,6 @@ HEAD = -1
 NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 """Norms of a layer, in the order of their numbers."""
 
-_RANK_UNIT = 32
 _POSITIONS_AT_ONCE = 1024
 
 
@@ -343,7 +343,6 @@ class NativeNetwork:
         known = self._adapters.get(adapter)
         if known is not None:
             return known
-        ranks = np.zeros((self.config.num_hidden_layers, len(TARGETS)), dtype=np.int32)
         for layer, target, pair in adapter.items():
             found = pair.up.shape[0], pair.down.shape[1]
             if found != self._shape_of(layer, target):
@@ -351,38 +350,30 @@ class NativeNetwork:
                     f"the adapter's pair of layer {layer}, {target} is for a weight of {found};"
                     f" allowed: {self._shape_of(layer, target)}"
                 )
-            rank = -(-len(pair.down) // _RANK_UNIT) * _RANK_UNIT
-            ranks[layer, TARGETS.index(target)] = rank
         masks = adapter.mask_embeddings
         if masks is not None and masks.shape[1] != self.config.hidden_size:
             raise ConfigError(
                 f"the adapter's mask embeddings are of {masks.shape[1]}; allowed:"
                 f" {self.config.hidden_size}"
             )
+        ranks = padded_ranks(adapter, num_layers=self.config.num_hidden_layers)
         handle = self._c.trimode_adapter_new(self._model, c_void_p(ranks.ctypes.data))
-        if not handle:
-            raise CapacityError("the packed adapter does not fit into memory")
+        _check_memory(handle)
         packed = c_void_p(handle)
         _freed_with(adapter, self._c.trimode_adapter_free, packed)
         for layer, target, pair in adapter.items():
             index = TARGETS.index(target)
-            rank, size = len(pair.down), int(ranks[layer, index])
-            down = _empty(size, pair.down.shape[1]).zero_()
-            down[:rank] = pair.down.detach()
-            up = _empty(pair.up.shape[0], size).zero_()
-            up[:, :rank] = pair.up.detach()
-            sources = _source(down, None), _source(up, None)
-            is_done = self._c.trimode_adapter_set(
-                *(self._model, packed, layer, index, byref(sources[0][0]), byref(sources[1][0])),
-                c_float(pair.scale),
-            )
-            if not is_done:
-                raise CapacityError("the packed adapter does not fit into memory")
+            up = _source(second_half(pair, int(ranks[layer, index])), None)
+            set_up = self._c.trimode_adapter_set_up
+            _check_memory(set_up(self._model, packed, layer, index, byref(up[0])))
+        for layer, number, halves, scales in first_halves(adapter, ranks):
+            down, pointer = _source(halves, None), c_void_p(scales.ctypes.data)
+            set_down = self._c.trimode_adapter_set_down
+            _check_memory(set_down(self._model, packed, layer, number, byref(down[0]), pointer))
         if masks is not None:
             plain = masks.detach().float().contiguous()
             pointer = c_void_p(plain.data_ptr())
-            if not self._c.trimode_adapter_set_masks(packed, pointer, *plain.shape):
-                raise CapacityError("the packed adapter does not fit into memory")
+            _check_memory(self._c.trimode_adapter_set_masks(packed, pointer, *plain.shape))
         self._adapters[adapter] = packed
         return packed
 
@@ -446,6 +437,11 @@ def _made_again(
     if "embedding" in kept:
         network.set_embedding(kept["embedding"])
     return network
+
+
+def _check_memory(is_done: object) -> None:
+    if not is_done:
+        raise CapacityError("the packed adapter does not fit into memory")
 
 
 def _source(weight: Tensor, bias: Tensor | None) -> tuple[_Source, tuple[Tensor, ...]]:

@@ -213,29 +213,44 @@ void trimode_model_set_positions(Model* model, const float* cos, const float* si
     model->query_scale = query_scale;
 }
 
-// ranks: [layers * targets], 0 where there is no pair; a multiple of 32 else.
+// ranks: [layers * targets], 0 where there is no pair; a multiple of 16 else.
 Adapter* trimode_adapter_new(const Model* model, const int32_t* ranks) {
     return made<Adapter>([&](auto& adapter) {
         adapter.reset(new Adapter);
         adapter->pairs.resize(model->layers.size() * NUM_TARGETS);
+        adapter->reductions.resize(model->layers.size() * NUM_INPUTS);
         const int form = model->shape.form == FLOAT32 ? FLOAT32 : BFLOAT16;
+        std::vector<int32_t> sums(adapter->reductions.size()), sizes(sums.size());
         int64_t bytes = 0;
         for (size_t i = 0; i < adapter->pairs.size(); i++) {
             if (ranks[i] == 0) continue;
             Pair& pair = adapter->pairs[i];
+            const size_t input = i / NUM_TARGETS * NUM_INPUTS + INPUT_OF[i % NUM_TARGETS];
             const Weight& base = model->layers[i / NUM_TARGETS].weights[i % NUM_TARGETS];
-            bytes += model->kernels->plan(pair.down, form, ranks[i], base.in);
-            bytes += model->kernels->plan(pair.up, form, base.out, ranks[i]);
+            pair.rank = ranks[i];
+            pair.first = sums[input];
+            sums[input] += ranks[i];
+            sizes[input] = base.in;
+            bytes += model->kernels->plan(pair.up, form, base.out, pair.rank);
         }
+        for (size_t i = 0; i < sums.size(); i++)
+            if (sums[i] > 0)
+                bytes += model->kernels->plan(adapter->reductions[i].down, form, sums[i], sizes[i]);
         adapter->arena_bytes = bytes;
         if (bytes > 0 && (adapter->arena = map(bytes)) == nullptr) throw std::bad_alloc();
         char* at = adapter->arena;
-        for (Pair& pair : adapter->pairs)
-            for (Weight* weight : {&pair.down, &pair.up})
-                if (weight->num_panels > 0) {
-                    weight->data = at;
-                    at += weight->num_panels * weight->panel_bytes;
-                }
+        const auto place = [&](Weight& weight) {
+            if (weight.num_panels == 0) return;
+            weight.data = at;
+            at += weight.num_panels * weight.panel_bytes;
+        };
+        for (size_t layer = 0; layer < model->layers.size(); layer++)  // in the order of reading
+            for (int input = 0; input < NUM_INPUTS; input++) {
+                place(adapter->reductions[layer * NUM_INPUTS + input].down);
+                for (int target = 0; target < NUM_TARGETS; target++)
+                    if (INPUT_OF[target] == input)
+                        place(adapter->pairs[layer * NUM_TARGETS + target].up);
+            }
     });
 }
 
@@ -244,13 +259,23 @@ void trimode_adapter_free(Adapter* adapter) {
     delete adapter;
 }
 
-bool trimode_adapter_set(Model* model, Adapter* adapter, int layer, int target, const Source* down,
-                         const Source* up, float scale) {
+// The first halves of the updates of all targets that read an input, in the order of the targets.
+// scales: of each of their outputs.
+bool trimode_adapter_set_down(Model* model, Adapter* adapter, int layer, int input,
+                              const Source* down, const float* scales) {
     return is_done([&] {
-        Pair& pair = adapter->pairs[layer * NUM_TARGETS + target];
-        fill(*model->kernels, *model->threads, *down, pair.down);
-        fill(*model->kernels, *model->threads, *up, pair.up);
-        pair.scale = scale;
+        Reduction& reduction = adapter->reductions[layer * NUM_INPUTS + input];
+        fill(*model->kernels, *model->threads, *down, reduction.down);
+        reduction.scales.assign(long(reduction.down.num_panels) * model->kernels->panel, 0.0f);
+        std::memcpy(reduction.scales.data(), scales, reduction.down.out * 4);
+    });
+}
+
+bool trimode_adapter_set_up(Model* model, Adapter* adapter, int layer, int target,
+                            const Source* up) {
+    return is_done([&] {
+        fill(*model->kernels, *model->threads, *up,
+             adapter->pairs[layer * NUM_TARGETS + target].up);
     });
 }
 

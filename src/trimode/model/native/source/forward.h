@@ -5,7 +5,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <thread>
 
 #include "attention.h"
 #include "model.h"
@@ -37,10 +39,10 @@ INLINE void put(const Input& input, int form, int row, int at, F x, int n) {
         store((float*)input.data + row * input.stride + at, x, n);
 }
 
-// Sums of inputs k .. k+num-1 for a tile of rows, added to y [rows][PANEL] unless k is 0.
+// Sums of inputs k .. k+num-1 for a tile of rows, added to y [rows][PANEL] if it goes on. In 8 bits
+// it does where k is not 0.
 inline void piece_of(const Weight& weight, const char* data, const Input& x, int first, int rows,
-                     int k, int num, float* y) {
-    const bool goes_on = k > 0;
+                     int k, int num, bool goes_on, float* y) {
     if (weight.form == FLOAT32) {
         const float* from = (const float*)x.data + first * x.stride + k;
         TILE(tile_float32, rows, from, x.stride, num, (const float*)data, y, goes_on);
@@ -54,20 +56,43 @@ inline void piece_of(const Weight& weight, const char* data, const Input& x, int
     }
 }
 
-// A panel's sums for a band of rows: y [rows][PANEL].
-inline void band(const Weight& weight, int panel, const Input& x, int first, int rows, float* y) {
+// Inputs that a panel's sums are taken over: all, or whole groups from a multiple of GROUP on.
+struct Span {
+    int start, stop;
+};
+
+// A panel's sums for a band of rows: y [rows][PANEL], added to what is there if they go on from it.
+inline void band(const Weight& weight, int panel, const Input& x, int first, int rows, float* y,
+                 Span span, bool goes_on) {
     const int most = weight.form == INT8 ? MOST_ROWS_INT8 : MOST_ROWS;
     const int num_tiles = (rows + most - 1) / most;
     const int piece = num_tiles == 1 ? weight.in : piece_inputs(weight.form);
     const long bytes = panel_bytes(weight.form, piece);
     const char* data = weight.data + panel * weight.panel_bytes;
-    for (int k = 0; k < weight.in; k += piece, data += bytes)
+    if (span.start > 0) data += panel_bytes(weight.form, span.start);
+    for (int k = span.start; k < span.stop; k += piece, data += bytes)
         for (int i = 0; i < num_tiles; i++) {
             const int r = rows * i / num_tiles, num_rows = rows * (i + 1) / num_tiles - r;
-            piece_of(weight, data, x, first + r, num_rows, k, std::min(piece, weight.in - k),
-                     y + r * PANEL);
+            piece_of(weight, data, x, first + r, num_rows, k, std::min(piece, span.stop - k),
+                     goes_on || k > span.start, y + r * PANEL);
         }
 }
+
+inline void band(const Weight& weight, int panel, const Input& x, int first, int rows, float* y) {
+    band(weight, panel, x, first, rows, y, {0, weight.in}, false);
+}
+
+// Have a panel fetched, if it is a small one.
+INLINE void fetch(const Weight& weight, int panel) {
+    const char* data = weight.data + panel * weight.panel_bytes;
+    const long bytes = std::min<long>(weight.panel_bytes, AHEAD);
+    for (long at = 0; at < bytes; at += 64) __builtin_prefetch(data + at, 0, 3);
+}
+
+// Parts that the inputs of an adapter's first half are shared out in, so that no thread waits long
+// for another; their sums are added in order.
+constexpr int NUM_PARTS = 2;
+constexpr int SPINS = 4096;  // before a thread that waits for them gives up its core
 
 // y[at] = x[at] / rms(x) * weight[at]
 template <class Put>
@@ -159,9 +184,12 @@ class Pass {
     const int num_rows_;
 
     float *x_, *q_, *k_, *v_;
-    Input in_, attended_, inner_, gathered_, lora_[3], head_in_;
-    int* on_rows_;    // [num_on] rows that the adapter is on for
-    int num_on_ = 0, most_rank_ = 0;
+    Input in_, attended_, inner_, gathered_, reduced_, head_in_;
+    int* on_rows_;      // [num_on] rows that the adapter is on for
+    int num_on_ = 0;
+    float* part_sums_;  // [panels of a reduction][NUM_PARTS][num_on][PANEL]
+    std::atomic<int> num_parts_done_{0};
+    std::atomic<bool> is_reduced_{false};
     int* items_;      // first span of each token, and their number at the end
     int num_spans_ = 0;  // at most, of tokens that attend together
     int first_span_ = 0;  // of the tokens that attend now
@@ -220,12 +248,13 @@ class Pass {
         partials_ = w.take<Partial>(num_partials);
         partial_values_ = w.take<float>(num_partials * (shape_.head_dim + W));
         if (num_on_ > 0) {
-            most_rank_ = 0;
-            for (const Pair& pair : f_.adapter->pairs)
-                most_rank_ = pair.down.out > most_rank_ ? pair.down.out : most_rank_;
+            int num_panels = 0;
+            for (const Reduction& one : f_.adapter->reductions)
+                num_panels = std::max(num_panels, one.down.num_panels);
             const int widest = std::max(std::max(H, I), q_size());
             gathered_ = input(w, num_on_, widest, lora_form_);
-            for (Input& one : lora_) one = input(w, P, most_rank_, lora_form_);
+            reduced_ = input(w, P, num_panels * PANEL, lora_form_);
+            part_sums_ = w.take<float>(long(num_panels) * NUM_PARTS * num_on_ * PANEL);
         }
     }
 
@@ -277,27 +306,37 @@ class Pass {
     // Panels of several weights that read the same input, dealt out over the threads. `store` is
     // called with weight, first output, its number of outputs, first row, rows and their sums.
     template <class Store>
-    void product(const Weight* const* weights, int num, const Pair* const* pairs, const Input& x,
-                 int num_rows, Store store) {
+    void product(const Weight* const* weights, int num, const Pair* const* pairs,
+                 const Reduction* reduction, const Input& x, int num_rows, Store store) {
         int total = 0;
         for (int i = 0; i < num; i++) total += weights[i]->num_panels;
-        deal(total, [&](int panel) {
+        deal(total, reduction, x, [&](int panel) {
             int i = 0;
             while (panel >= weights[i]->num_panels) panel -= weights[i++]->num_panels;
             float y[BAND_ROWS * PANEL];
             each_band(num_rows, [&](int first, int rows) {
-                sums(*weights[i], pairs == nullptr ? nullptr : pairs[i], i, panel, x, first, rows,
-                     y);
+                sums(*weights[i], pairs == nullptr ? nullptr : pairs[i], panel, x, first, rows, y);
                 store(i, panel, first, rows, y);
             });
         });
     }
 
-    // A few panels at a time: a chunk for each would cost more than it brings.
+    // A few panels at a time: a chunk for each would cost more than it brings. Before them come the
+    // parts of a reduction of the same input, if there is one: whoever needs it has read a panel
+    // of the weights by then, and hardly ever waits.
     template <class Each>
-    void deal(int num_panels, Each each) {
+    void deal(int num_panels, const Reduction* reduction, const Input& x, Each each) {
         const int num_chunks = std::min(num_panels, threads_.size() == 1 ? 1 : 8 * threads_.size());
-        threads_.each(num_chunks, [&](int chunk) {
+        const int num_parts = reduction == nullptr ? 0 : reduction->down.num_panels * NUM_PARTS;
+        const Input from = num_parts == 0 ? x : of_on_rows(x, reduction->down.in);
+        num_parts_done_.store(0, std::memory_order_relaxed);
+        is_reduced_.store(num_parts == 0, std::memory_order_relaxed);
+        threads_.each(num_parts + num_chunks, [&](int chunk) {
+            if (chunk < num_parts) {
+                reduce(*reduction, from, chunk, num_parts);
+                return;
+            }
+            chunk -= num_parts;
             const int stop = int(long(num_panels) * (chunk + 1) / num_chunks);
             for (int p = int(long(num_panels) * chunk / num_chunks); p < stop; p++) each(p);
         });
@@ -313,8 +352,10 @@ class Pass {
     }
 
     // A band's sums with bias, and with the adapter's share where it is on.
-    INLINE void sums(const Weight& weight, const Pair* pair, int lora, int panel, const Input& x,
-                     int first, int rows, float* y) {
+    INLINE void sums(const Weight& weight, const Pair* pair, int panel, const Input& x, int first,
+                     int rows, float* y) {
+        const bool is_adapted = pair != nullptr && pair->rank > 0;
+        if (is_adapted) fetch(pair->up, panel);  // which is there when the weights have been read
         band(weight, panel, x, first, rows, y);
         if (!weight.bias.empty()) {
             const float* bias = weight.bias.data() + panel * PANEL;
@@ -322,26 +363,30 @@ class Pass {
                 for (int j = 0; j < PANEL; j += W)
                     store(y + r * PANEL + j, load(y + r * PANEL + j) + load(bias + j));
         }
-        if (pair == nullptr || pair->up.data == nullptr || num_on_ == 0) return;
-        float added[BAND_ROWS * PANEL];
+        if (!is_adapted) return;
+        for (int i = 0; !is_reduced_.load(std::memory_order_acquire); i++) {
+            if (i < SPINS)
+                pause();
+            else  // whoever has a part may need this core
+                std::this_thread::yield();
+        }
+        Input reduced = reduced_;
+        reduced.data += pair->first * element_bytes(lora_form_);
         for (int r = 0; r < rows; r++) {
             if (!f_.is_on[first + r]) continue;
             int stop = r + 1;
             while (stop < rows && f_.is_on[first + stop]) stop++;
-            band(pair->up, panel, lora_[lora], first + r, stop - r, added);
-            for (int i = 0; i < (stop - r) * PANEL; i += W)
-                store(y + r * PANEL + i, load(y + r * PANEL + i) + load(added + i));
+            band(pair->up, panel, reduced, first + r, stop - r, y + r * PANEL, {0, pair->rank},
+                 true);
             r = stop;
         }
     }
 
-    // The adapter's first half, for rows that it is on for: lora_[i] = scale * A x.
-    void reduce(const Pair* const* pairs, int num, const Input& x, int size) {
-        if (num_on_ == 0) return;
-        int total = 0;
-        for (int i = 0; i < num; i++) total += pairs[i]->down.num_panels;
-        if (total == 0) return;
+    // Rows of an input that the adapter is on for, one after the other, in the adapter's form.
+    Input of_on_rows(const Input& x, int size) {
         const long bytes = element_bytes(form_);
+        if (form_ != INT8 && on_rows_[num_on_ - 1] - on_rows_[0] + 1 == num_on_)
+            return Input{x.data + on_rows_[0] * x.stride * bytes, x.stride};
         for (int i = 0; i < num_on_; i++) {
             const char* from = x.data + on_rows_[i] * x.stride * bytes;
             if (form_ != INT8) {
@@ -352,22 +397,49 @@ class Pass {
                 put(gathered_, lora_form_, i, at, load((const float*)from + at, size - at),
                     std::min(W, size - at));
         }
-        threads_.each(total, [&](int panel) {
-            int i = 0;
-            while (panel >= pairs[i]->down.num_panels) panel -= pairs[i++]->down.num_panels;
-            float y[BAND_ROWS * PANEL];
-            each_band(num_on_, [&](int first, int rows) {
-                band(pairs[i]->down, panel, gathered_, first, rows, y);
-                for (int r = 0; r < rows; r++)
-                    for (int j = 0; j < PANEL; j += W)
-                        put(lora_[i], lora_form_, on_rows_[first + r], panel * PANEL + j,
-                            load(y + r * PANEL + j) * set1(pairs[i]->scale), W);
-            });
+        return gathered_;
+    }
+
+    // One part of the adapter's first halves, `scale * down x`. Whoever ends the last one adds them
+    // up. Nothing here throws, so those who wait for it wait for no more than this.
+    void reduce(const Reduction& reduction, const Input& x, int chunk, int num_chunks) {
+        const Weight& down = reduction.down;
+        const int panel = chunk / NUM_PARTS, part = chunk % NUM_PARTS;
+        const int num_groups = (down.in + GROUP - 1) / GROUP;
+        const auto edge = [&](int i) {
+            return std::min(down.in, num_groups * i / NUM_PARTS * GROUP);
+        };
+        const Span span{edge(part), edge(part + 1)};
+        each_band(num_on_, [&](int first, int rows) {
+            float* y = part_sums_ + (long(chunk) * num_on_ + first) * PANEL;
+            if (span.start == span.stop) std::fill(y, y + rows * PANEL, 0.0f);
+            band(down, panel, x, first, rows, y, span, false);
         });
+        if (num_parts_done_.fetch_add(1, std::memory_order_acq_rel) + 1 < num_chunks) return;
+        for (int p = 0; p < down.num_panels; p++)
+            for (int i = 0; i < num_on_; i++)
+                for (int j = 0; j < PANEL; j += W) {
+                    F sum = zero();
+                    for (int k = 0; k < NUM_PARTS; k++) {
+                        const long at = (long(p) * NUM_PARTS + k) * num_on_ + i;
+                        sum = sum + load(part_sums_ + at * PANEL + j);
+                    }
+                    put(reduced_, lora_form_, on_rows_[i], p * PANEL + j,
+                        sum * load(reduction.scales.data() + p * PANEL + j), W);
+                }
+        is_reduced_.store(true, std::memory_order_release);
     }
 
     const Pair* pair(int index, Target target) const {
         return num_on_ == 0 ? nullptr : &f_.adapter->pairs[index * NUM_TARGETS + target];
+    }
+
+    // What the adapter does first to an input of a layer; null for nothing.
+    const Reduction* reduction(int index, Target target) const {
+        if (num_on_ == 0) return nullptr;
+        const Reduction& found =
+            f_.adapter->reductions[index * NUM_INPUTS + INPUT_OF[target]];
+        return found.down.num_panels == 0 ? nullptr : &found;
     }
 
     void layer(int index) {
@@ -380,32 +452,32 @@ class Pass {
         const Pair* qkv_pairs[] = {pair(index, Q), pair(index, K), pair(index, V)};
         const Weight* qkv[] = {&w[Q], &w[K], &w[V]};
         float* outputs[] = {q_, k_, v_};
-        reduce(qkv_pairs, 3, in_, H);
-        product(qkv, 3, qkv_pairs, in_, P, [&](int i, int panel, int first, int rows, float* y) {
-            const int size = qkv[i]->out, at = panel * PANEL;
-            for (int r = 0; r < rows; r++)
-                copy_out(outputs[i] + long(first + r) * size + at, y + r * PANEL, size - at);
-        });
+        product(qkv, 3, qkv_pairs, reduction(index, Q), in_, P,
+                [&](int i, int panel, int first, int rows, float* y) {
+                    const int size = qkv[i]->out, at = panel * PANEL;
+                    for (int r = 0; r < rows; r++)
+                        copy_out(outputs[i] + long(first + r) * size + at, y + r * PANEL,
+                                 size - at);
+                });
         rows(P, [&](int t) { place_heads(layer, index, t); });
         attend_all(index);
         round(attended_, q_size(), P);
 
         const Pair* o_pair[] = {pair(index, O)};
         const Weight* o[] = {&w[O]};
-        reduce(o_pair, 1, attended_, q_size());
-        product(o, 1, o_pair, attended_, P, [&](int, int panel, int first, int rows, float* y) {
+        const auto add = [&](int, int panel, int first, int rows, float* y) {
             add_to_x(panel, first, rows, y);
-        });
+        };
+        product(o, 1, o_pair, reduction(index, O), attended_, P, add);
         norm(layer.mlp_norm.data());
         round(in_, H, P);
 
         const Pair* gate_up_pairs[] = {pair(index, GATE), pair(index, UP)};
-        reduce(gate_up_pairs, 2, in_, H);
-        deal(w[GATE].num_panels, [&](int panel) {
+        deal(w[GATE].num_panels, reduction(index, GATE), in_, [&](int panel) {
             float gate[BAND_ROWS * PANEL], up[BAND_ROWS * PANEL];
             each_band(P, [&](int first, int rows) {
-                sums(w[GATE], gate_up_pairs[0], 0, panel, in_, first, rows, gate);
-                sums(w[UP], gate_up_pairs[1], 1, panel, in_, first, rows, up);
+                sums(w[GATE], gate_up_pairs[0], panel, in_, first, rows, gate);
+                sums(w[UP], gate_up_pairs[1], panel, in_, first, rows, up);
                 for (int r = 0; r < rows; r++)
                     for (int j = 0; j < PANEL; j += W) {
                         const int at = panel * PANEL + j;
@@ -421,10 +493,7 @@ class Pass {
         round(inner_, shape_.intermediate_size, P);
         const Pair* down_pair[] = {pair(index, DOWN)};
         const Weight* down[] = {&w[DOWN]};
-        reduce(down_pair, 1, inner_, shape_.intermediate_size);
-        product(down, 1, down_pair, inner_, P, [&](int, int panel, int first, int rows, float* y) {
-            add_to_x(panel, first, rows, y);
-        });
+        product(down, 1, down_pair, reduction(index, DOWN), inner_, P, add);
     }
 
     void norm(const float* weight) {
@@ -591,7 +660,7 @@ class Pass {
                 copy_out(logits + long(first + r) * V + panel * PANEL, y + r * PANEL,
                          V - panel * PANEL);
         };
-        product(weights, 1, nullptr, x, num_rows, keep);
+        product(weights, 1, nullptr, nullptr, x, num_rows, keep);
     }
 };
 

@@ -29,13 +29,24 @@ struct Weight {
     std::vector<float> bias;
 };
 
-// A low-rank update of one matrix.
-struct Pair {
-    Weight down, up;  // [rank, in], [out, rank]
-    float scale = 0;
+enum Target : int32_t { Q, K, V, O, GATE, UP, DOWN, NUM_TARGETS };
+
+// What is read by products of a layer: each target has one of these inputs.
+constexpr int NUM_INPUTS = 4;
+constexpr int INPUT_OF[NUM_TARGETS] = {0, 0, 0, 1, 2, 2, 3};
+
+// Low-rank updates `scale * up (down x)`: the first halves of all that read one input, one after
+// the other.
+struct Reduction {
+    Weight down;                // [sum of ranks, in]
+    std::vector<float> scales;  // of each of its outputs
 };
 
-enum Target : int32_t { Q, K, V, O, GATE, UP, DOWN, NUM_TARGETS };
+// The second half of an update of one matrix. It reads `rank` outputs of the first halves.
+struct Pair {
+    Weight up;  // [out, rank]
+    int32_t rank = 0, first = 0;
+};
 
 struct Layer {
     Weight weights[NUM_TARGETS];
@@ -43,6 +54,7 @@ struct Layer {
 };
 
 struct Adapter {
+    std::vector<Reduction> reductions;     // [layers * NUM_INPUTS]
     std::vector<Pair> pairs;               // [layers * NUM_TARGETS], rank 0 where there is none
     std::vector<float> mask_embeddings;    // [places, H]
     int32_t num_places = 0;

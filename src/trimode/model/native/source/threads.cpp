@@ -10,10 +10,6 @@
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace trimode {
 
 namespace {
@@ -21,14 +17,6 @@ namespace {
 // Longer than what lies between two products of a forward, shorter than what lies between forwards.
 constexpr auto PATIENCE = std::chrono::microseconds(50);
 constexpr int PAUSES = 32;  // between looks at the clock
-
-inline void pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 // Says when a thread that spins has spun for long enough.
 class Patience {

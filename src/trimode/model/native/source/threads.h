@@ -5,7 +5,20 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace trimode {
+
+// What a thread does while it spins.
+inline void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
 
 // IEEE arithmetic while it lives: to nearest, denormals kept. The caller's mode, which torch may
 // have set to flush denormals, comes back at the end. Workers always compute in this mode.
