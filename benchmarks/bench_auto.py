@@ -128,7 +128,7 @@ def one_run(
         arguments = {"prompt": one.prompt, "seed": index, "ignore_eos": True, **one.options}
         if lm.tokenizer is not None and lm.tokenizer.chat_template:
             message = {"role": "user", "content": arguments.pop("prompt")}
-            arguments = answering(lm.tokenizer, [message], arguments) | {"stop_token_ids": None}
+            arguments = answering(lm.vocabulary, [message], arguments) | {"stop_token_ids": None}
         sequences.append(lm.prepare(**arguments, **options))
     switches, probes = lm.planner.num_switches, lm.planner.num_probes
     seconds = run(lm, iter(sequences), phases, num_cells=512)
@@ -216,7 +216,7 @@ def report(
         f" bootstrap interval over repeats; the best fixed one bold). {new} new tokens a request,"
         " greedy, held-out prompts; mixed: half of the prompts repetitive, half of the texts"
         f" sampled, {new // 2} to {2 * new - 1} new tokens, {rows} at once in turn. Drafter"
-        f" {arguments.drafter or 'none'}. {env['date']}, torch {env['torch']}, commit"
+        f" {arguments.drafter or 'its own'}. {env['date']}, torch {env['torch']}, commit"
         f" {env['commit']}. Measuring forwards took {planner_s:.1f} s. Texts equal to those of"
         f" `ar`: {num_equal} of {num_texts}.\n\n{table(summary)}\n"
     )

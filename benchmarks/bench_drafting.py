@@ -120,7 +120,7 @@ def prepared(
 
     arguments = {"prompt": prompt, **options}
     if has_template(lm):
-        arguments = answering(lm.tokenizer, [{"role": "user", "content": prompt}], options)
+        arguments = answering(lm.vocabulary, [{"role": "user", "content": prompt}], options)
     seq = lm.prepare(**arguments, on_event=watch)
     seq.stats = WatchedStats()
     return seq
@@ -308,7 +308,7 @@ def about(record: Record, arguments: argparse.Namespace, *, is_chat: bool) -> st
     commits = dict.fromkeys(one["commit"] for one in record.content["sessions"])
     form = "as a user's message" if is_chat else "as plain text"
     return (
-        f"Model {arguments.model or 'pocket'}, drafter {arguments.drafter or 'none'}, each prompt"
+        f"Model {arguments.model}, drafter {arguments.drafter or 'its own'}, each prompt"
         f" {form}, at most {arguments.max_new_tokens} new tokens, {arguments.batch} prompts at a"
         f" time, seed {arguments.seed} onwards, {env['dtype']}, weights {env['weights']},"
         f" {env['machine']}, {env['threads']} threads. {env['date']}, torch {env['torch']}, trimode"
@@ -347,7 +347,7 @@ def weights_sha256(folder: Path) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="smollm2", help="a name or a folder; pocket: default")
+    parser.add_argument("--model", default="smollm2", help="a name or a folder")
     parser.add_argument("--drafter", default=None, help="adapter folder, or its name in the model")
     parser.add_argument("--weights", default=None, help="their form, as of trimode.load")
     parser.add_argument("--prompts", default="chat,humaneval", help="of chat, humaneval")
@@ -359,8 +359,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    if arguments.model == "pocket":
-        arguments.model = None
     if not 1 <= arguments.batch <= MAX_BATCH:
         parser.error(f"batch is {arguments.batch}; allowed: 1 to {MAX_BATCH}")
     if arguments.num_prompts is not None and arguments.num_prompts < 1:

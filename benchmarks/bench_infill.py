@@ -112,7 +112,7 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=None, help="checkpoint; default: the default model")
+    parser.add_argument("--model", default="pocket", help="checkpoint")
     parser.add_argument("--cases", type=Path, default=Path(__file__).parent / "infill_cases.jsonl")
     parser.add_argument("--num-cases", type=int, default=160)
     parser.add_argument("--output", type=Path, required=True)

@@ -27,7 +27,7 @@ KINDS = ("write", "complete", "comment", "document")
 
 def answer_loss(lm: trimode.TriModeLM, messages: list[dict[str, str]]) -> tuple[float, int]:
     """Sum of the AR view's losses over the answer's tokens and its EOS, and their number."""
-    prompt = answering(lm.tokenizer, messages[:-1], {})["prompt"]
+    prompt = answering(lm.vocabulary, messages[:-1], {})["prompt"].token_ids
     assert lm.tokenizer is not None
     answer = lm.tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
     answer = [*answer, lm.model.config.eos_token_ids[0]]

@@ -380,7 +380,7 @@ def write(
     shapes = "; ".join(f"`{name}`: {json.dumps(fields)}" for name, fields in modes.items())
     text = [
         f"Served over HTTP on loopback, client on the same machine: {arguments.model}, drafter"
-        f" {arguments.drafter or 'none'}, {env['machine']}, {env['threads']} threads,"
+        f" {arguments.drafter or 'its own'}, {env['machine']}, {env['threads']} threads,"
         f" {arguments.dtype}, greedy, {arguments.new_tokens} new tokens, {num_prompts} held-out"
         f" prompts in turn, {arguments.repeats} repeats. `transformers serve` {env['transformers']}"
         f" with --continuous-batching and sdpa on the same weights.{llama} {shapes}."
