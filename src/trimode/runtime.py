@@ -106,6 +106,7 @@ class TriModeLM:
         skip_masks: int | None = None,
         lookup: bool | None = None,
         draft_cutoff: float | None = None,
+        min_gain: float | None = None,
         temperature: float = 0.0,
         top_p: float | None = None,
         top_k: int | None = None,
@@ -138,8 +139,8 @@ class TriModeLM:
                 every round. For one seed all but `diffusion` give the same text.
             max_new_tokens, block_length, threshold, steps, policy, entropy_bound, revision,
             edit_threshold, edit_budget, doubt, remask_schedule, remask_rate, branches, guesses,
-            draft_form, skip_masks, lookup, draft_cutoff, temperature, top_p, top_k, min_p,
-            stop_token_ids, ignore_eos, min_tokens, prompt_logprobs: See
+            draft_form, skip_masks, lookup, draft_cutoff, min_gain, temperature, top_p, top_k,
+            min_p, stop_token_ids, ignore_eos, min_tokens, prompt_logprobs: See
                 `trimode.decoding.params.GenerationParams`. `block_length` is by default the model's
                 own; it means nothing in mode `ar` and is refused there.
             seed: One for all prompts, one each, or None to draw (see `Generation.seed`).

@@ -84,6 +84,8 @@ BRANCHINGS: list[dict[str, Any]] = [
     {"mode": "branching", "block_length": 8, "branches": 3, "guesses": False},
     {"mode": "branching", "block_length": 8, "branches": 5, "draft_cutoff": 0.2},
     {"mode": "linear", "block_length": 8, "draft_cutoff": 0.3},
+    {"mode": "linear", "block_length": 8, "min_gain": 0.2},
+    {"mode": "branching", "block_length": 6, "branches": 6, "min_gain": 0.1},
 ]
 
 

@@ -22,7 +22,7 @@ from trimode.decoding.choose import choose, choose_by_torch
 from trimode.decoding.law import RowLaw, under
 from trimode.decoding.native_choice import choose_natively, is_native
 from trimode.decoding.noise import gumbel, noise_key
-from trimode.engine.correction import Before, choose_in_waves, native_correction
+from trimode.engine.correction import Before, choose_in_waves, native_correction, native_corrector
 from trimode.model.corrector import Corrector
 from trimode.model.native import choice as native
 
@@ -393,12 +393,9 @@ class Correctable:
 
     def natively(self, given: dict[str, Any], **how: Any) -> Choice:
         """Changes `logits`."""
-        correction = native_correction(
-            self.states,
-            before=self.before,
-            corrector=self.corrector,
-            embeddings=self.embeddings,
-        )
+        corrector = native_corrector(self.corrector, self.embeddings)
+        assert corrector is not None
+        correction = native_correction(corrector, self.states, self.before)
         return choose_natively(self.logits, correction=correction, **given, **how)
 
 

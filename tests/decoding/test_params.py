@@ -307,6 +307,8 @@ def test_the_branches_in_force(options: dict[str, Any], expected: tuple[int, boo
         ({"mode": "quadratic", "threshold": 0.5}, "threshold is 0.5; allowed: None, since"),
         ({"mode": "ar", "draft_cutoff": 0.5}, "draft_cutoff is 0.5; allowed: None, or 0 to 1 in"),
         ({"mode": "linear", "draft_cutoff": 1.5}, "draft_cutoff is 1.5; allowed: None, or 0 to 1"),
+        ({"mode": "ar", "min_gain": 0.1}, "min_gain is 0.1; allowed: None, or 0 to 1 in linear"),
+        ({"mode": "linear", "min_gain": -0.1}, "min_gain is -0.1; allowed: None, or 0 to 1"),
     ],
 )
 def test_knobs_of_speculation_are_refused_where_they_mean_nothing(
@@ -346,7 +348,14 @@ def test_auto_refuses_what_it_picks_or_has_not(name: str, value: Any, message: s
 
 def test_auto_takes_what_all_it_picks_from_take() -> None:
     """Prevents: a knob added later that is neither taken nor refused on purpose."""
-    taken = {"draft_cutoff": 0.3, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "stop": ("x",)}
+    taken = {
+        "draft_cutoff": 0.3,
+        "min_gain": 0.1,
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.9,
+        "stop": ("x",),
+    }
     more = {"stop_token_ids": (3,), "ignore_eos": True, "control": Control()}
     more |= {"min_p": 0.1, "min_tokens": 2, "draft_form": "skip", "skip_masks": 3, "lookup": True}
     more |= {"prompt_logprobs": 2}

@@ -108,12 +108,18 @@ DECODING_FLAGS: dict[str, dict[str, Any]] = {
     },
     "lookup": {
         "action": argparse.BooleanOptionalAction,
-        "help": "speculation: draft from the text's own repetitions too (default: no)",
+        "help": "speculation: draft from the text's own repetitions too (default: in auto)",
     },
     "draft_cutoff": {
         "type": float,
         "metavar": "X",
         "help": "speculation: end a draft before its first token less probable than this",
+    },
+    "min_gain": {
+        "type": float,
+        "metavar": "X",
+        "help": "speculation: feed only what is expected to bring X tokens for each one fed, 0 to 1"
+        " (default 0; in auto what one costs)",
     },
     "temperature": {"type": float, "metavar": "T", "help": "0 is greedy (default 0.0)"},
     "top_p": {"type": float, "metavar": "P", "help": "likeliest tokens of this probability in all"},

@@ -112,9 +112,13 @@ class GenerationParams:
             threshold or steps, which are passes over a block.
         skip_masks: Speculation in the form `skip`: masks of a group, at least 1. None means what
             the adapter was trained with, but at most K - 2, and at least 1.
-        lookup: Speculation: whether the text's own repetitions may be drafts too; None means not.
+        lookup: Speculation: whether the text's own repetitions may be drafts too; None: in `auto`.
         draft_cutoff: Speculation: a draft ends before its first token less probable than this;
             None verifies whole drafts.
+        min_gain: Speculation: what is not expected to bring at least so many tokens for each one
+            that is fed is left out of a forward: the end of a draft, the end of a group of masks
+            that skip the bonus, a group. None: 0, nothing is left out; in `auto`, what a fed token
+            costs.
         temperature: 0 to 1e5; less than 1e-5, by which float32 cannot divide, is 0, which is
             greedy.
         min_p: Keep the tokens that are at least so many times as probable as the likeliest, 0 to 1,
@@ -160,6 +164,7 @@ class GenerationParams:
     skip_masks: int | None = None
     lookup: bool | None = None
     draft_cutoff: float | None = None
+    min_gain: float | None = None
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -337,11 +342,12 @@ class GenerationParams:
             none = "None with draft_form 'skip', whose drafts are made in one pass"
             for name in ("threshold", "steps"):
                 check(name, lambda v: v is None, none)
-        check(
-            "draft_cutoff",
-            lambda v: v is None or (self.mode in SPECULATIVE and _is_number(v) and 0 <= v <= 1),
-            f"None, or 0 to 1 in {', '.join(SPECULATIVE)}",
-        )
+        for name in ("draft_cutoff", "min_gain"):
+            check(
+                name,
+                lambda v: v is None or (is_speculative and _is_number(v) and 0 <= v <= 1),
+                f"None, or 0 to 1 in {', '.join(SPECULATIVE)}",
+            )
 
     def setting(self, mode: str, form: AdapterForm = PUBLISHED_FORM) -> Setting:
         """How a round of `mode` is decoded; of `auto`, the widest that it may pick.
@@ -351,23 +357,30 @@ class GenerationParams:
             form: What the drafter was trained for.
         """
         length, most = self.block_length, 2 * self.block_length - 1
-        num_masks = self._num_masks(form)
+        num_masks, gain = self._num_masks(form), self.min_gain or 0.0
         if mode == "diffusion" and self.revision == "joint_threshold":
             return Setting(mode, length, self.most_edits)
         if mode == "diffusion" and self.reveal_policy == "ar_weighted":
             return Setting(mode, length, 1)
         if mode == "quadratic":
             num_lengths = length if num_masks is None else 1 + num_masks
-            return Setting(mode, length, num_lengths, num_masks=num_masks)
+            return Setting(mode, length, num_lengths, num_masks=num_masks, min_gain=gain)
         if mode == "branching":
             most = max(most, 1 + 2 * (num_masks or 0))
             branches = min(DEFAULT_BRANCHES, most) if self.branches is None else self.branches
-            return Setting(mode, length, branches, self.guesses is not False, num_masks)
+            return Setting(mode, length, branches, self.guesses is not False, num_masks, gain)
         if mode == "auto":
             num_drafted = length - 1 if num_masks is None else num_masks
             num_groups = min(MAX_AUTO_BRANCHES, 2 * num_drafted + 1)
-            return Setting("branching", length, num_groups, True, num_masks)
-        return Setting(mode, length, num_masks=num_masks if mode == "linear" else None)
+            return Setting("branching", length, num_groups, True, num_masks, gain)
+        if mode == "linear":
+            return Setting(mode, length, num_masks=num_masks, min_gain=gain)
+        return Setting(mode, length)
+
+    @property
+    def has_lookup(self) -> bool:
+        """Whether the text's own repetitions may be drafts."""
+        return self.mode == "auto" if self.lookup is None else self.lookup
 
     def _num_masks(self, form: AdapterForm) -> int | None:
         """Masks of a group that skips the bonus; None where drafts are blocks."""

@@ -74,14 +74,15 @@ class Draft:
         """No proposals."""
         return cls(start, [], [], [], [])
 
-    def num_sure(self, cutoff: float | None) -> int:
-        """How many of the first tokens are all at least as confident as `cutoff`."""
-        if cutoff is None:
-            return len(self.token_ids)
-        return next(
-            (i for i, confidence in enumerate(self.confidences) if confidence < cutoff),
-            len(self.token_ids),
-        )
+    def num_worth(self, *, cutoff: float | None, min_gain: float) -> int:
+        """How many of the first tokens are all at least as confident as `cutoff`, and are right
+        together with a chance of at least `min_gain`, as the confidences have it."""
+        reached = 1.0
+        for number, confidence in enumerate(self.confidences):
+            reached *= confidence
+            if confidence < (cutoff or 0.0) or reached < min_gain:
+                return number
+        return len(self.token_ids)
 
 
 class Sequence:
@@ -163,7 +164,7 @@ class Sequence:
         self.abort_reason: str | None = None
         self.error: Exception | None = None
         self.setting = params.setting(params.mode, form)
-        self.lookup = Lookup() if params.lookup else None
+        self.lookup = Lookup() if params.has_lookup else None
         self.latest_round: Round | None = None
         self.num_rounds = 0
         self.choose_setting: Callable[[Sequence], Setting] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +15,8 @@ class Setting:
         num_groups: Groups that a forward carries behind a block or draft of its own, at most.
         has_guesses: Whether they may begin with a guess of the bonus token.
         num_masks: Masks of a group that skips the bonus, m; None where groups are blocks.
+        min_gain: Tokens that a fed token must be expected to bring, or it is not fed. It may differ
+            from round to round and is no part of what settings are told apart by.
     """
 
     mode: str
@@ -22,6 +24,7 @@ class Setting:
     num_groups: int = 0
     has_guesses: bool = False
     num_masks: int | None = None
+    min_gain: float = field(default=0.0, compare=False)
 
     @property
     def draft_len(self) -> int:
@@ -55,6 +58,9 @@ class Round:
         is_fresh: Whether the draft had a forward of its own.
         num_opened: Tokens that this forward gave beside it: 1 where its masks skipped the bonus.
         is_looked_up: Whether the draft came from the text itself.
+        is_cut: Whether it was shorter than it could be by choice, not by the end of the text.
+        unfed_confidence: Of the first token of the draft that was left out, by choice; None if
+            there was none.
     """
 
     setting: Setting
@@ -64,3 +70,5 @@ class Round:
     is_fresh: bool
     num_opened: int = 0
     is_looked_up: bool = False
+    is_cut: bool = False
+    unfed_confidence: float | None = None

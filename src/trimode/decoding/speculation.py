@@ -16,8 +16,9 @@ outcome.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
+from itertools import accumulate, takewhile
+from operator import mul
 
 from trimode.decoding.lookup import expected_run
 from trimode.decoding.reveal import denoise
@@ -29,6 +30,9 @@ NUM_LATEST = 8
 FIRST_LENGTH = 2.0
 """Rounds that tell how long the next will be, and its length before there were any."""
 
+USUAL_CHANCE = 0.6
+"""Of a drafted token to be right if those before it are, where the adapter does not say."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -38,20 +42,24 @@ class Outcome:
         num_accepted: Drafts accepted, a.
         bonus: The token that the verifier puts after them; None for any.
         probability: As the draft's own confidences have it.
+        num_drafted: Tokens that its group drafts.
     """
 
     num_accepted: int
     bonus: int | None
     probability: float
+    num_drafted: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """What a verify forward made of a draft: tokens checked, accepted, and emitted in all."""
+    """What a verify forward made of a draft: tokens checked, accepted, and emitted in all; whether
+    less was checked than could be."""
 
     num_checked: int
     num_accepted: int
     num_emitted: int
+    is_cut: bool
 
 
 def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
@@ -89,6 +97,8 @@ def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
             is_fresh=is_fresh,
             num_opened=num_opened,
             is_looked_up=draft.is_looked_up,
+            is_cut=checked.is_cut or 0 < len(draft.token_ids) < seq.setting.draft_len,
+            unfed_confidence=draft.confidences[checked.num_checked] if checked.is_cut else None,
         )
 
 
@@ -121,7 +131,8 @@ def _check(seq: Sequence, draft: Draft, *, least_groups: int) -> Generator[Step,
         draft: May have no tokens.
         least_groups: Groups to feed even where the setting has none.
     """
-    num_checked = min(draft.num_sure(seq.params.draft_cutoff), seq.num_remaining - 1)
+    num_worth = draft.num_worth(cutoff=seq.params.draft_cutoff, min_gain=seq.setting.min_gain)
+    num_checked = min(num_worth, seq.num_remaining - 1)
     fed = [seq.last, *draft.token_ids[:num_checked]]
     outcomes = likeliest_outcomes(seq, draft, num_checked, least=least_groups)
     readout = yield _verify_step(seq, fed, outcomes)
@@ -131,11 +142,15 @@ def _check(seq: Sequence, draft: Draft, *, least_groups: int) -> Generator[Step,
     seq.event("verify", position=seq.length + 1, token_ids=fed[1:], num_accepted=num_accepted)
     num_emitted = seq.emit(chosen[: num_accepted + 1], readout.logprobs)
     seq.commit(num_emitted)
-    for number, outcome in enumerate([] if seq.is_finished else outcomes):
+    first = len(fed)
+    for outcome in [] if seq.is_finished else outcomes:
+        stop = first + outcome.num_drafted
         if outcome.num_accepted == num_accepted and outcome.bonus in (None, chosen[num_accepted]):
-            seq.keep_draft(_draft_of_group(seq, readout, number, first=len(fed)))
+            seq.keep_draft(_draft_of_group(seq, readout, slice(first, stop)))
             break
-    return _Checked(num_checked, num_accepted, num_emitted)
+        first = stop
+    is_cut = num_checked == num_worth < len(draft.token_ids)
+    return _Checked(num_checked, num_accepted, num_emitted, is_cut)
 
 
 def likeliest_outcomes(
@@ -146,7 +161,9 @@ def likeliest_outcomes(
     Only such after which the text goes on. The draft's confidences are taken for chances of being
     accepted: c_1 ... c_a (1 - c_{a+1}) for a length of a; the guess is the drafter's second choice
     where acceptance stops, with its share of what the first leaves. Where all of a draft that was
-    cut is accepted, the guess is its first token that was cut off.
+    cut is accepted, the guess is its first token that was cut off. One that is too unlikely for
+    what its group may bring gets none; the masks of a group that skips the bonus are as many as
+    bring enough each.
 
     Args:
         seq: Whose setting says how many.
@@ -162,23 +179,46 @@ def likeliest_outcomes(
     has_guesses = has_guesses and len(draft.runner_ups) == len(draft.token_ids)  # or made without
     found = list(_outcomes(draft, num_checked, has_guesses=has_guesses))
     found.sort(key=lambda one: -one.probability)
-    going_on = [one for one in found if one.num_accepted + 1 < seq.num_remaining]
-    return sorted(going_on[:num_wanted], key=lambda one: one.bonus is None)
+    going_on = [one for one in found if one.num_accepted + 1 < seq.num_remaining][:num_wanted]
+    kept = [
+        replace(one, num_drafted=number)
+        for i, one in enumerate(going_on)
+        if (number := max(_num_drafted(seq, one), int(i < least)))
+    ]
+    return sorted(kept, key=lambda one: one.bonus is None)
+
+
+def _num_drafted(seq: Sequence, outcome: Outcome) -> int:
+    """Tokens that a group for an outcome drafts, 0 if it is to have none.
+
+    What it drafts is right with the chances that the adapter gives of itself. Only masks that skip
+    the bonus may be fewer than the setting has: a block is drafted as it was trained, whole.
+    """
+    setting = seq.setting
+    if setting.min_gain <= 0:
+        return setting.draft_len
+    form = "block" if setting.num_masks is None else "skip"
+    chances = seq.form.acceptance_of(form) or (USUAL_CHANCE,)
+    places = (chances[min(i, len(chances) - 1)] for i in range(setting.draft_len))
+    reached = list(accumulate(places, mul, initial=outcome.probability))[1:]
+    if setting.num_masks is None:
+        return setting.draft_len if sum(reached) >= setting.min_gain * setting.group_len else 0
+    return sum(chance >= setting.min_gain for chance in reached)
 
 
 def _outcomes(draft: Draft, num_checked: int, *, has_guesses: bool) -> Iterator[Outcome]:
     reached = 1.0
     for num_accepted, confidence in enumerate(draft.confidences[:num_checked]):
         stops = reached * (1 - confidence)
-        yield Outcome(num_accepted, None, stops)
+        yield Outcome(num_accepted, None, stops, 0)
         if has_guesses:
             share = min(draft.runner_up_confidences[num_accepted] / max(1 - confidence, 1e-9), 1.0)
-            yield Outcome(num_accepted, draft.runner_ups[num_accepted], stops * share)
+            yield Outcome(num_accepted, draft.runner_ups[num_accepted], stops * share, 0)
         reached *= confidence
-    yield Outcome(num_checked, None, reached)
+    yield Outcome(num_checked, None, reached, 0)
     if has_guesses and num_checked < len(draft.token_ids):
         share = draft.confidences[num_checked]
-        yield Outcome(num_checked, draft.token_ids[num_checked], reached * share)
+        yield Outcome(num_checked, draft.token_ids[num_checked], reached * share, 0)
 
 
 def _verify_step(seq: Sequence, fed: list[int], outcomes: list[Outcome]) -> Step:
@@ -197,7 +237,7 @@ def _verify_step(seq: Sequence, fed: list[int], outcomes: list[Outcome]) -> Step
 
 def _group(seq: Sequence, outcome: Outcome) -> Group:
     """What drafts behind one outcome: place 1, unless it is skipped, and the masks after it."""
-    num_drafted, mask = seq.setting.draft_len, seq.mask_token_id
+    num_drafted, mask = outcome.num_drafted, seq.mask_token_id
     anchor = seq.length + outcome.num_accepted
     is_skipped = seq.setting.num_masks is not None and outcome.bonus is None
     first = [] if is_skipped else [mask if outcome.bonus is None else outcome.bonus]
@@ -230,10 +270,8 @@ def _draft(seq: Sequence) -> Generator[Step, Readout, Draft]:
     )
 
 
-def _draft_of_group(seq: Sequence, readout: Readout, number: int, *, first: int) -> Draft:
+def _draft_of_group(seq: Sequence, readout: Readout, answers: slice) -> Draft:
     """What a group answered; its first token, the bonus, is known by now."""
-    share = seq.setting.draft_len
-    answers = slice(first + number * share, first + (number + 1) * share)
     draft = Draft(
         seq.length,
         readout.token_ids[answers],

@@ -122,31 +122,33 @@ class Acceptance:
     _early: dict[Setting, _Shared] = field(default_factory=dict)
     _hits: defaultdict[Setting, _Shared] = field(default_factory=lambda: defaultdict(_Shared))
 
-    def learn(self, shift: Shift, happened: Round, *, is_cut: bool) -> None:
+    def learn(self, shift: Shift, happened: Round) -> None:
         """Take in a round of speculation.
+
+        Where a draft was cut and all that was checked is right, the next position counts as right
+        by the draft's own confidence in it.
 
         Args:
             shift: Of the request, changed in place.
             happened: The round.
-            is_cut: Whether drafts end before their first unsure token: where all of one was
-                accepted, the next position counts as wrong.
         """
         setting = happened.setting
         if happened.is_looked_up or not (happened.is_fresh or setting.num_groups):
             return  # not the drafter's, or a draft left over from another setting
         is_short = happened.num_checked < setting.draft_len
-        num_seen = happened.num_accepted + (
-            happened.num_accepted < happened.num_checked or (is_cut and is_short)
-        )
+        seen = [1.0] * happened.num_accepted
+        if happened.num_accepted < happened.num_checked:
+            seen.append(0.0)
+        elif happened.unfed_confidence is not None:
+            seen.append(happened.unfed_confidence)
         shared = self._fresh_of(setting) if happened.is_fresh else self._early_of(setting)
         total = 0.0
-        for j in range(num_seen):
-            holds = j < happened.num_accepted
+        for j, holds in enumerate(seen):
             total += holds - _chance(shared.at(j) + shift.value)
             shared.learn(j, holds - _chance(shared.at(j)))
-        if num_seen:
+        if seen:
             shift.learn(total)
-        if setting.num_groups and not is_short:
+        if setting.num_groups and (happened.is_cut or not is_short):
             better = self._hits[setting]
             chance = _chance(self._ranked_hit(setting, shift.value) + better.at(0))
             better.learn(0, happened.has_next - chance)

@@ -84,35 +84,34 @@ def waves(before: Items[Before | None]) -> list[list[int]]:
     return found
 
 
-def native_correction(
-    states: Tensor,
-    *,
-    before: Items[Before | None],
-    corrector: Corrector,
-    embeddings: Tensor | PackedRows,
-) -> Correction | None:
-    """The same for the compiled library, which corrects and chooses in one call.
+def native_corrector(
+    corrector: Corrector, embeddings: Tensor | PackedRows
+) -> NativeCorrector | None:
+    """A corrector for the compiled library, which corrects and chooses in one call.
 
     Args:
-        states: See `choose_in_waves`, for the following ones too.
-        before: See there.
-        corrector: See there.
-        embeddings: See there; or the head's rows, where the embedding is packed.
+        corrector: Of the adapter.
+        embeddings: See `choose_in_waves`; or the head's rows, where the embedding is packed.
 
     Returns:
         None where the library cannot read the embeddings.
     """
     if isinstance(embeddings, PackedRows):
-        rows: PackedRows | PlainEmbedding = embeddings
-    elif PlainEmbedding.takes(embeddings):
-        rows = PlainEmbedding(embeddings)
-    else:
-        return None
+        return NativeCorrector(corrector, embeddings)
+    if PlainEmbedding.takes(embeddings):
+        return NativeCorrector(corrector, PlainEmbedding(embeddings))
+    return None
+
+
+def native_correction(
+    corrector: NativeCorrector, states: Tensor, before: Items[Before | None]
+) -> Correction:
+    """What such a corrector does to one forward; arguments as of `choose_in_waves`."""
     pairs = [
         (-1, -1) if one is None else (-1 if one.token_id is None else one.token_id, one.row)
         for one in before
     ]
-    return Correction(NativeCorrector(corrector, rows), states, pairs)
+    return Correction(corrector, states, pairs)
 
 
 def choose_in_waves(

@@ -43,6 +43,9 @@ PROBE_SHARE = 0.01
 
 PROBE_LENGTH = 8
 PROBE_FORWARDS = 2
+MORE_FED = 4.0
+"""Tokens of a sequence over which the cost of one more is taken."""
+
 LEAST_COST = 0.1
 """Of a forward, what another kind of step in it costs at least, whatever the curves say."""
 
@@ -147,7 +150,7 @@ class Planner:
             if one.probe_cost is not None:
                 self._settle(one, others, has_run=has_run)
             self._review(seq, one, others)
-        return self._probe(seq, one, others) or one.setting
+        return self._probe(seq, one, others) or self._worthwhile(seq, one, others)
 
     def note_forward(self, fed: Items[Sequence], num_tokens: int) -> None:
         """Learn who runs: right after a forward, before its answers are acted on."""
@@ -187,7 +190,7 @@ class Planner:
         if happened is None or happened is one.latest:
             return False
         one.latest = happened
-        self._known.learn(one.shift, happened, is_cut=seq.params.draft_cutoff is not None)
+        self._known.learn(one.shift, happened)
         return True
 
     def _request(self, seq: Sequence) -> _Request:
@@ -199,6 +202,19 @@ class Planner:
     def _others(self, one: _Request) -> _Totals:
         """Those of the latest forward without this one."""
         return self._total.minus(one.pace) if one.counted_in == self._num_forwards else self._total
+
+    def _worthwhile(self, seq: Sequence, one: _Request, others: _Totals) -> Setting:
+        """The setting in force, in which each fed token has to bring what it costs: seconds more of
+        a forward, in which all emit so many tokens."""
+        assert one.setting is not None
+        if one.setting.mode == "ar":
+            return one.setting
+        total = others.plus(one.pace)
+        more = MORE_FED * max(total.num_rows, 1)
+        seconds = self.costs.seconds_of(total.num_rows, total.fed)
+        more_s = self.costs.seconds_of(total.num_rows, total.fed + more) - seconds
+        gain = min(total.tokens / seconds * max(more_s, 0.0) / more, 1.0)
+        return replace(one.setting, min_gain=max(gain, seq.params.min_gain or 0.0))
 
     def _rate(self, others: _Totals, pace: Pace) -> float:
         """Tokens a second of the whole batch, one of it going at this pace."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from trimode.engine.correction import (
     Before,
     choose_in_waves,
     native_correction,
+    native_corrector,
     tokens_before,
 )
 from trimode.errors import ConfigError
@@ -31,7 +33,7 @@ from trimode.model import (
 )
 from trimode.model.attention import RowFeed
 from trimode.model.masks import TRUNK
-from trimode.model.native.choice import Correction
+from trimode.model.native.choice import Correction, NativeCorrector
 
 SCORED_ROWS = 128
 """Tokens of prompts that the head scores at a time, so that a long prompt's logits never lie in
@@ -116,6 +118,14 @@ class Runner:
             start = stop
         return readouts
 
+    @cached_property
+    def _native_corrector(self) -> NativeCorrector | None:
+        """For the compiled library; None where it cannot be used. Neither adapter nor model change
+        while they run."""
+        assert self._adapter is not None
+        assert self._adapter.corrector is not None
+        return native_corrector(self._adapter.corrector, self._model.embedding_rows)
+
     def _choose(self, packed: list[Feed], states: Tensor, logits: Tensor) -> Choice:
         """A choice for each of the wanted answers, [W, H] and [W, V], in packed order."""
         logits = widened(logits)
@@ -150,13 +160,10 @@ class Runner:
                 before += tokens_before(feed.seq, feed.step, first_row=len(before))
         if corrector is None or not any(before):
             return choose_rows(logits, range(len(logits)))
+        if is_native(logits) and self._native_corrector is not None:
+            correction = native_correction(self._native_corrector, states, before)
+            return choose_rows(logits, range(len(logits)), correction)
         embeddings = self._model.embedding_rows
-        if is_native(logits):
-            correction = native_correction(
-                states, before=before, corrector=corrector, embeddings=embeddings
-            )
-            if correction is not None:
-                return choose_rows(logits, range(len(logits)), correction)
         assert isinstance(embeddings, Tensor), "packed weights have a library that corrects"
         return choose_in_waves(
             logits,

@@ -107,6 +107,7 @@ class _Generating(_Request):
     skip_masks: Count | None = None
     lookup: bool | None = None
     draft_cutoff: Share | None = None
+    min_gain: Share | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     frequency_penalty: CountPenalty | None = None
     presence_penalty: CountPenalty | None = None
@@ -310,7 +311,8 @@ class InfillRequest(_Request):
 OURS = (
     *("mode", "block_length", "threshold", "steps", "policy", "entropy_bound", "revision"),
     *("edit_threshold", "edit_budget", "doubt", "remask_schedule", "remask_rate", "branches"),
-    *("guesses", "draft_form", "skip_masks", "lookup", "draft_cutoff", "top_p", "top_k", "seed"),
+    *("guesses", "draft_form", "skip_masks", "lookup", "draft_cutoff", "min_gain"),
+    *("top_p", "top_k", "seed"),
     *("min_p", "stop", "stop_token_ids", "ignore_eos", "min_tokens"),
     *("repetition_penalty", "frequency_penalty", "presence_penalty"),
     *("max_thinking_tokens", "end_think_token_id", "json_schema", "regex"),
