@@ -48,7 +48,8 @@ def first_halves(
             if not found:
                 continue
             width = found[0][0].down.shape[1]
-            down = torch.zeros(sum(size for _, size in found), width, device="cpu")
+            rows = sum(size for _, size in found)
+            down = torch.zeros(rows, width, dtype=torch.float32, device="cpu")
             scales = np.zeros(len(down), dtype=np.float32)
             first = 0
             for pair, size in found:
