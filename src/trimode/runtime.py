@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import cached_property
@@ -15,14 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from trimode.arguments import as_prompts, as_seeds, as_strings, as_tuple, plain
 from trimode.checkpoint.generation_defaults import GenerationDefaults
 from trimode.conversation import answering
-from trimode.decoding import Event, GenerationParams, Sequence, Stats
+from trimode.decoding import Event, GenerationParams, Sequence
 from trimode.decoding.control import CONTROL_NAMES, Control
 from trimode.decoding.grammar import Grammars
 from trimode.decoding.healing import Healing
 from trimode.decoding.params import DEFAULT_MODE
 from trimode.decoding.reveal import degenerate_reason
 from trimode.decoding.scoring import check_number
-from trimode.detokenize import GrowingText, StandingText, decode, text_before
+from trimode.detokenize import GrowingText, decode, text_before
+from trimode.dialogue import Dialogue
 from trimode.engine import Engine
 from trimode.engine.costs import find_costs
 from trimode.engine.engine import cells_needed
@@ -37,6 +38,7 @@ from trimode.model import DrafterAdapter, TriModeModel
 from trimode.model.adapter import PUBLISHED_FORM, AdapterForm
 from trimode.prompts import Prompt, encode_prompt
 from trimode.revision import Revision, revise_text
+from trimode.stream import Stream
 from trimode.tool_calls import split_answer
 from trimode.vocabulary import Vocabulary
 
@@ -219,6 +221,11 @@ class TriModeLM:
         if self.tokenizer is None:
             raise RequestError("streaming text needs a tokenizer, and this checkpoint has none")
         return Stream(self, self.prepare(prompt, **options))
+
+    def dialogue(self, *, system: str | None = None, **options: Any) -> Dialogue:
+        """A conversation whose K/V stay from one answer to the next; see
+        `trimode.dialogue.Dialogue`."""
+        return Dialogue(self, system=system, **options)
 
     def prepare(self, prompt: Prompt, **options: Any) -> Sequence:
         """One prompt and options of `generate`, checked: a sequence for an `Engine`."""
@@ -428,63 +435,6 @@ class TriModeLM:
         assert self.vocabulary is not None
         before = text_before(self.vocabulary, prompt_ids, taken_ids)
         return GrowingText(self.vocabulary.tokenizer, before)
-
-
-class Stream(Iterator[str]):
-    """Text of one continuation as it is made: iterate over it, and close it to stop early.
-
-    Nothing runs between two pieces. Letting go of it frees what it holds, as `close` does.
-    """
-
-    def __init__(self, lm: TriModeLM, seq: Sequence) -> None:
-        self._lm = lm
-        self._seq = seq
-        self._engine: Engine | None = lm.engine([seq])
-        assert lm.tokenizer is not None
-        self._text = StandingText(lm.growing_text(seq), stop=seq.params.stop)
-        self._num_taken = 0
-
-    @property
-    def stats(self) -> Stats:
-        """Counts so far."""
-        return self._seq.stats
-
-    def growing_text(self) -> GrowingText:
-        """The text for one who pushes its tokens, as events bring them."""
-        return self._lm.growing_text(self._seq)
-
-    @property
-    def generation(self) -> Generation | None:
-        """The result, once it has ended; `finish_reason` is `abort` after an early `close`."""
-        return self._lm.generation(self._seq) if self._seq.is_finished else None
-
-    def close(self) -> None:
-        """Stop, and free the K/V rows; what was not yielded yet is in `generation.text`."""
-        if self._engine is not None:
-            self._engine.abort(self._seq)
-            self._engine = None
-
-    def __next__(self) -> str:
-        while self._engine is not None:
-            try:
-                self._engine.step()
-                if self._seq.error is not None:
-                    raise self._seq.error
-            except BaseException:
-                self.close()
-                raise
-            piece = self._next_piece()
-            if piece:
-                return piece
-        raise StopIteration
-
-    def _next_piece(self) -> str:
-        if self._seq.is_finished:
-            self._engine = None
-            return self._text.finish(self._lm.generation(self._seq).text)
-        new_ids = self._seq.new_ids[self._num_taken :]
-        self._num_taken += len(new_ids)
-        return self._text.push(new_ids, num_deaf=self._seq.num_deaf)
 
 
 def _bind(

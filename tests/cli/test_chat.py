@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tests.chat_templates import THINKING
 from trimode import loading
 from trimode.checkpoint import model_cache
 from trimode.cli.main import BAD_INPUT, main
+from trimode.dialogue import Dialogue
 
 Capture = pytest.CaptureFixture[str]
 
@@ -115,3 +118,57 @@ def test_a_prefill_that_is_not_healed(capsys: Capture) -> None:
         found[word] = json.loads(capsys.readouterr().out)
     assert bytes(found["--heal"]["healed_bytes"]) == b" nu"
     assert "healed_bytes" not in found["--no-heal"]
+
+
+def test_a_talk_and_its_commands(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: a command that is sent to the model, is lost, or ends the talk; a message that
+    begins with a slash and cannot be said."""
+    lines = iter(
+        [
+            "one",
+            "/mode linear",
+            "two",
+            "/seed 7",
+            "/seed",
+            "/seed none",
+            "/mode",
+            "/help",
+            "/nope x",
+        ]
+        + ["/mode sideways", "/seed -1", "/reset now", "/system Be brief.", "three", "/reset"]
+        + ["//four", "/system", "five"]
+    )
+    said: list[list[str]] = []
+    prepared = Dialogue._prepared
+
+    def note(self: Dialogue, messages: list[dict[str, str]], options: dict[str, Any]) -> Any:
+        said.append([self.options["mode"], *(one["content"] for one in messages)])
+        return prepared(self, messages, options)
+
+    def type_line(_: str) -> str:
+        found = next(lines, None)
+        if found is None:
+            raise EOFError
+        return found
+
+    monkeypatch.setattr(Dialogue, "_prepared", note)
+    monkeypatch.setattr("builtins.input", type_line)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    words = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "4", "--mode", "ar"]
+    assert main(["chat", *words]) == 0
+    answers = [turns for turns in said if turns[-1]]
+    assert [turns[-1] for turns in answers] == ["one", "two", "three", "/four", "five"]
+    assert [turns[0] for turns in answers] == ["ar", *["linear"] * 4]
+    assert [len(turns) for turns in answers] == [2, 4, 3, 3, 2]
+    assert answers[2][1] == answers[3][1] == "Be brief."
+    err = capsys.readouterr().err
+    for line in (
+        *("mode linear\n", "seed 7\n", "seed drawn for each answer\n", "/reset  "),
+        *("'/nope' is no command; allowed: /mode", "mode is 'sideways'", "/seed takes '-1'"),
+        *("/reset takes nothing, and got 'now'", "a new conversation; system: Be brief.\n"),
+        *("-- linear, seed ", " tokens/s", " prompt tokens were there\n"),
+    ):
+        assert line in err, line
+    assert err.count("-- ar, ") == 1

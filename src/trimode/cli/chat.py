@@ -31,9 +31,10 @@ HELP = "answer a message, or talk"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = (
-        "Without MESSAGE on a terminal: a conversation, a line a message, until Ctrl-D. Answers go"
-        " to stdout, counts to stderr. The model's tokenizer must have a chat template. What is not"
-        " given below is as the model's generation_config.json has it, if it has one."
+        "Without MESSAGE on a terminal: a conversation, a line a message, until Ctrl-D; /help says"
+        " what else there is. Answers go to stdout, counts to stderr. The model's tokenizer must"
+        " have a chat template. What is not given below is as the model's generation_config.json"
+        " has it, if it has one; an answer in a conversation has 512 tokens at most."
     )
     parser.add_argument(
         "message",
@@ -80,10 +81,12 @@ def run(args: argparse.Namespace) -> int:
 
     lm = load_model(args)
     check_template(lm, args)
-    messages: list[dict[str, str]]
-    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
     if message is None:
-        return _talk(lm, messages, options)
+        from trimode.cli.talk import talk
+
+        talk(lm.dialogue(system=args.system, **options), mode=in_force(lm, options)[0])
+        return 0
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages.append({"role": "user", "content": message})
     if args.prefill is not None:
         messages.append({"role": "assistant", "content": args.prefill})
@@ -121,27 +124,6 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise RequestError(f"--chat-template-kwargs has {name!r} twice; allowed: once")
         found[name] = value
     return found
-
-
-def _talk(lm: TriModeLM, messages: list[dict[str, str]], options: dict[str, Any]) -> int:
-    import readline  # noqa: F401  # line editing for `input`
-
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            print()
-            return 0
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line})
-        try:
-            generation = _answer(lm, messages, options)
-        except RequestError as error:  # such as a full context; what was said stays on the screen
-            print(f"trimode: error: {error}", file=sys.stderr)
-            messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": generation.text})
 
 
 def _answer(lm: TriModeLM, messages: list[dict[str, str]], options: dict[str, Any]) -> Generation:

@@ -134,6 +134,11 @@ class Engine:
         self._held_s = 0.0  # by sequences that had a row, all together
 
     @property
+    def has_planner(self) -> bool:
+        """Whether there is mode `auto`."""
+        return self._planner is not None
+
+    @property
     def is_idle(self) -> bool:
         """Whether a step has nothing to do and nothing to return."""
         return not (self._waiting or self._running or self._ended)
