@@ -601,3 +601,41 @@ _CONTRASTS = """() => {
   }
   return found;
 }"""
+
+
+def test_a_model_that_chats_is_asked_a_question(browser: Any, served: Served) -> None:
+    """Prevents: a chat model that is met with half a Python class, and a race without its drafter;
+    a prompt of the visitor's own replaced."""
+    page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    card = {"modes": ["ar", "diffusion", "linear", "branching", "auto"], "has_drafter": True}
+    card |= {"has_chat": True, "num_parameters": 135e6, "context_len": 1024, "block_length": 8}
+    models = {"data": [{"id": "talker", "trimode": card}]}
+    page.route("**/v1/models", lambda route: route.fulfill(json=models))
+    bodies: list[dict[str, Any]] = []
+
+    def note(route: Any) -> None:
+        bodies.append(route.request.post_data_json)
+        route.fulfill(status=503, json={"error": {"message": "not today"}})
+
+    page.route("**/v1/chat/completions", note)
+    page.goto(served.url)
+    expect(page.locator("#model")).to_contain_text("talker")
+    expect(page.locator("[name=task][value=chat]")).to_be_checked()
+    assert [lane.input_value() for lane in page.locator(".lane select").all()] == [
+        *("ar", "linear", "auto")
+    ]
+    question = page.locator("#prompt").input_value()
+    assert question.endswith("?")
+    page.click("#run")
+    expect(page.locator("#run")).to_be_enabled()
+    assert [body["mode"] for body in bodies] == ["ar", "linear", "auto"]
+    for body in bodies:
+        assert body["messages"] == [{"role": "user", "content": question}]
+        assert ("min_gain" in body) == (body["mode"] == "linear")
+    page.locator("#examples button").nth(1).click()
+    assert page.locator("#prompt").input_value() != question
+    page.locator("#prompt").fill("My own")
+    page.locator("[name=task][value=text]").check()
+    assert page.locator("#prompt").input_value() == "My own"
+    assert "class" in page.locator("#examples").text_content()
+    page.context.close()

@@ -6,22 +6,28 @@ import { Lane, spelled } from "./lane.js";
 import { Replay } from "./replay.js";
 import { INFILL_FIELDS, RACE_FIELDS, Settings } from "./settings.js";
 
-const EXAMPLES = {
+const QUESTIONS = {
+  "a question": "What is a hash table?",
+  "a function": "Write a Python function that reverses a string.",
+  "a list": "Give me three tips for a good night's sleep.",
+};
+const BEGINNINGS = {
   "a class": "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",
   "a function": "def load_config(path):\n    with open(path) as",
   "a test": "import unittest\n\n\nclass TestParser(unittest.TestCase):\n    def setUp(self):",
 };
-const FIRST_MODES = ["ar", "diffusion", "linear"];
+const NUM_LANES = 3;
 const THEMES = ["system", "light", "dark"];
 
 const find = (id) => document.getElementById(id);
 const banner = find("banner");
 const prompt = find("prompt");
-const lanes = FIRST_MODES.map((_, i) => new Lane(find("lane"), i + 1));
+const lanes = Array.from({ length: NUM_LANES }, (_, i) => new Lane(find("lane"), i + 1));
 const settings = new Settings(find("fields"), RACE_FIELDS);
 const replay = new Replay(find("replay"), () => lanes.filter((lane) => lane.isOn));
 let card = null;
 let controller = null; // of the race that runs
+let isPromptTouched = false;
 
 const infill = new Infill({
   settings: new Settings(find("infill-fields"), INFILL_FIELDS),
@@ -55,12 +61,39 @@ async function connect() {
   settings.setMax("max_tokens", Math.min(512, card.context_len - 1), card.context_len - 1);
   settings.setMax("block_length", Math.max(32, card.block_length), card.context_len);
   settings.set("block_length", card.block_length);
+  if (!isPromptTouched) suggest();
+  // A drafter's model shows what drafting brings; one without, all three ways.
+  const first = card.has_drafter ? ["ar", "linear", "auto"] : ["ar", "diffusion", "linear"];
   lanes.forEach((lane, i) => {
     const names = card.modes.map((mode) => new Option(mode, mode));
     lane.mode.replaceChildren(...names, new Option("– none –", ""));
-    lane.mode.value = card.modes.includes(FIRST_MODES[i]) ? FIRST_MODES[i] : "";
+    lane.mode.value = card.modes.includes(first[i]) ? first[i] : "";
   });
   showModes();
+}
+
+// A first prompt: a question for a model that chats, else the beginning of a text.
+function suggest() {
+  document.querySelector(`[name=task][value=${card?.has_chat ? "chat" : "text"}]`).checked = true;
+  showExamples();
+  prompt.value = Object.values(examples())[0];
+  previewPrompt();
+}
+
+const examples = () => (isChat() ? QUESTIONS : BEGINNINGS);
+
+function showExamples() {
+  const buttons = Object.entries(examples()).map(([name, text]) => {
+    const button = document.createElement("button");
+    Object.assign(button, { type: "button", className: "link", textContent: name });
+    button.addEventListener("click", () => {
+      prompt.value = text;
+      isPromptTouched = true;
+      previewPrompt();
+    });
+    return button;
+  });
+  find("examples").replaceChildren(...buttons.flatMap((button) => [button, " "]));
 }
 
 // What a block's length allows.
@@ -279,19 +312,16 @@ function ownsKey(target, key) {
 
 // Start.
 
-for (const [name, text] of Object.entries(EXAMPLES)) {
-  const button = document.createElement("button");
-  Object.assign(button, { type: "button", className: "link", textContent: name });
-  button.addEventListener("click", () => {
-    prompt.value = text;
-    previewPrompt();
-  });
-  find("examples").append(button, " ");
-}
-prompt.value = Object.values(EXAMPLES)[0];
-prompt.addEventListener("input", previewPrompt);
-find("task").addEventListener("change", previewPrompt);
-previewPrompt();
+suggest();
+prompt.addEventListener("input", () => {
+  isPromptTouched = true;
+  previewPrompt();
+});
+find("task").addEventListener("change", () => {
+  showExamples();
+  if (!isPromptTouched) prompt.value = Object.values(examples())[0];
+  previewPrompt();
+});
 find("lanes").append(...lanes.map((lane) => lane.element));
 for (const lane of lanes) {
   lane.mode.addEventListener("change", () => {

@@ -24,6 +24,10 @@ export const RACE_FIELDS = [
     options: { "": "none", joint_threshold: "joint threshold", ar_doubt: "AR doubt", remdm: "ReMDM" },
   },
   { name: "branches", label: "Branches", min: 0, max: 15, step: 1, value: 4, modes: ["branching"] },
+  {
+    name: "min_gain", label: "Feed what gains at least", min: 0, max: 0.5, step: 0.01, value: 0.08,
+    modes: ["linear", "branching"],
+  },
 ];
 
 export const INFILL_FIELDS = [
@@ -120,7 +124,7 @@ function makeRow(field, id) {
   label.textContent = field.label;
   if (field.modes) {
     const only = document.createElement("small");
-    only.textContent = field.modes.length > 2 ? "all but ar" : field.modes.join(", ");
+    only.textContent = field.modes === BLOCKS ? "all but ar" : field.modes.join(", ");
     label.append(" ", only);
   }
   row.append(label);
