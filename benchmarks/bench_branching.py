@@ -133,7 +133,7 @@ def main() -> None:
     text = (
         f"Greedy, batch 1, float32, {env['machine']}, {env['threads']} threads, {len(prompts)}"
         f" held-out prompts of {min(lens)} to {max(lens)} tokens, {arguments.new_tokens} new tokens"
-        f" each, drafter {arguments.drafter or 'its own'}. {env['date']}, torch {env['torch']}, commit"
+        f" each, drafter {arguments.drafter or 'own'}. {env['date']}, torch {env['torch']}, commit"
         f" {env['commit']}. Texts equal to those of `ar`: {num_equal - len(prompts)} of"
         f" {len(prompts) * (len(texts) - 1)}.\n\n{table(rows)}\n"
     )
