@@ -102,6 +102,17 @@ def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
         )
 
 
+def verify_lookup(seq: Sequence) -> Generator[Step, Readout, bool]:
+    """A round without drafts of its own: whether the text itself had one that was worth checking,
+    which then is done."""
+    draft = _ready_draft(seq)
+    if draft is None or not draft.num_worth(cutoff=None, min_gain=seq.setting.min_gain):
+        return False
+    checked = yield from _check(seq, draft, least_groups=0)
+    seq.stats.acceptance_lengths.append(checked.num_emitted)
+    return True
+
+
 def _ready_draft(seq: Sequence) -> Draft | None:
     """Return the pending draft, or one from the text if that promises more; None if neither is
     there, or a drafted block promises more still."""
@@ -112,7 +123,7 @@ def _ready_draft(seq: Sequence) -> Draft | None:
     if guess is None:
         return draft
     promised = expected_run(draft.confidences) if draft is not None else 0.0
-    if draft is None and seq.setting.num_masks is None:
+    if draft is None and seq.setting.num_masks is None and seq.setting.mode != "ar":
         # A drafted block takes two forwards for one that checks what was looked up.
         lengths = seq.stats.acceptance_lengths[-NUM_LATEST:]
         promised = (sum(lengths) / len(lengths) if lengths else FIRST_LENGTH) / 2 - 1

@@ -150,7 +150,8 @@ class Planner:
             if one.probe_cost is not None:
                 self._settle(one, others, has_run=has_run)
             self._review(seq, one, others)
-        return self._probe(seq, one, others) or self._worthwhile(seq, one, others)
+        one.setting = self._worthwhile(seq, one, others)
+        return self._probe(seq, one, others) or one.setting
 
     def note_forward(self, fed: Items[Sequence], num_tokens: int) -> None:
         """Learn who runs: right after a forward, before its answers are acted on."""
@@ -207,8 +208,6 @@ class Planner:
         """The setting in force, in which each fed token has to bring what it costs: seconds more of
         a forward, in which all emit so many tokens."""
         assert one.setting is not None
-        if one.setting.mode == "ar":
-            return one.setting
         total = others.plus(one.pace)
         more = MORE_FED * max(total.num_rows, 1)
         seconds = self.costs.seconds_of(total.num_rows, total.fed)
