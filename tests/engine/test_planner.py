@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import random
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class World:
             took = self.cost(len(self.requests), fed)
             self.seconds += took
             noisy = took * self.random.lognormvariate(0.0, self.noise)
-            self.planner.note_forward([one.seq for one in self.requests], fed)
+            self.planner.note_forward([one.seq for one in self.requests], fed, drafts=False)
             self.planner.note_seconds(noisy)
             for one in self.requests:
                 one.left.pop(0)
@@ -265,7 +266,7 @@ def test_a_probe_that_never_ran_is_paid_back() -> None:
     [one] = world.requests
     start = world.planner.num_probes
     for _ in range(200):
-        world.planner.note_forward([one.seq], 1)
+        world.planner.note_forward([one.seq], 1, drafts=False)
     found = [world.planner.choose(one.seq) for _ in range(100)]  # and each time it is asked anew
     assert {setting.mode for setting in found} <= {"ar", "linear"}
     assert world.planner.num_probes - start > MOST_SAVED
@@ -353,7 +354,7 @@ def test_a_gap_beside_it_does_not_stop_auto() -> None:
     gap.stats.count("denoise", 4)
     for _ in range(100):
         one.seq.setting = world.planner.choose(one.seq)
-        world.planner.note_forward([one.seq, gap], 5)
+        world.planner.note_forward([one.seq, gap], 5, drafts=False)
         world.planner.note_seconds(laptop(2, 5))
     assert world.planner.choose(one.seq).mode in ("ar", "linear", "branching")
 
@@ -368,6 +369,44 @@ def test_costs_learn_what_is_done_around_drafts() -> None:
     assert found.seconds_of(1, 1) == pytest.approx(10e-3, rel=0.06)
     for num_tokens in (3, 6, 12):
         assert found.seconds_of(1, num_tokens) == pytest.approx(13e-3, rel=0.1)
+
+
+def test_what_drafting_costs() -> None:
+    """Prevents: the adapter's time in the price of forwards that only verify."""
+    found = Costs({tokens: 10e-3 for tokens in TOKENS}, drafting=5e-3)
+    assert found.seconds_of(1, 4) == pytest.approx(10e-3)
+    assert found.seconds_of(1, 4, drafting=0.5) == pytest.approx(12.5e-3)
+    for _ in range(300):
+        found.note(1, 4, 10e-3)
+        found.note(1, 4, 15e-3, drafting=True)
+    assert found.seconds_of(1, 4) == pytest.approx(10e-3, rel=0.05)
+    assert found.seconds_of(1, 4, drafting=1.0) == pytest.approx(15e-3, rel=0.05)
+
+
+@pytest.mark.parametrize(("drafting", "mode"), [(0.0, "branching"), (50e-3, "ar")])
+def test_the_price_of_drafting_is_part_of_the_choice(drafting: float, mode: str) -> None:
+    """Prevents: an adapter that is dear to turn on, turned on in every forward."""
+    form = AdapterForm(draft_forms=("skip",), num_masks=5, acceptance=((0.8, 0.8, 0.8, 0.8, 0.8),))
+    planner = Planner(Costs({tokens: 10e-3 for tokens in TOKENS}, drafting=drafting), form)
+    params = GenerationParams(mode="auto", block_length=8, seed=0, max_new_tokens=100)
+    seq = Sequence([1, 2], params, mask_token_id=9, form=form)
+    setting = planner.choose(seq)
+    assert setting.mode == mode
+    assert 0 <= setting.min_gain < 0.01  # one more token costs nothing here
+
+
+def test_a_token_has_to_bring_what_it_costs() -> None:
+    """Prevents: unlikely drafts fed where forwards cost by the token."""
+    form = AdapterForm(draft_forms=("skip",), num_masks=5, acceptance=((0.9, 0.9, 0.9, 0.9, 0.9),))
+    seconds = {tokens: 8e-3 + 1e-3 * tokens for tokens in TOKENS}
+    planner = Planner(Costs(seconds), form)
+    params = GenerationParams(mode="auto", block_length=8, seed=0, max_new_tokens=100)
+    setting = planner.choose(Sequence([1, 2], params, mask_token_id=9, form=form))
+    assert setting.mode != "ar"
+    assert 0.1 < setting.min_gain < 0.3  # a ms of some 13, in which two or three are emitted
+    given = replace(params, min_gain=0.5)
+    setting = planner.choose(Sequence([1, 2], given, mask_token_id=9, form=form))
+    assert setting.min_gain == 0.5
 
 
 def test_measuring_is_bounded_and_complete(tiny_model: Callable[..., Any]) -> None:
@@ -440,6 +479,7 @@ DAMAGE: list[Callable[[str], str]] = [
     lambda text: json.dumps({**json.loads(text), "seconds": json.loads(text)["seconds"][1:]}),
     lambda text: json.dumps({**json.loads(text), "seconds": [[t, -1.0] for t in TOKENS]}),
     lambda text: json.dumps({**json.loads(text), "per_row": -1.0}),
+    lambda text: json.dumps({**json.loads(text), "drafting": math.inf}),
     lambda text: json.dumps({**json.loads(text), "seconds": None}),
     _foreign,
 ]
@@ -505,9 +545,10 @@ class Restless:
     def choose(self, seq: Sequence) -> Setting:
         length = seq.params.block_length
         num_masks = seq.params.setting("auto", seq.form).num_masks
-        return self._random.choice([Setting("ar", length), *settings(length, num_masks)])
+        found = self._random.choice([Setting("ar", length), *settings(length, num_masks)])
+        return replace(found, min_gain=self._random.choice([0.0, 0.02, 0.2]))
 
-    def note_forward(self, fed: Any, num_tokens: int) -> None:
+    def note_forward(self, fed: Any, num_tokens: int, *, drafts: bool) -> None:
         pass
 
     def note_seconds(self, seconds: float) -> None:

@@ -43,10 +43,12 @@ class Pace:
     Attributes:
         tokens: It emits.
         fed: Tokens it feeds.
+        drafting: Share of its forwards that draft.
     """
 
     tokens: float
     fed: float
+    drafting: float = 0.0
 
 
 AR_PACE = Pace(1.0, 1.0)
@@ -215,11 +217,11 @@ class Outlook:
         length = 1 + setting.draft_len
         fresh = self._fresh_tokens[setting.draft_len] + _skips(setting)
         if not setting.num_groups:
-            return Pace(fresh / 2, length)
+            return Pace(fresh / 2, length, 0.5)
         hit = self._known.hit(setting, self._shift)
         tokens = hit * sum(self._known.early(setting, self._shift)) + (1 - hit) * fresh
         fed = setting.num_fed + (1 - hit) * length
-        return Pace(tokens / (2 - hit), fed / (2 - hit))
+        return Pace(tokens / (2 - hit), fed / (2 - hit), 1.0)
 
 
 def _skips(setting: Setting) -> bool:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping
@@ -35,6 +36,9 @@ TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 ROWS = (8, 32)
 """Of one token each."""
 
+DRAFTED = (6, 8, 12)
+"""Of one row, half of them masks: what these cost more than as many that are only verified."""
+
 FEWEST_TOKENS = 8
 """Forwards up to so many tokens are measured however long it takes."""
 
@@ -59,7 +63,8 @@ class Costs:
     """Seconds of a forward, refined by those that run.
 
     So many for its tokens, whoever feeds them, straight between those that were measured; and so
-    many for each row beyond the first. Only what differs between settings matters to a planner. So
+    many for each row beyond the first; and so many where anything is drafted in it, which turns the
+    adapter on. Only what differs between settings matters to a planner. So
     two factors are learned beside the points: one of all forwards, for a machine that is slower for
     a while; and one of drafts, since what is done around a forward takes longer where they are made
     and checked, whatever their length.
@@ -67,23 +72,31 @@ class Costs:
     Args:
         seconds: Of one row over its tokens, at least 2 numbers of them.
         per_row: For each further row.
+        drafting: For a forward that drafts.
     """
 
-    def __init__(self, seconds: Mapping[int, float], per_row: float = 0.0) -> None:
+    def __init__(
+        self, seconds: Mapping[int, float], per_row: float = 0.0, drafting: float = 0.0
+    ) -> None:
         self.seconds = dict(sorted(seconds.items()))
         self.per_row = per_row
+        self.drafting = drafting
         self._tokens = list(self.seconds)
         self._drift = 0.0  # logarithms
         self._drift_of_drafts = 0.0
 
-    def seconds_of(self, num_rows: int, num_tokens: float) -> float:
-        """Of a forward of so many tokens in all, which may be an average."""
+    def seconds_of(self, num_rows: int, num_tokens: float, *, drafting: float = 0.0) -> float:
+        """Of a forward of so many tokens in all, which may be an average, as may be whether it
+        drafts."""
         around = math.exp(_share_of_drafts(num_rows, num_tokens) * self._drift_of_drafts)
-        return self._alone(num_rows, num_tokens) * around
+        alone = self._alone(num_rows, num_tokens) + drafting * self.drafting
+        return alone * around
 
-    def note(self, num_rows: int, num_tokens: int, seconds: float) -> None:
+    def note(
+        self, num_rows: int, num_tokens: int, seconds: float, *, drafting: bool = False
+    ) -> None:
         """Learn from a forward that ran, and all that was done around it."""
-        expected_s = self.seconds_of(num_rows, num_tokens)
+        expected_s = self.seconds_of(num_rows, num_tokens, drafting=drafting)
         surprise = math.log(max(seconds, 1e-9) / expected_s) - self._drift
         most = math.log(MOST_SURPRISE)
         surprise = min(max(surprise, -most), most)
@@ -151,10 +164,11 @@ def measure(
         twice.
     """
     sequences, runner = _scratch(model, adapter)
-    sizes = [(1, tokens) for tokens in TOKENS]
-    sizes += [(rows, 1) for rows in ROWS if rows <= len(sequences)]
+    sizes = [(1, tokens, False) for tokens in TOKENS]
+    sizes += [(1, tokens, True) for tokens in DRAFTED]
+    sizes += [(rows, 1, False) for rows in ROWS if rows <= len(sequences)]
     sizes.sort(key=lambda size: size[0] * size[1])
-    found: dict[tuple[int, int], list[float]] = {}
+    found: dict[tuple[int, int, bool], list[float]] = {}
     started_s = time.perf_counter()
     for number in range(NUM_PASSES):
         for size in sizes:
@@ -175,11 +189,14 @@ def measure(
     twice = [sorted(seconds)[:2] for seconds in found.values() if len(seconds) > 1]
     num_calm = sum(second < CALM * first for first, second in twice)
     least = {size: min(seconds) for size, seconds in found.items()}
-    lengths = [tokens for rows, tokens in least if rows == 1]
-    costs = Costs({n: min(least[1, more] for more in lengths if more >= n) for n in lengths})
-    for rows in (rows for rows, _ in least if rows > 1):
-        more_s = least[rows, 1] - costs.seconds_of(1, rows)
-        costs.per_row = max(more_s / (rows - 1), 0.0)
+    lengths = [tokens for rows, tokens, drafts in least if rows == 1 and not drafts]
+    costs = Costs({n: min(least[1, more, False] for more in lengths if more >= n) for n in lengths})
+    drafted = [tokens for _, tokens, drafts in least if drafts]
+    more_s = [least[1, tokens, True] - costs.seconds_of(1, tokens) for tokens in drafted]
+    costs.drafting = max(statistics.median(more_s), 0.0)
+    for rows in (rows for rows, _, _ in least if rows > 1):
+        each_s = least[rows, 1, False] - costs.seconds_of(1, rows)
+        costs.per_row = max(each_s / (rows - 1), 0.0)
     return costs, 2 * num_calm > len(found)
 
 
@@ -204,13 +221,16 @@ def _scratch(model: TriModeModel, adapter: DrafterAdapter | None) -> tuple[list[
     return sequences, Runner(model, cache, adapter=adapter)
 
 
-def _feeds(sequences: list[Sequence], num_rows: int, num_tokens: int) -> list[Feed]:
-    return [Feed(seq, row, _step(seq, num_tokens)) for row, seq in enumerate(sequences[:num_rows])]
+def _feeds(
+    sequences: list[Sequence], num_rows: int, num_tokens: int, has_drafts: bool
+) -> list[Feed]:
+    some = enumerate(sequences[:num_rows])
+    return [Feed(seq, row, _step(seq, num_tokens, has_drafts)) for row, seq in some]
 
 
-def _step(seq: Sequence, num_tokens: int) -> Step:
-    """Half of it verified, half of it drafted: between what linear and branching feed."""
-    first = (num_tokens + 1) // 2
+def _step(seq: Sequence, num_tokens: int, has_drafts: bool) -> Step:
+    """All of it verified, or half of it verified and half of it drafted, as branching does."""
+    first = (num_tokens + 1) // 2 if has_drafts else num_tokens
     trunk = causal_step("verify", [0] * first, start=seq.length, wanted=range(first))
     if first == num_tokens:
         return trunk
@@ -243,7 +263,7 @@ def _key(model: TriModeModel, adapter: DrafterAdapter | None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "native": library.signature() if device.type == "cpu" else None,
         "torch": torch.__version__,
-        "measured": [TOKENS, ROWS, NUM_COMMITTED],
+        "measured": [TOKENS, DRAFTED, ROWS, NUM_COMMITTED],
     }
 
 
@@ -276,17 +296,19 @@ def _read(path: Path, key: Mapping[str, Any]) -> Costs:
     if record["key"] != json.loads(json.dumps(key)):
         raise ValueError("it is about another model or machine")
     found = {int(tokens): float(s) for tokens, s in record["seconds"]}
-    per_row = float(record["per_row"])
+    per_row, drafting = float(record["per_row"]), float(record["drafting"])
     if not set(TOKENS) >= set(found) >= {n for n in TOKENS if n <= FEWEST_TOKENS}:
         raise ValueError("sizes are missing")
-    if not (all(0 < s < math.inf for s in found.values()) and 0 <= per_row < math.inf):
+    more = (per_row, drafting)
+    if not (all(0 < s < math.inf for s in found.values()) and all(0 <= s < math.inf for s in more)):
         raise ValueError("a time is not a positive number")
-    return Costs(found, per_row)
+    return Costs(found, per_row, drafting)
 
 
 def _write(path: Path, key: Mapping[str, Any], costs: Costs) -> None:
     """All of it or nothing, whoever else writes it."""
-    record = {"key": key, "seconds": list(costs.seconds.items()), "per_row": costs.per_row}
+    record: dict[str, Any] = {"key": key, "seconds": list(costs.seconds.items())}
+    record |= {"per_row": costs.per_row, "drafting": costs.drafting}
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
     try:

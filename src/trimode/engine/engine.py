@@ -331,7 +331,8 @@ class Engine:
         for one, _ in served:
             one.fed_at = self.counts.forwards
         if self._planner is not None:
-            self._planner.note_forward([one.seq for one, _ in served], num_tokens)
+            drafts = any(any(step.mask_places) for _, step in served)
+            self._planner.note_forward([one.seq for one, _ in served], num_tokens, drafts=drafts)
         return readouts
 
     def _resume(self, running: _Running, step: Step, readout: Readout | None) -> None:

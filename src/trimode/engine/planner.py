@@ -89,17 +89,25 @@ class _Request:
 
 @dataclass(frozen=True, slots=True)
 class _Totals:
-    """Of the sequences in a forward: how many, tokens that they emit and feed in it on average."""
+    """Of the sequences in a forward: how many, tokens that they emit and feed in it on average, and
+    how many of them draft in it."""
 
     num_rows: int
     tokens: float
     fed: float
+    drafting: float
 
     def plus(self, pace: Pace) -> _Totals:
-        return _Totals(self.num_rows + 1, self.tokens + pace.tokens, self.fed + pace.fed)
+        return _Totals(
+            *(self.num_rows + 1, self.tokens + pace.tokens, self.fed + pace.fed),
+            self.drafting + pace.drafting,
+        )
 
     def minus(self, pace: Pace) -> _Totals:
-        return _Totals(self.num_rows - 1, self.tokens - pace.tokens, self.fed - pace.fed)
+        return _Totals(
+            *(self.num_rows - 1, self.tokens - pace.tokens, self.fed - pace.fed),
+            self.drafting - pace.drafting,
+        )
 
 
 class Planner:
@@ -122,9 +130,10 @@ class Planner:
         self._known = Acceptance(form)
         self._requests: WeakKeyDictionary[Sequence, _Request] = WeakKeyDictionary()
         self._num_forwards = 0
-        self._total = _Totals(0, 0.0, 0.0)
+        self._total = _Totals(0, 0.0, 0.0, 0.0)
         self._allowed = 0.0  # forwards, for probes
-        self._to_learn: tuple[int, int] | None = None  # rows and tokens of the latest forward
+        # Of the latest forward: rows, tokens, whether it drafted.
+        self._to_learn: tuple[int, int, bool] | None = None
         self.num_switches = 0
         self.num_probes = 0
 
@@ -153,11 +162,11 @@ class Planner:
         one.setting = self._worthwhile(seq, one, others)
         return self._probe(seq, one, others) or one.setting
 
-    def note_forward(self, fed: Items[Sequence], num_tokens: int) -> None:
+    def note_forward(self, fed: Items[Sequence], num_tokens: int, *, drafts: bool) -> None:
         """Learn who runs: right after a forward, before its answers are acted on."""
         self._num_forwards += 1
         self._allowed += PROBE_SHARE
-        has_probe, tokens, num_fed = False, 0.0, 0.0
+        has_probe, tokens, num_fed, drafting = False, 0.0, 0.0, 0.0
         for seq in fed:
             if seq.mode == "auto":
                 one = self._request(seq)
@@ -168,14 +177,16 @@ class Planner:
                 pace = _seen_pace(seq)
             tokens += pace.tokens
             num_fed += pace.fed
-        self._total = _Totals(len(fed), tokens, num_fed)
+            drafting += pace.drafting
+        self._total = _Totals(len(fed), tokens, num_fed, drafting)
         is_usual = not has_probe and not any(map(_is_prefilled, fed))
-        self._to_learn = (len(fed), num_tokens) if is_usual else None
+        self._to_learn = (len(fed), num_tokens, drafts) if is_usual else None
 
     def note_seconds(self, seconds: float) -> None:
         """Learn what that forward cost, until all its answers were acted on."""
         if self._to_learn is not None:
-            self.costs.note(*self._to_learn, seconds)
+            num_rows, num_tokens, drafts = self._to_learn
+            self.costs.note(num_rows, num_tokens, seconds, drafting=drafts)
 
     def _is_due(self, one: _Request, others: _Totals) -> bool:
         """Whether it is time to review a setting."""
@@ -210,15 +221,18 @@ class Planner:
         assert one.setting is not None
         total = others.plus(one.pace)
         more = MORE_FED * max(total.num_rows, 1)
-        seconds = self.costs.seconds_of(total.num_rows, total.fed)
-        more_s = self.costs.seconds_of(total.num_rows, total.fed + more) - seconds
+        seconds, more_s = self._seconds(total), self._seconds(total, more) - self._seconds(total)
         gain = min(total.tokens / seconds * max(more_s, 0.0) / more, 1.0)
         return replace(one.setting, min_gain=max(gain, seq.params.min_gain or 0.0))
 
     def _rate(self, others: _Totals, pace: Pace) -> float:
         """Tokens a second of the whole batch, one of it going at this pace."""
         total = others.plus(pace)
-        return total.tokens / self.costs.seconds_of(total.num_rows, total.fed)
+        return total.tokens / self._seconds(total)
+
+    def _seconds(self, total: _Totals, more_fed: float = 0.0) -> float:
+        drafting = min(max(total.drafting, 0.0), 1.0)
+        return self.costs.seconds_of(total.num_rows, total.fed + more_fed, drafting=drafting)
 
     def _best(self, seq: Sequence, one: _Request, others: _Totals) -> tuple[Setting, Pace, float]:
         """The best setting, its pace, and by what part it is better for a sequence than its present
@@ -264,8 +278,7 @@ class Planner:
             one.since_probe = 0
             return None
         usual, probed = others.plus(one.pace), others.plus(at_best)
-        seconds_of = self.costs.seconds_of
-        share = seconds_of(probed.num_rows, probed.fed) / seconds_of(usual.num_rows, usual.fed)
+        share = self._seconds(probed) / self._seconds(usual)
         cost = PROBE_FORWARDS * max(share - 1, LEAST_COST)
         self._allowed = min(self._allowed, MOST_SAVED * cost)
         if cost > self._allowed:
@@ -326,8 +339,8 @@ def _pace_at_best(setting: Setting) -> Pace:
     """What a setting does if all drafts are right, and every outcome has its group."""
     length = 1 + setting.draft_len
     if setting.num_groups:
-        return Pace(length, setting.num_fed)
-    return Pace((length + (setting.num_masks is not None)) / 2, length)
+        return Pace(length, setting.num_fed, 1.0)
+    return Pace((length + (setting.num_masks is not None)) / 2, length, 0.5)
 
 
 def _probe_setting(widest: Setting) -> Setting:
@@ -350,4 +363,6 @@ def _seen_pace(seq: Sequence) -> Pace:
     if not num_forwards:
         return AR_PACE
     num_fed = sum(stats.tokens_fed.values()) - stats.tokens_fed["prefill"]
-    return Pace(max(stats.new_tokens - 1, 0) / num_forwards, num_fed / num_forwards)
+    tokens = max(stats.new_tokens - 1, 0) / num_forwards
+    drafting = 1.0 if seq.setting.num_groups else float(seq.setting.mode == "linear") / 2
+    return Pace(tokens, num_fed / num_forwards, drafting)
