@@ -76,22 +76,31 @@ def measure(
             started_s = time.perf_counter()
             made = lm.chat(messages, seed=index, **setting, **law)
             stats = made.stats
+            reference = own.get("ar", {"token_ids": made.token_ids})["token_ids"]
             own[name] = {
                 "seconds": time.perf_counter() - started_s,
-                "token_ids": made.token_ids,
+                "num_tokens": len(made.token_ids),
+                "is_equal": made.token_ids == reference,
                 "forwards": stats.num_forwards - stats.forwards["prefill"],
                 "fed": sum(stats.tokens_fed.values()) - stats.tokens_fed["prefill"],
             }
+            if name == "ar":
+                own[name]["token_ids"] = made.token_ids
         if llama is not None:
             ids = lm.answering(messages, {})["prompt"].token_ids
-            own[LLAMA] = llama.ask(ids=ids, new_tokens=len(own["ar"]["token_ids"]))
+            made_there = llama.ask(ids=ids, new_tokens=own["ar"]["num_tokens"])
+            own[LLAMA] = {
+                "seconds": made_there["seconds"],
+                "num_tokens": len(made_there["token_ids"]),
+                "is_equal": made_there["token_ids"] == own["ar"]["token_ids"],
+            }
         found.append(own)
     return found
 
 
 def per_second(runs: list[dict[str, Any]], name: str) -> float:
     """Tokens of all prompts together."""
-    tokens = sum(len(run[name]["token_ids"]) for run in runs)
+    tokens = sum(run[name]["num_tokens"] for run in runs)
     return tokens / sum(run[name]["seconds"] for run in runs)
 
 
@@ -118,14 +127,15 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
     )
     for part in record["parts"]:
         runs = part["runs"]
-        same = {n: sum(r[n]["token_ids"] == r["ar"]["token_ids"] for r in runs) for n in runs[0]}
-        ours = sum(same[name] for name in SETTINGS)
+        same = {name: sum(run[name]["is_equal"] for run in runs) for name in runs[0]}
+        ours = sum(same[name] for name in SETTINGS if name != "ar")
         yield ""
         yield f"### {part['form']}, {part['prompts']}, temperature {part['temperature']:g}"
         yield ""
         yield (
             f"{len(runs)} prompts; texts equal to those of `ar`: {ours} of"
-            f" {len(runs) * len(SETTINGS)}. Load average before: {part['load_average']:.1f}."
+            f" {len(runs) * (len(SETTINGS) - 1)}; of llama.cpp's {same.get(LLAMA, 0)}. Load average"
+            f" before: {part['load_average']:.1f}."
         )
         yield ""
         yield "| | tokens/s | over own `ar` | over llama.cpp | TPF | fed |"
@@ -140,7 +150,7 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
                 cells.append(f"{ratio:.2f} ({low:.2f}-{high:.2f})")
             if name in SETTINGS:
                 forwards = sum(run[name]["forwards"] for run in runs)
-                tokens = sum(len(run[name]["token_ids"]) - 1 for run in runs)
+                tokens = sum(run[name]["num_tokens"] - 1 for run in runs)
                 cells += [
                     f"{tokens / forwards:.2f}",
                     f"{sum(run[name]['fed'] for run in runs) / forwards:.1f}",

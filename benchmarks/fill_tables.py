@@ -34,39 +34,45 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def decode_table() -> str:
-    """All modes beside transformers, and what they mean for who waits."""
-    path = newest("pocket_cpu")
+def speculation_table() -> str:
+    """What speculation brings on the model that people meet first; a line for each precision."""
+    path = newest("speculation_smollm2")
     found = read(path)
-    rows = {row["name"]: row for row in found["summary"]}
     env = found["environment"]
     lines = [
-        f"{env['machine']}, {env['threads']} threads, float32, batch 1, greedy,"
-        f" {len(found['runs'])} held-out prompts, {env['arguments']['new_tokens']} new tokens, all"
-        " contestants in one run",
-        f"(`make results`; raw figures and verdicts: `benchmarks/results/{path.stem}.md`):",
+        f"SmolLM2-135M-Instruct, {env['machine']}, {env['threads']} threads, one request at a time,"
+        f" greedy, at most {env['arguments']['max_new_tokens']} new tokens, all contestants in turn"
+        f" (all of them, intervals, command: `benchmarks/results/{path.stem}.md`):",
         "",
-        "| | tokens/s | over transformers | TPF decode | TPF total | acceptance length | fed/new |",
-        "|---|---|---|---|---|---|---|",
+        "| | llama.cpp | `ar` | `linear` | `branching` | `auto` | best over `ar` |"
+        " best over llama.cpp |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in rows.items():
-        cells = [name, f"{row['tokens_per_second']:.0f}"]
-        cells.append(f"{row['speed_over_transformers']:.2f}x")
-        for key in ("tpf_decode", "tpf_total", "acceptance_length", "tokens_fed_per_new_token"):
-            cells.append(f"{row[key]:.2f}" if row.get(key) is not None else "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    equal = [
-        f"{one['pair'][0]} and {one['pair'][1]} {one['equal']} of {len(found['runs'])}"
-        for one in found["equal"]
-    ]
-    lines += ["", f"Equal texts: {'; '.join(equal)}."]
-    slower = [
-        f"`{name}` {row['tokens_per_second'] / rows['ar']['tokens_per_second']:.2f}x"
-        for name, row in rows.items()
-        if name not in ("transformers", "ar")
-    ]
-    lines.append(f"Tokens/s over `ar`: {', '.join(slower)}.")
-    return "\n".join(lines)
+    num_texts = num_equal = 0
+    for part in found["parts"]:
+        if part["temperature"]:
+            continue
+        runs = part["runs"]
+        speeds = {
+            name: sum(run[name]["num_tokens"] for run in runs)
+            / sum(run[name]["seconds"] for run in runs)
+            for name in runs[0]
+        }
+        best = max(speeds, key=lambda name: speeds[name])
+        others = [speeds.get("llama.cpp"), speeds["ar"], speeds["linear"]]
+        others += [max(v for n, v in speeds.items() if n.startswith("branching")), speeds["auto"]]
+        cells = ["-" if speed is None else f"{speed:.0f}" for speed in others]
+        for other in ("ar", "llama.cpp"):
+            cells.append(f"{speeds[best] / speeds[other]:.2f}" if other in speeds else "-")
+        lines.append(f"| {part['form']}, {part['prompts']} | {' | '.join(cells)} |")
+        for name in (name for name in runs[0] if name not in ("ar", "llama.cpp")):
+            num_texts += len(runs)
+            num_equal += sum(run[name]["is_equal"] for run in runs)
+    return "\n".join([*lines, "", f"Texts equal to those of `ar`: {num_equal} of {num_texts}."])
+
+
+def all_speculation_table() -> str:
+    return newest("speculation_smollm2").with_suffix(".md").read_text(encoding="utf-8").strip()
 
 
 def branching_table() -> str:
@@ -241,7 +247,8 @@ def train_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "decode": decode_table,
+    "speculation": speculation_table,
+    "all_speculation": all_speculation_table,
     "branching": branching_table,
     "revise": revise_table,
     "reveal": reveal_table,

@@ -46,16 +46,23 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("arguments", "detokenize", "heal", "prompts", "revision", "vocabulary"),
         *("engine", "decoding", "model", "errors"),
     },
+    "stream": {"detokenize", "generation", "engine", "decoding"},
+    "dialogue": {
+        *("stream", "generation", "messages", "prompts"),
+        *("engine", "decoding", "model"),
+    },
     "runtime": {
         *(
             "arguments",
             "conversation",
             "detokenize",
+            "dialogue",
             "generation",
             "heal",
             "infill",
             "prompts",
             "revision",
+            "stream",
         ),
         *("vocabulary", "messages", "rendering", "tool_calls"),
         *("engine", "decoding", "checkpoint", "model", "errors"),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 from trimode.decoding import Sequence
 from trimode.engine import Engine
 from trimode.engine.engine import cells_needed
+from trimode.engine.planner import Planner
 from trimode.generation import Generation
-from trimode.stream import Stream
-
-if TYPE_CHECKING:
-    from trimode.runtime import TriModeLM
+from trimode.messages import Messages
+from trimode.model import DrafterAdapter, TriModeModel
+from trimode.prompts import Prompt
+from trimode.stream import Stream, Writer
 
 Turns = list[dict[str, str]]
 
@@ -20,6 +21,26 @@ FIRST_CELLS = 2048
 
 MOST_NEW_TOKENS = 512
 """Of an answer, where neither options nor the model say; fewer where the context has no room."""
+
+
+class Talker(Writer, Protocol):
+    """What a conversation needs of a `TriModeLM`."""
+
+    model: TriModeModel
+    adapter: DrafterAdapter | None
+
+    @property
+    def planner(self) -> Planner:
+        """Of mode `auto`."""
+        ...
+
+    def answering(self, messages: Messages, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `prepare` that answer a conversation."""
+        ...
+
+    def prepare(self, prompt: Prompt, **options: Any) -> Sequence:
+        """A sequence for an engine."""
+        ...
 
 
 class Dialogue:
@@ -39,7 +60,7 @@ class Dialogue:
         latest: The latest answer, whole or as far as it came; None before the first.
     """
 
-    def __init__(self, lm: TriModeLM, *, system: str | None = None, **options: Any) -> None:
+    def __init__(self, lm: Talker, *, system: str | None = None, **options: Any) -> None:
         self._lm = lm
         self._engine: Engine | None = None
         self.messages: Turns = []

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Sequence as Items
+from typing import Protocol
 
 from trimode.decoding import Sequence, Stats
 from trimode.detokenize import GrowingText, StandingText
 from trimode.engine import Engine
 from trimode.generation import Generation
 
-if TYPE_CHECKING:
-    from trimode.runtime import TriModeLM
+
+class Writer(Protocol):
+    """What a stream needs of a `TriModeLM`."""
+
+    def engine(self, sequences: Items[Sequence]) -> Engine:
+        """One just large enough for these, with them submitted."""
+        ...
+
+    def growing_text(self, seq: Sequence) -> GrowingText:
+        """Of a sequence with a tokenizer."""
+        ...
+
+    def generation(self, seq: Sequence) -> Generation:
+        """The result of one that has ended."""
+        ...
 
 
 class Stream(Iterator[str]):
@@ -25,13 +39,12 @@ class Stream(Iterator[str]):
         engine: Idle, to write with; None for one of its own.
     """
 
-    def __init__(self, lm: TriModeLM, seq: Sequence, *, engine: Engine | None = None) -> None:
+    def __init__(self, lm: Writer, seq: Sequence, *, engine: Engine | None = None) -> None:
         self._lm = lm
         self._seq = seq
         self._engine: Engine | None = engine or lm.engine([seq])
         if engine is not None:
             engine.submit(seq)
-        assert lm.tokenizer is not None
         self._text = StandingText(lm.growing_text(seq), stop=seq.params.stop)
         self._num_taken = 0
 

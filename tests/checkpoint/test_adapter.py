@@ -278,7 +278,9 @@ def viewed(model: TriModeModel) -> DrafterAdapter:
         alpha=6.0,
         targets=TARGETS,
         seed=0,
-        form=AdapterForm(("draft", "denoise"), False, ("skip", "block"), 5),
+        form=AdapterForm(
+            *(("draft", "denoise"), False, ("skip", "block"), 5), ((0.6, 0.5), (0.75,))
+        ),
         mask_embeddings=torch.randn(2, model.config.hidden_size),
         corrector=new_corrector(model.config.hidden_size, rank=4, num_candidates=8, seed=1),
     )
@@ -342,6 +344,10 @@ def test_a_published_adapter_has_no_files_of_ours(tiny_model: Model, tmp_path: P
         ({"draft_forms": "skip"}, "draft_forms is 'skip'; allowed"),
         ({"adapts_clean": "no"}, "adapts_clean is 'no'; allowed"),
         ({"num_masks": 0}, "num_masks is 0; allowed"),
+        ({"acceptance": [[0.5, 2.0], [0.5]]}, "acceptance is .*; allowed: for each of draft_forms"),
+        ({"acceptance": [[0.5]]}, "acceptance is .*; allowed: for each of draft_forms"),
+        ({"acceptance": [0.5, 0.5]}, "acceptance is .*; allowed: for each of draft_forms"),
+        ({"acceptance": "high"}, "acceptance is 'high'; allowed: for each of draft_forms"),
         ({"place": "index in the group"}, "place is 'index in the group'; allowed"),
         ({"format": 2}, "format is 2"),
         ({"colour": "blue"}, "colour"),

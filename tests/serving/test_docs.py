@@ -22,6 +22,7 @@ from jsonschema_rs import is_valid
 
 import trimode
 from tests.serving.conftest import Served, serving
+from trimode.checkpoint.model_cache import default_name
 from trimode.cli import serve as command
 from trimode.serving.jobs import Happening
 
@@ -34,12 +35,26 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def pocket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The default model as the pages have it, with a chat template in use."""
+    """The small model as `docs/serving.md` has it, with a chat template in use."""
     lm = trimode.load("pocket", lora="instruct_lora")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         with serving(lm, name="pocket", num_rows=4, context_len=512, has_auto=True) as served:
             yield served
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Iterator[Served]:
+    """The model of the README."""
+    if default_name() != "smollm2":
+        pytest.skip("the weights of smollm2 are not here")
+    with serving(trimode.load(), name="smollm2", num_rows=4, context_len=512) as served:
+        yield served
+
+
+def _served(page: str, request: pytest.FixtureRequest) -> Served:
+    found: Served = request.getfixturevalue("smollm2" if page == "README.md" else "pocket")
+    return found
 
 
 def _blocks(page: Path) -> list[tuple[str, str]]:
@@ -68,9 +83,9 @@ def test_there_are_examples() -> None:
 
 
 @pytest.mark.parametrize(("page", "line"), CURLS)
-def test_curl_examples_run(page: str, line: str, pocket: Served) -> None:
+def test_curl_examples_run(page: str, line: str, request: pytest.FixtureRequest) -> None:
     """Prevents an example that does not work."""
-    line = line.replace(f"http://{ADDRESS}", pocket.url)
+    line = line.replace(f"http://{ADDRESS}", _served(page, request).url)
     line = line.replace("curl ", "curl --fail-with-body --max-time 60 ", 1)
     ran = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=90)
     assert ran.returncode == 0, (page, ran.stdout, ran.stderr)
@@ -79,12 +94,13 @@ def test_curl_examples_run(page: str, line: str, pocket: Served) -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_client_examples_run(page: Path, pocket: Served) -> None:
+def test_client_examples_run(page: Path, request: pytest.FixtureRequest) -> None:
     """Prevents the same in Python, and a stream that gives nothing."""
+    served = _served(page.name, request)
     for language, text in _blocks(page):
         if language == "python" and "OpenAI(" in text:
             ran = subprocess.run(
-                [sys.executable, "-c", text.replace(f"http://{ADDRESS}", pocket.url)],
+                [sys.executable, "-c", text.replace(f"http://{ADDRESS}", served.url)],
                 capture_output=True,
                 text=True,
                 timeout=90,

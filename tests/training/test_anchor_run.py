@@ -142,12 +142,16 @@ def test_what_is_exported_says_how_to_use_it(learned: Learned) -> None:
     assert adapter.mask_embeddings is not None
     is_plain = adapter.corrector is None
     assert len(adapter.mask_embeddings) == (1 if is_plain else 4)
-    assert adapter.form == AdapterForm(
+    assert replace(adapter.form, acceptance=()) == AdapterForm(
         views=("draft",) if is_plain else ("draft", "denoise"),
         adapts_clean=False,
         draft_forms=("skip",) if is_plain else ("skip", "block"),
         num_masks=3,
     )
+    measured = learned.report.with_adapter  # the last evaluation is the best one here
+    for form, chances in zip(adapter.form.draft_forms, adapter.form.acceptance, strict=True):
+        assert list(chances) == pytest.approx(measured.of(form).conditional_by_offset, abs=0.1)
+        assert chances[0] > 0.7
     mean = model.encoder.embed_tokens.weight.mean(0)
     assert (adapter.mask_embeddings - mean).abs().max() > 1e-3
     if adapter.corrector is not None:

@@ -9,8 +9,7 @@ from trimode.cli.generate import print_pieces
 from trimode.errors import RequestError
 
 if TYPE_CHECKING:
-    from trimode.dialogue import Dialogue
-    from trimode.generation import Generation
+    from trimode.runtime import Dialogue, Generation
 
 COMMANDS = {
     "/mode": "[MODE]     show or set how answers are decoded",
