@@ -55,7 +55,7 @@ gpu:
 # ones; about 40 minutes.
 bits: $(STAMP)
 	$(BIN)/python benchmarks/same_bits.py --output benchmarks/results/same_bits_pocket_$(MONTH)
-	$(BIN)/python benchmarks/same_bits.py --model smollm2 --drafter recipes/smollm2/drafter \
+	$(BIN)/python benchmarks/same_bits.py --model smollm2 \
 		--prompts 100 --output benchmarks/results/same_bits_smollm2_$(MONTH)
 	$(BIN)/python benchmarks/same_bits.py --prompts 40 --prompt-tokens 700 --seed 1 \
 		--output benchmarks/results/same_bits_long_$(MONTH)

@@ -49,10 +49,14 @@ CONTESTANTS: dict[str, Options] = {
 
 DRAFTER_CONTESTANTS: dict[str, Options] = {
     "ar": {"mode": "ar"},
-    "linear, 3 masks": {"mode": "linear", "skip_masks": 3},
     "linear, 5 masks": {"mode": "linear", "skip_masks": 5},
-    "branching, 3 masks, m 1": {"mode": "branching", "skip_masks": 3, "branches": 1},
-    "branching, 3 masks, m 2": {"mode": "branching", "skip_masks": 3, "branches": 2},
+    "linear, gain 0.06": {"mode": "linear", "lookup": True, "min_gain": 0.06},
+    "linear, gain 0.2": {"mode": "linear", "lookup": True, "min_gain": 0.2},
+    "branching, 4 masks, m 1": {
+        **{"mode": "branching", "skip_masks": 4, "branches": 1, "guesses": False},
+        "lookup": True,
+    },
+    "branching, gain 0.1": {"mode": "branching", "guesses": False, "lookup": True, "min_gain": 0.1},
     "auto": {"mode": "auto"},
 }
 """With an adapter whose masks skip the bonus."""
@@ -252,7 +256,7 @@ def main() -> None:
     started_s = time.perf_counter()
     lm.planner  # noqa: B018 (made here)
     planner_s = time.perf_counter() - started_s
-    contestants = CONTESTANTS if arguments.drafter is None else DRAFTER_CONTESTANTS
+    contestants = CONTESTANTS if lm.adapter is None else DRAFTER_CONTESTANTS
     loads = [f"{concurrency} at once" for concurrency in CONCURRENCIES] + ["mixed"]
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {
         load: {name: [] for name in contestants} for load in loads

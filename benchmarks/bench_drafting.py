@@ -87,6 +87,11 @@ def settings() -> dict[str, Options]:
             **{"branches": number, "guesses": has_guesses},
         }
         found[f"{name}-lookup"] = found[name] | {"lookup": True}
+    for gain in (0.05, 0.1):
+        found[f"fused-gain{gain:g}-lookup"] = {
+            **{"mode": "branching", "branches": 4, "guesses": False},
+            **{"lookup": True, "min_gain": gain},
+        }
     return found
 
 

@@ -3,7 +3,7 @@ beside `transformers serve` with continuous batching and llama-cpp-python's serv
 weights, in one run.
 
     python benchmarks/bench_serve.py --output benchmarks/results/serve_cpu_202611
-    python benchmarks/bench_serve.py --model smollm2 --drafter recipes/smollm2/drafter \\
+    python benchmarks/bench_serve.py --model smollm2 \\
         --dtype bfloat16 --prompts benchmarks/chat_prompts.jsonl --llama-python LLAMA/bin/python \\
         --output benchmarks/results/serve_smollm2_202611
 
@@ -44,7 +44,7 @@ import torch
 from bench_decode import POCKET_MODEL, environment, transformers_twin
 
 import trimode
-from trimode.checkpoint.names import find_source
+from trimode.checkpoint.names import KNOWN, find_source
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
 MODES: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 DRAFTER_MODES: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
-    "linear": {"mode": "linear", "skip_masks": 5},
+    "linear": {"mode": "linear", "lookup": True, "min_gain": 0.1},
     "branching": {
         **{"mode": "branching", "block_length": 8, "skip_masks": 4, "branches": 1},
         **{"guesses": False, "lookup": True},
@@ -64,6 +64,13 @@ DRAFTER_MODES: dict[str, dict[str, Any]] = {
     "auto": {"mode": "auto"},
 }
 """With a drafter adapter whose masks skip the bonus."""
+
+
+def has_drafter(arguments: argparse.Namespace) -> bool:
+    """Whether the model drafts with an adapter, its name's own or a given one."""
+    known = KNOWN.get(arguments.model)
+    return arguments.drafter is not None or (known is not None and known.drafter is not None)
+
 
 LLAMA_KINDS = {"float32": "f32", "bfloat16": "bf16"}
 PEERS = {"transformers": "transformers serve", "llama.cpp": "llama_cpp.server"}
@@ -376,7 +383,7 @@ def write(
             " llama-cpp-python's server (`llama_cpp.server`), which answers one request at a time,"
             " on the same weights."
         )
-    modes = MODES if arguments.drafter is None else DRAFTER_MODES
+    modes = DRAFTER_MODES if has_drafter(arguments) else MODES
     shapes = "; ".join(f"`{name}`: {json.dumps(fields)}" for name, fields in modes.items())
     text = [
         f"Served over HTTP on loopback, client on the same machine: {arguments.model}, drafter"
@@ -449,7 +456,7 @@ def main() -> None:
         theirs += ["--continuous-batching", "--device", "cpu", "--dtype", arguments.dtype]
         theirs += ["--attn-implementation", "sdpa"]
         other = stack.enter_context(served(theirs, port=port, log=work / "theirs.log"))
-        modes = MODES if arguments.drafter is None else DRAFTER_MODES
+        modes = DRAFTER_MODES if has_drafter(arguments) else MODES
         contestants = [Contestant(name, own, {**f, **OURS_ONLY}) for name, f in modes.items()]
         contestants.append(Contestant("transformers", other, {"model": str(twin)}))
         if arguments.llama_python is not None:

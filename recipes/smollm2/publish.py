@@ -39,13 +39,6 @@ def read(path: Path) -> dict[str, Any]:
 
 def publish(run: Path) -> None:
     """Compress the run's best adapter, and keep what its log says of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "adapter"
-        kept = compress_adapter(run / "drafter", made, rank=RANK, dtype=torch.bfloat16)
-        view = read(made / "trimode_view.json") | {"views": VIEWS}
-        (made / "trimode_view.json").write_text(json.dumps(view, indent=2) + "\n", "utf-8")
-        for file in made.iterdir():
-            shutil.copyfile(file, TARGET / file.name)
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
     drafted = {row["step"]: row["drafted_tokens"] for row in rows if row["kind"] == "step"}
     evaluations = []
@@ -58,15 +51,26 @@ def publish(run: Path) -> None:
                     "step": row["step"],
                     "drafted_tokens": drafted.get(known, 0),
                     "tokens_a_round": quality["skip"]["round_acceptance_length"],
-                    "right_by_place": quality["skip"]["conditional_by_offset"],
+                    "right_by_place": {
+                        form: quality[form]["conditional_by_offset"] for form in ("skip", "block")
+                    },
                 }
             )
+    best = max(evaluations, key=lambda one: one["tokens_a_round"])  # which was exported
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "adapter"
+        kept = compress_adapter(run / "drafter", made, rank=RANK, dtype=torch.bfloat16)
+        view = read(made / "trimode_view.json") | {"views": VIEWS}
+        view["acceptance"] = [best["right_by_place"][form] for form in view["draft_forms"]]
+        (made / "trimode_view.json").write_text(json.dumps(view, indent=2) + "\n", "utf-8")
+        for file in made.iterdir():
+            shutil.copyfile(file, TARGET / file.name)
     record = {"kept": kept["kept"], "source_rank": kept["source_rank"], "evaluations": evaluations}
     TRAINING.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
 def newest(stem: str) -> Path | None:
-    return max(RESULTS.glob(f"{stem}_*.md"), default=None)
+    return max(RESULTS.glob(f"{stem}_{'[0-9]' * 6}.md"), default=None)
 
 
 def card() -> str:
@@ -82,7 +86,7 @@ def card() -> str:
     some = [one for i, one in enumerate(last) if i % max(len(last) // 8, 1) == 0 or one is last[-1]]
     curve = [
         f"| {one['drafted_tokens']:,} | {one['tokens_a_round']:.2f} |"
-        f" {' '.join(f'{chance:.2f}' for chance in one['right_by_place'])} |"
+        f" {' '.join(f'{chance:.2f}' for chance in one['right_by_place']['skip'])} |"
         for one in some
     ]
     tables = {
