@@ -319,7 +319,7 @@ class Restless:
     def choose(self, seq: Sequence) -> Setting:
         return next(self._settings)
 
-    def note_forward(self, fed: Any, num_tokens: int) -> None:
+    def note_forward(self, fed: Any, num_tokens: int, *, drafts: bool) -> None:
         pass
 
     def note_seconds(self, seconds: float) -> None:

@@ -40,7 +40,7 @@ class AnyPlanner:
             ]
         )
 
-    def note_forward(self, fed: Any, num_tokens: int) -> None:
+    def note_forward(self, fed: Any, num_tokens: int, *, drafts: bool) -> None:
         assert num_tokens >= len(fed) >= 1
 
     def note_seconds(self, seconds: float) -> None:

@@ -45,8 +45,6 @@ def make(tiny_lm: TriModeLM) -> Iterator[Make]:
 
 
 def _job(task: str = "generate", inputs: Any = "x", **options: Any) -> Job:
-    if task != "infill":
-        options = {"mode": "linear", **options}
     return Job(request_id="r", task=task, inputs=inputs, options=options)
 
 

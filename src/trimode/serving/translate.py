@@ -259,11 +259,8 @@ def _options(request: CompletionRequest | ChatRequest, card: ModelCard) -> dict[
     """Arguments of `TriModeLM.generate` that a request gives, and those that the model does."""
     names = (*OURS, "temperature")
     options = {name: value for name in names if (value := getattr(request, name)) is not None}
-    options = {
-        "mode": card.default_mode,
-        "temperature": DEFAULT_TEMPERATURE,
-        **card.generation_defaults.fill(options),
-    }
+    laws = card.generation_defaults.fill(options)
+    options = {"mode": card.default_mode, "temperature": DEFAULT_TEMPERATURE, **laws}
     if request.logit_bias is not None:
         options["logit_bias"] = {
             _token_id(token_id): value for token_id, value in request.logit_bias.items()

@@ -319,8 +319,8 @@ class LocalBackend:
 
     def _sequence(self, job: Job, ticket: Ticket) -> tuple[Sequence, tuple[str, ...]]:
         """The sequence of a job, and what its client should know of the prompt."""
-        options: dict[str, Any] = dict(job.options)
-        if options.get("mode") == "auto" and "auto" not in self.card.modes:
+        options: dict[str, Any] = {"mode": self.card.default_mode, **job.options}
+        if options["mode"] == "auto" and "auto" not in self.card.modes:
             modes = ", ".join(self.card.modes)
             raise RequestError(f"mode is 'auto'; allowed: {modes}; auto is off here (--no-auto)")
         if job.task == "chat":
