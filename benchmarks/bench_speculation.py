@@ -6,8 +6,8 @@
 SmolLM2 with its drafter, one request at a time, chat prompts and HumanEval. LLAMA is an environment
 with `llama-cpp-python` and `gguf` from PyPI; without it llama.cpp is left out. Every prompt goes
 through every contestant in turn, so a machine that slows down slows them all; seconds include the
-prompt. llama.cpp makes as many tokens as `ar` did, with the same weights. Writes OUTPUT.json and
-OUTPUT.md.
+prompt. llama.cpp makes as many tokens as `ar` did, with the same weights. The same command goes on
+where it was stopped. Writes OUTPUT.json and OUTPUT.md.
 """
 
 from __future__ import annotations
@@ -172,11 +172,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     record: dict[str, Any] = {"environment": environment(arguments), "parts": []}
+    file = arguments.output.with_suffix(".json")
+    if file.exists():  # goes on where it was stopped
+        record["parts"] = json.loads(file.read_text())["parts"]
+    done = {(part["form"], part["prompts"], part["temperature"]) for part in record["parts"]}
     plain = None
     if arguments.llama_python is not None:
         plain = trimode.load("smollm2", dtype="float32", weights="plain", drafter="none").model
     with tempfile.TemporaryDirectory() as folder:
         for form in arguments.forms:
+            wanted = [
+                (name, temperature)
+                for name in arguments.prompts
+                for temperature in arguments.temperatures
+                if (form, name, temperature) not in done
+            ]
+            if not wanted:
+                continue
             llama = None
             if plain is not None:
                 kind = LLAMA_KINDS[form]
@@ -184,20 +196,19 @@ def main() -> None:
             lm = trimode.load("smollm2", drafter=arguments.drafter, **FORMS[form])
             _ = lm.planner  # measured before, and not within a request
             measure(lm, llama, prompts("chat")[-1:], law={"max_new_tokens": 32})  # to warm up
-            for name in arguments.prompts:
+            for name, temperature in wanted:
                 texts = prompts(name)
                 step = max(len(texts) // arguments.num_prompts, 1)
-                for temperature in arguments.temperatures:
-                    law = {"max_new_tokens": arguments.max_new_tokens, "temperature": temperature}
-                    load = os.getloadavg()[0]
-                    greedy = llama if temperature == 0 else None
-                    chosen = texts[::step][: arguments.num_prompts]
-                    runs = measure(lm, greedy, chosen, law=law)
-                    part = {"form": form, "prompts": name, "temperature": temperature}
-                    record["parts"].append(part | {"load_average": load, "runs": runs})
-                    arguments.output.with_suffix(".json").write_text(json.dumps(record))
-                    text = "\n".join(lines(record)) + "\n"
-                    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+                law = {"max_new_tokens": arguments.max_new_tokens, "temperature": temperature}
+                load = os.getloadavg()[0]
+                greedy = llama if temperature == 0 else None
+                chosen = texts[::step][: arguments.num_prompts]
+                runs = measure(lm, greedy, chosen, law=law)
+                part = {"form": form, "prompts": name, "temperature": temperature}
+                record["parts"].append(part | {"load_average": load, "runs": runs})
+                file.write_text(json.dumps(record))
+                text = "\n".join(lines(record)) + "\n"
+                arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
             if llama is not None:
                 llama.close()
     print("\n".join(lines(record)))
