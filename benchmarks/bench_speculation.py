@@ -121,10 +121,12 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
     yield (
         f"SmolLM2-135M-Instruct, {env['machine']}, {env['threads']} threads, one request at a time,"
         f" at most {arguments['max_new_tokens']} new tokens; a prompt goes through all contestants"
-        f" in turn, seconds include it. {env['date']}, torch {env['torch']}, commit"
-        f" {env['commit']}. In brackets 95 % bootstrap intervals over the prompts. TPF: tokens a"
-        " forward, the prefill apart; fed: tokens a forward feeds."
+        f" in turn, seconds include it. torch {env['torch']}, `{env['command']}`. In brackets 95 %"
+        " bootstrap intervals over the prompts. TPF: tokens a forward, the prefill apart; fed:"
+        " tokens a forward feeds."
     )
+    yield ""
+    yield "; ".join(f"`{name}`: {json.dumps(setting)}" for name, setting in SETTINGS.items())
     for part in record["parts"]:
         runs = part["runs"]
         same = {name: sum(run[name]["is_equal"] for run in runs) for name in runs[0]}
@@ -135,7 +137,7 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
         yield (
             f"{len(runs)} prompts; texts equal to those of `ar`: {ours} of"
             f" {len(runs) * (len(SETTINGS) - 1)}; of llama.cpp's {same.get(LLAMA, 0)}. Load average"
-            f" before: {part['load_average']:.1f}."
+            f" before: {part['load_average']:.1f}. {part['date']}, commit {part['commit']}."
         )
         yield ""
         yield "| | tokens/s | over own `ar` | over llama.cpp | TPF | fed |"
@@ -174,7 +176,12 @@ def main() -> None:
     record: dict[str, Any] = {"environment": environment(arguments), "parts": []}
     file = arguments.output.with_suffix(".json")
     if file.exists():  # goes on where it was stopped
-        record["parts"] = json.loads(file.read_text())["parts"]
+        before = json.loads(file.read_text())
+        for name in ("num_prompts", "max_new_tokens", "drafter"):
+            was, now = (one["environment"]["arguments"][name] for one in (before, record))
+            if was != now:
+                parser.error(f"{file} was measured with {name} {was}, not {now}; remove it first")
+        record["parts"] = before["parts"]
     done = {(part["form"], part["prompts"], part["temperature"]) for part in record["parts"]}
     plain = None
     if arguments.llama_python is not None:
@@ -205,6 +212,7 @@ def main() -> None:
                 chosen = texts[::step][: arguments.num_prompts]
                 runs = measure(lm, greedy, chosen, law=law)
                 part = {"form": form, "prompts": name, "temperature": temperature}
+                part |= {key: record["environment"][key] for key in ("date", "commit")}
                 record["parts"].append(part | {"load_average": load, "runs": runs})
                 file.write_text(json.dumps(record))
                 text = "\n".join(lines(record)) + "\n"

@@ -41,12 +41,13 @@ def speculation_table() -> str:
     env = found["environment"]
     lines = [
         f"SmolLM2-135M-Instruct, {env['machine']}, {env['threads']} threads, one request at a time,"
-        f" greedy, at most {env['arguments']['max_new_tokens']} new tokens, all contestants in turn"
-        f" (all of them, intervals, command: `benchmarks/results/{path.stem}.md`):",
+        f" greedy, at most {env['arguments']['max_new_tokens']} new tokens, all contestants in"
+        " turn, `linear` and `branching` with `lookup` and `min_gain` (their other arguments, all"
+        f" contestants, intervals, command: `benchmarks/results/{path.stem}.md`):",
         "",
-        "| | llama.cpp | `ar` | `linear` | `branching` | `auto` | best over `ar` |"
-        " best over llama.cpp |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | llama.cpp | `ar` | `linear` | `branching` | `auto` | `auto` over `ar` |"
+        " best over `ar` | best over llama.cpp |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     num_texts = num_equal = 0
     for part in found["parts"]:
@@ -62,6 +63,7 @@ def speculation_table() -> str:
         others = [speeds.get("llama.cpp"), speeds["ar"], speeds["linear"]]
         others += [max(v for n, v in speeds.items() if n.startswith("branching")), speeds["auto"]]
         cells = ["-" if speed is None else f"{speed:.0f}" for speed in others]
+        cells.append(f"{speeds['auto'] / speeds['ar']:.2f}")
         for other in ("ar", "llama.cpp"):
             cells.append(f"{speeds[best] / speeds[other]:.2f}" if other in speeds else "-")
         lines.append(f"| {part['form']}, {part['prompts']} | {' | '.join(cells)} |")

@@ -95,3 +95,24 @@ def test_auto_may_come_later(lm: TriModeLM) -> None:
     messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": first}]
     messages.append({"role": "user", "content": "Two?"})
     assert second == lm.chat(messages, mode="ar", max_new_tokens=5).text
+
+
+def test_one_answer_at_a_time(lm: TriModeLM) -> None:
+    """Prevents: a turn lost without a word, where two answers are read in turn."""
+    talk = lm.dialogue(mode="ar", ignore_eos=True, **OPTIONS)
+    first, second = talk.say("One?"), talk.say("Two?")
+    next(first)
+    with pytest.raises(RequestError, match="an answer is under way"):
+        next(second)
+    "".join(first)
+    assert [one["content"] for one in talk.messages][0] == "One?"
+    assert len(talk.messages) == 2
+    "".join(talk.say("Three?"))
+    assert len(talk.messages) == 4
+
+
+def test_a_full_conversation_may_change_its_options(lm: TriModeLM) -> None:
+    """Prevents: a seed refused because the conversation has become too long."""
+    talk = lm.dialogue(**OPTIONS)
+    talk.messages = [{"role": "user", "content": "x" * 500}]
+    talk.check(seed=3)

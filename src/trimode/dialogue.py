@@ -9,6 +9,7 @@ from trimode.decoding import Sequence
 from trimode.engine import Engine
 from trimode.engine.engine import cells_needed
 from trimode.engine.planner import Planner
+from trimode.errors import RequestError
 from trimode.generation import Generation
 from trimode.messages import Messages
 from trimode.model import DrafterAdapter, TriModeModel
@@ -63,6 +64,7 @@ class Dialogue:
     def __init__(self, lm: Talker, *, system: str | None = None, **options: Any) -> None:
         self._lm = lm
         self._engine: Engine | None = None
+        self._is_answering = False
         self.messages: Turns = []
         self.options = options
         self.latest: Generation | None = None
@@ -80,7 +82,7 @@ class Dialogue:
             options: Of `TriModeLM.chat`, for this answer.
 
         Raises:
-            RequestError: As `TriModeLM.chat`. Nothing was said.
+            RequestError: As `TriModeLM.chat`, or another answer is under way. Nothing was said.
         """
         messages = [*self.messages, {"role": "user", "content": content}]
         return self._answer(messages, self._prepared(messages, options))
@@ -91,7 +93,7 @@ class Dialogue:
         Raises:
             RequestError: As `say`.
         """
-        self._prepared([*self.messages, {"role": "user", "content": ""}], options)
+        self._prepared([{"role": "user", "content": ""}], options)
 
     def _prepared(self, messages: Turns, options: dict[str, Any]) -> Sequence:
         arguments = self._lm.answering(messages, self.options | options)
@@ -100,6 +102,9 @@ class Dialogue:
         return self._lm.prepare(**arguments)
 
     def _answer(self, messages: Turns, seq: Sequence) -> Iterator[str]:
+        if self._is_answering:
+            raise RequestError("an answer is under way; read it to its end, or close it, first")
+        self._is_answering = True
         stream = Stream(self._lm, seq, engine=self._engine_for(seq))
         try:
             yield from stream
@@ -107,6 +112,8 @@ class Dialogue:
             stream.close()
             self._keep(messages, stream)
             raise
+        finally:
+            self._is_answering = False
         self._keep(messages, stream)
 
     def _keep(self, messages: Turns, stream: Stream) -> None:

@@ -13,7 +13,7 @@ from trimode.checkpoint.adapter_tokenizer import adapter_tokenizer
 from trimode.checkpoint.generation_defaults import read_generation_defaults
 from trimode.checkpoint.io import load_model, load_tokenizer, read_model_config
 from trimode.checkpoint.model_cache import default_name, resolve
-from trimode.checkpoint.names import KNOWN, NO_DRAFTER
+from trimode.checkpoint.names import KNOWN, NO_DRAFTER, POCKET
 from trimode.checkpoint.share import load_share
 from trimode.engine.ranks import Ranks, join
 from trimode.errors import ConfigError
@@ -40,8 +40,8 @@ def load(
     Args:
         path: A name (`pocket`, `smollm2`), a folder, a GGUF file, or an id on the Hugging Face hub;
             None is the default model: `smollm2` where its weights are here or can be fetched, else
-            `pocket`. A folder of a model's name is given as `./smollm2`, or as a `Path`. A GGUF
-            file is converted once, into the user's cache.
+            `pocket`, as always with `tensor_parallel`. A folder of a model's name is given as
+            `./smollm2`, or as a `Path`. A GGUF file is converted once, into the user's cache.
         device: Default: CUDA where there is one, else the CPU.
         dtype: Default: bfloat16 on CUDA, and on a CPU where the native step runs the model, in half
             of the memory and with no loss of quality that could be measured; else float32, in which
@@ -62,7 +62,8 @@ def load(
         ConfigError: there is no such device, or no such form of the weights there; torchrun has not
             started this process, or its ranks cannot share the network out.
     """
-    path = default_name() if path is None else path
+    if path is None:
+        path = POCKET if tensor_parallel else default_name()  # the ranks must not differ
     drafter = _own_drafter(path) if drafter is None else drafter
     drafter = None if drafter == NO_DRAFTER else drafter
     options = {"dtype": dtype, "lora": lora, "drafter": drafter, "weights": weights}

@@ -461,19 +461,19 @@ def test_looked_up_drafts_come_true_in_a_text_that_repeats_itself() -> None:
     """Prevents: a lookup that never finds, drafts what stood before and not after, or never
     learns."""
     lookup, text = Lookup(), [1, 2, 3, 4, 5, 6]
-    assert lookup.guess(text, most=4) is None
+    assert lookup.guess(text[:3], text[3:], most=4) is None
     for _ in range(4):
         text += [1, 2, 3, 4, 5, 6]
-        found = lookup.guess(text, most=4)
+        found = lookup.guess(text[:3], text[3:], most=4)
         assert found is not None
         assert found.token_ids == [1, 2, 3, 4][: len(found.token_ids)]
     assert len(found.token_ids) == 4
     assert min(found.confidences) > 0.75
     wrong, other = Lookup(), [7, 8]
     for i in range(12):
-        wrong.guess(other, most=2)
+        wrong.guess(other[:1], other[1:], most=2)
         other += [20 + i, 7, 8]
-    hopeless = wrong.guess(other, most=2)
+    hopeless = wrong.guess(other[:1], other[1:], most=2)
     assert hopeless is None or hopeless.expected < 0.15
 
 

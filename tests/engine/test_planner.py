@@ -163,7 +163,9 @@ def test_wide_forwards_for_free_are_filled(num_requests: int, chance: float) -> 
     world = World(free_width, [lambda _: chance] * num_requests, noise=0.1)
     world.run(1000 * num_requests)
     assert all(usual(one.used).mode == "branching" for one in world.requests)
-    assert not any(setting.mode == "ar" for one in world.requests for setting in one.used)
+    later = [setting for one in world.requests for setting in one.used[300:]]  # it had to find out
+    assert later
+    assert not any(setting.mode == "ar" for setting in later)
 
 
 @pytest.mark.parametrize("num_requests", [1, 8])
@@ -369,6 +371,41 @@ def test_costs_learn_what_is_done_around_drafts() -> None:
     assert found.seconds_of(1, 1) == pytest.approx(10e-3, rel=0.06)
     for num_tokens in (3, 6, 12):
         assert found.seconds_of(1, num_tokens) == pytest.approx(13e-3, rel=0.1)
+
+
+def test_a_probe_looks_nothing_up() -> None:
+    """Prevents: a draft from the text taken for the drafter's, so that probes never end; and a gain
+    below the least that was asked for."""
+    planner = Planner(Costs({tokens: 10e-3 for tokens in TOKENS}))
+    params = GenerationParams(mode="auto", block_length=8, seed=0, max_new_tokens=900, min_gain=0.3)
+    seq = Sequence([1, 2], params, mask_token_id=9)
+    found = []
+    for _ in range(600):
+        found.append(planner.choose(seq))
+        if found[-1].mode != "ar":
+            seq.latest_round = Round(found[-1], found[-1].draft_len, 0, False, True)
+        planner.note_forward([seq], 1, drafts=False)
+        planner.note_seconds(10e-3)
+    probes = [setting for setting in found if not setting.has_lookup]
+    assert probes
+    assert len(probes) < 60
+    assert all(setting.min_gain == 0.3 for setting in found)
+
+
+def test_nothing_is_drafted_in_mere_hope() -> None:
+    """Prevents: a model that nobody taught to draft, slowed down for its first requests."""
+    planner = Planner(Costs({tokens: 10e-3 + 1e-4 * tokens for tokens in TOKENS}))
+    params = GenerationParams(mode="auto", block_length=8, seed=0, max_new_tokens=900)
+    seq = Sequence([1, 2], params, mask_token_id=9)
+    num_drafting = 0
+    for _ in range(400):
+        setting = planner.choose(seq)
+        num_drafting += setting.mode != "ar"
+        if setting.mode != "ar":
+            seq.latest_round = Round(setting, setting.draft_len, 0, False, True)
+        planner.note_forward([seq], 1, drafts=False)
+        planner.note_seconds(10e-3)
+    assert num_drafting < 40
 
 
 def test_what_drafting_costs() -> None:
@@ -591,8 +628,8 @@ def test_auto_writes_what_ar_writes(lm: TriModeLM, is_restless: bool) -> None:
         assert not isinstance(expected, list)
         assert seq.new_ids == expected.token_ids, seq.params
     assert engine.counts.preemptions
-    for kind in ("draft", "verify", *(["decode"] if is_restless else [])):
-        assert sum(seq.stats.forwards[kind] for seq, _ in made) > 5
+    for kind, least in {"draft": 6 if is_restless else 2, "verify": 6, "decode": 6}.items():
+        assert sum(seq.stats.forwards[kind] for seq, _ in made) >= least
 
 
 def test_generate_and_stream_have_a_planner(

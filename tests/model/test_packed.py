@@ -20,8 +20,9 @@ from trimode.decoding import GenerationParams, Sequence
 from trimode.engine import Engine
 from trimode.errors import ConfigError
 from trimode.model import AdapterSwitch, DrafterAdapter, KVCache, RowAttention, TriModeModel
-from trimode.model.adapter import TARGETS, merge, new_adapter
+from trimode.model.adapter import MLP_TARGETS, TARGETS, LoraPair, merge, new_adapter
 from trimode.model.attention import RowFeed
+from trimode.model.masks import TRUNK
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -38,6 +39,52 @@ def disagreeing_adapter(model: TriModeModel) -> DrafterAdapter:
         for _, _, pair in adapter.items():
             pair.up.copy_(torch.randn(pair.up.shape, generator=generator) * 0.2)
     return adapter.to(model.encoder.embed_tokens.weight.dtype)
+
+
+def uneven_adapter(model: TriModeModel) -> DrafterAdapter:
+    """Pairs of ranks from 1 to 40, some targets without one."""
+    generator = torch.Generator().manual_seed(8)
+    pairs = {}
+    for index, layer in enumerate(model.encoder.layers):
+        for number, target in enumerate(TARGETS):
+            if (index + number) % 3 == 2:
+                continue
+            part = layer.mlp if target in MLP_TARGETS else layer.self_attn
+            out_features, in_features = getattr(part, target).weight.shape
+            rank = (1, 17, 40, 16, 5)[(index + 2 * number) % 5]
+            down = torch.randn(rank, in_features, generator=generator) * 0.2
+            up = torch.randn(out_features, rank, generator=generator) * 0.2
+            pairs[index, target] = LoraPair(down, up, 0.5 + number)
+    adapter = DrafterAdapter(pairs)
+    return adapter.to(model.encoder.embed_tokens.weight.dtype).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("which", ["tail", "scattered", "all"])
+def test_an_uneven_adapter_on_many_rows(
+    tiny_model: Callable[..., TriModeModel], which: str
+) -> None:
+    """Prevents: one target's first half read as another's; rows of a second band left out."""
+    model, dtype = distinct_norms(tiny_model(torch.float32)), torch.float32
+    adapter = uneven_adapter(model)
+    packed = copy.deepcopy(model).pack("native")
+    num_tokens = 70
+    on = torch.zeros(num_tokens, 1, dtype=torch.bool)
+    on[{"tail": slice(50, None), "scattered": slice(1, None, 3), "all": slice(None)}[which]] = True
+    ids = positions = torch.arange(num_tokens)
+
+    def logits(network: TriModeModel, adapter: AdapterSwitch | None) -> Tensor:
+        cache = KVCache(network.config, num_rows=1, num_cells=80, device="cpu", dtype=dtype)
+        feed = RowFeed(0, 0, [TRUNK] * num_tokens, positions.tolist(), positions.tolist())
+        attend = RowAttention(cache, [feed])
+        wanted = positions.tolist()
+        with torch.inference_mode():
+            found = network.answer(ids, positions, attend=attend, adapter=adapter, wanted=wanted)
+        return found[1].float()
+
+    switch = AdapterSwitch(adapter, on)
+    expected, found = logits(model, switch), logits(packed, switch)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    assert (logits(packed, None) - found).abs().max() > 0.1
 
 
 def distinct_norms(model: TriModeModel) -> TriModeModel:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path",
         nargs="?",
         metavar="PATH",
-        help="a name, folder, GGUF file or hub id (default: pocket, built in)",
+        help="a name, folder, GGUF file or hub id (default: as of all commands, smollm2 or pocket)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

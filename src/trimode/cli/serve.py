@@ -208,13 +208,15 @@ def _run(args: argparse.Namespace) -> int:
     if missing:
         raise ConfigError(f"{missing[0]} is not installed; pip install 'trimode[serve]'")
     from trimode.checkpoint.model_cache import default_name
+    from trimode.checkpoint.names import POCKET
 
     _check(args)
     use_threads(args.threads)
     if args.replicas > 1 and find_spec("ray") is None:
         raise ConfigError("--replicas needs ray, not installed here; pip install 'trimode[ray]'")
     settings = _settings(args)
-    args.model = args.model or default_name()
+    if args.model is None:
+        args.model = POCKET if args.tensor_parallel else default_name()  # as the other ranks
     names = ("lora", "drafter", "device", "dtype", "weights", "tensor_parallel")
     load = {name: getattr(args, name) for name in names}
     if args.tensor_parallel and os.environ.get("RANK", "0") != "0":

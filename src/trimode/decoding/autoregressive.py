@@ -10,8 +10,8 @@ from trimode.decoding.step import Readout, Step, causal_step
 
 
 def autoregressive(seq: Sequence) -> Generator[Step, Readout, None]:
-    """One round: feed the last token, emit the next (facts 3.1). In `auto`, what the text itself
-    promises is verified beside it."""
+    """One round: feed the last token, emit the next (facts 3.1). In a round of `auto`, what
+    the text itself promises is verified beside it."""
     if seq.lookup is not None and (yield from verify_lookup(seq)):
         return
     readout = yield causal_step("decode", [seq.last], start=seq.length, wanted=[0])

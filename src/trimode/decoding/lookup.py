@@ -21,6 +21,9 @@ PRIOR_CHANCES = {2: 0.25, 3: 0.5, 4: 0.75}
 PRIOR_NEXT = 0.75
 """Chance that the next one is right as well."""
 
+MOST_INDEXED = 8192
+"""Tokens of a text that are looked at, from its end."""
+
 LEAST_CHANCE = 0.1
 """A guess ends where all of it comes true less often."""
 
@@ -71,22 +74,27 @@ class Lookup:
     """Follows one text."""
 
     def __init__(self) -> None:
+        self._text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # an n-gram -> place behind its latest one
         self._num_known = 0
         self._first = {length: _Rate(chance) for length, chance in PRIOR_CHANCES.items()}
         self._next = _Rate(PRIOR_NEXT)
         self._open: tuple[int, int, list[int]] | None = None  # place, tokens matched, guessed ids
 
-    def guess(self, text: Ids[int], *, most: int) -> Guess | None:
+    def guess(self, prompt_ids: Ids[int], new_ids: Ids[int], *, most: int) -> Guess | None:
         """What may follow a text, which has only grown since the last call.
 
         Args:
-            text: All tokens so far.
+            prompt_ids, new_ids: All tokens so far.
             most: Tokens that a guess may have.
 
         Returns:
             None where its end stood nowhere before, or nothing is likely enough.
         """
+        text = self._text
+        if not text:
+            text += prompt_ids
+        text += new_ids[len(text) - len(prompt_ids) :]
         self._settle(text)
         self._index(text)
         found = self._find(text)
@@ -121,7 +129,7 @@ class Lookup:
 
     def _index(self, text: Ids[int]) -> None:
         """Note every n-gram that another token follows by now."""
-        for place in range(max(self._num_known, 1), len(text)):
+        for place in range(max(self._num_known, len(text) - MOST_INDEXED, 1), len(text)):
             for length in LENGTHS:
                 if place >= length:
                     self._after[tuple(text[place - length : place])] = place

@@ -15,11 +15,11 @@ from trimode.model.adapter import DRAFT_FORMS, PUBLISHED_FORM, AdapterForm
 
 MODE_NAMES = ("ar", "diffusion", "linear", "branching", "quadratic", "auto")
 SPECULATIVE = ("linear", "branching", "quadratic", "auto")
+"""Modes that write what `ar` writes, in rounds of drafting and verifying; `auto` picks among them
+and `ar`, anew for every round."""
 
 DEFAULT_MODE = "auto"
 """What is best differs by model, machine, text and load, so it is measured."""
-"""Modes that write what `ar` writes, in rounds of drafting and verifying; `auto` picks among them
-and `ar`, anew for every round."""
 
 DEFAULT_BRANCHES = 4
 MAX_AUTO_BRANCHES = 8
@@ -32,7 +32,7 @@ _TAKES_NO_PASSES = {
     "ar": "mode 'ar' has no {}",
     "branching": _ONE_PASS,
     "quadratic": _ONE_PASS,
-    "auto": "mode 'auto' picks for itself",
+    "auto": "mode 'auto' picks for itself; modes 'diffusion' and 'linear' take them",
 }
 """Mode -> why it takes neither `threshold` nor `steps`, which stands for {}."""
 

@@ -17,6 +17,8 @@ class Setting:
         num_masks: Masks of a group that skips the bonus, m; None where groups are blocks.
         min_gain: Tokens that a fed token must be expected to bring, or it is not fed. It may differ
             from round to round and is no part of what settings are told apart by.
+        has_lookup: Whether the text's own repetitions may be drafts, if they may at all; nor is
+            this.
     """
 
     mode: str
@@ -25,6 +27,7 @@ class Setting:
     has_guesses: bool = False
     num_masks: int | None = None
     min_gain: float = field(default=0.0, compare=False)
+    has_lookup: bool = field(default=True, compare=False)
 
     @property
     def draft_len(self) -> int:

@@ -103,12 +103,12 @@ def speculate(seq: Sequence) -> Generator[Step, Readout, None]:
 
 
 def verify_lookup(seq: Sequence) -> Generator[Step, Readout, bool]:
-    """A round without drafts of its own: whether the text itself had one that was worth checking,
-    which then is done."""
-    draft = _ready_draft(seq)
-    if draft is None or not draft.num_worth(cutoff=None, min_gain=seq.setting.min_gain):
+    """A plain round of `auto`: whether the text itself promised what was worth checking beside the
+    next token, which then is done."""
+    draft = _looked_up(seq) if seq.mode == "auto" else None
+    if draft is None or not _num_checked(seq, draft):
         return False
-    checked = yield from _check(seq, draft, least_groups=0)
+    checked = yield from _check(seq, _told(seq, draft), least_groups=0)
     seq.stats.acceptance_lengths.append(checked.num_emitted)
     return True
 
@@ -116,21 +116,34 @@ def verify_lookup(seq: Sequence) -> Generator[Step, Readout, bool]:
 def _ready_draft(seq: Sequence) -> Draft | None:
     """Return the pending draft, or one from the text if that promises more; None if neither is
     there, or a drafted block promises more still."""
-    draft = seq.pending_draft
-    if seq.lookup is None or seq.num_remaining < 2:
-        return draft
-    guess = seq.lookup.guess([*seq.prompt_ids, *seq.new_ids], most=seq.setting.draft_len)
-    if guess is None:
+    draft, found = seq.pending_draft, _looked_up(seq)
+    if found is None:
         return draft
     promised = expected_run(draft.confidences) if draft is not None else 0.0
-    if draft is None and seq.setting.num_masks is None and seq.setting.mode != "ar":
+    if draft is None and seq.setting.num_masks is None:
         # A drafted block takes two forwards for one that checks what was looked up.
         lengths = seq.stats.acceptance_lengths[-NUM_LATEST:]
         promised = (sum(lengths) / len(lengths) if lengths else FIRST_LENGTH) / 2 - 1
-    if guess.expected <= promised:
-        return draft
-    found = Draft(seq.length, guess.token_ids, guess.confidences, [], [], is_looked_up=True)
-    return _told(seq, found)
+    return draft if expected_run(found.confidences) <= promised else _told(seq, found)
+
+
+def _looked_up(seq: Sequence) -> Draft | None:
+    """What followed in the text where its end stood before."""
+    if seq.lookup is None or not seq.setting.has_lookup or seq.num_remaining < 2:
+        return None
+    guess = seq.lookup.guess(seq.prompt_ids, seq.new_ids, most=seq.setting.draft_len)
+    if guess is None:
+        return None
+    return Draft(seq.length, guess.token_ids, guess.confidences, [], [], is_looked_up=True)
+
+
+def _num_worth(seq: Sequence, draft: Draft) -> int:
+    return draft.num_worth(cutoff=seq.params.draft_cutoff, min_gain=seq.setting.min_gain)
+
+
+def _num_checked(seq: Sequence, draft: Draft) -> int:
+    """Tokens of a draft that are fed: no more than may be emitted before the bonus token."""
+    return min(_num_worth(seq, draft), seq.num_remaining - 1)
 
 
 def _check(seq: Sequence, draft: Draft, *, least_groups: int) -> Generator[Step, Readout, _Checked]:
@@ -142,8 +155,8 @@ def _check(seq: Sequence, draft: Draft, *, least_groups: int) -> Generator[Step,
         draft: May have no tokens.
         least_groups: Groups to feed even where the setting has none.
     """
-    num_worth = draft.num_worth(cutoff=seq.params.draft_cutoff, min_gain=seq.setting.min_gain)
-    num_checked = min(num_worth, seq.num_remaining - 1)
+    num_checked = _num_checked(seq, draft)
+    is_cut = num_checked == _num_worth(seq, draft) < len(draft.token_ids)
     fed = [seq.last, *draft.token_ids[:num_checked]]
     outcomes = likeliest_outcomes(seq, draft, num_checked, least=least_groups)
     readout = yield _verify_step(seq, fed, outcomes)
@@ -160,7 +173,6 @@ def _check(seq: Sequence, draft: Draft, *, least_groups: int) -> Generator[Step,
             seq.keep_draft(_draft_of_group(seq, readout, slice(first, stop)))
             break
         first = stop
-    is_cut = num_checked == num_worth < len(draft.token_ids)
     return _Checked(num_checked, num_accepted, num_emitted, is_cut)
 
 

@@ -28,6 +28,9 @@ HOPE = 1.5
 FRESH_PRIOR, EARLY_PRIOR = 16, 4
 """Rounds that an adapter's own figures are worth, of drafts as they were measured and of others."""
 
+LEAST_KNOWN = 4
+"""Rounds before which no request leaves `ar`, but for probes."""
+
 SHARED_RATE = 0.02
 OWN_RATE = 0.06
 FIRST_OWN_RATE = 0.3
@@ -65,6 +68,11 @@ class _Shared:
     def __init__(self, chances: Items[float] = (), *, num_seen: int = 0) -> None:
         self._odds = [*map(_odds, chances)] or [0.0]
         self._num_seen = [num_seen if chances else 0] * len(self._odds)
+
+    @property
+    def num_seen(self) -> int:
+        """Rounds that the first position was seen in."""
+        return self._num_seen[0]
 
     def at(self, index: int) -> float:
         """A position that never was reached is taken to be as the last that was."""
@@ -176,6 +184,11 @@ class Acceptance:
             chances = self.form.acceptance_of("skip" if _skips(setting) else "block")
             known[key] = _Shared(chances, num_seen=worth)
         return known[key]
+
+    def is_known(self, setting: Setting) -> bool:
+        """Whether anything is known of fresh drafts in the form of a setting, from rounds or from
+        the adapter; else there is nothing but hope."""
+        return self._fresh_of(setting).num_seen >= LEAST_KNOWN
 
     def hit(self, setting: Setting, shift: float) -> float:
         """Chance that a verify forward makes the next draft as well."""

@@ -151,7 +151,7 @@ class Planner:
         one.since_probe += one.num_unseen
         one.num_unseen = 0
         if one.setting is None:  # the best of many estimates is too good to be true
-            one.setting, one.pace = Setting("ar", seq.params.block_length), AR_PACE
+            one.setting, one.pace = _plain(seq), AR_PACE
             best, pace, gain = self._best(seq, one, others)
             if gain > FIRST_MARGIN:
                 one.setting, one.pace = best, pace
@@ -241,8 +241,10 @@ class Planner:
         outlook = Outlook(self._known, one.shift.value, widest)
         if one.setting is not None:
             one.pace = outlook.pace(one.setting)
-        best, pace = Setting("ar", seq.params.block_length), AR_PACE
+        best, pace = _plain(seq), AR_PACE
         rate = self._rate(others, pace)
+        if not self._known.is_known(widest):
+            return best, pace, 0.0
         for setting, at_best in settings(widest.block_length, widest.num_masks).items():
             if self._rate(others, at_best) > rate:  # or it is not worth a closer look
                 found = outlook.pace(setting)
@@ -269,7 +271,8 @@ class Planner:
         paid back.
         """
         assert one.setting is not None
-        probe = _probe_setting(seq.params.setting("auto", seq.form))
+        widest = seq.params.setting("auto", seq.form)  # with the least gain that was asked for
+        probe = replace(_probe_setting(widest), min_gain=widest.min_gain, has_lookup=False)
         is_known = one.setting.mode != "ar" and one.setting.draft_len >= probe.draft_len
         if is_known or one.since_probe < PROBE_ROUNDS or self._allowed <= 0:
             return None
@@ -341,6 +344,12 @@ def _pace_at_best(setting: Setting) -> Pace:
     if setting.num_groups:
         return Pace(length, setting.num_fed, 1.0)
     return Pace((length + (setting.num_masks is not None)) / 2, length, 0.5)
+
+
+def _plain(seq: Sequence) -> Setting:
+    """AR, in which drafts from the text are no longer than others may be."""
+    widest = seq.params.setting("auto", seq.form)
+    return Setting("ar", widest.block_length, num_masks=widest.num_masks)
 
 
 def _probe_setting(widest: Setting) -> Setting:

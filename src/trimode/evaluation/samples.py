@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trimode.checkpoint.names import NO_DRAFTER
 from trimode.evaluation.run_folder import RunFolder
 from trimode.loading import load
 from trimode.runtime import Generation, TriModeLM
@@ -83,7 +84,8 @@ def _load(run: RunFolder, *, device: str | None) -> TriModeLM:
         drafter = run.folder / ("drafter" if run.has_anchors else "linear_spec_lora")
         return load(run.config["model"]["init"], device=device, drafter=drafter)
     if run.config.get("lora") is not None:
-        return load(run.config["model"]["init"], device=device, lora=run.folder / "lora")
+        lora = run.folder / "lora"
+        return load(run.config["model"]["init"], device=device, lora=lora, drafter=NO_DRAFTER)
     return load(run.folder / "final", device=device)
 
 

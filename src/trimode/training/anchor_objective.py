@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -186,7 +187,10 @@ class AnchorObjective:
         measured = [report.with_adapter.of(one) for one in self._anchors.forms]
         self.trainable.form = replace(
             self.trainable.form,
-            acceptance=tuple(tuple(one.conditional_by_offset) for one in measured),
+            acceptance=tuple(  # as far as any draft was right
+                tuple(takewhile(lambda chance: chance > 0, one.conditional_by_offset))
+                for one in measured
+            ),
         )
         score = report.with_adapter.of(form).round_acceptance_length
         state = kept_if_best(

@@ -88,7 +88,7 @@ function showExamples() {
     Object.assign(button, { type: "button", className: "link", textContent: name });
     button.addEventListener("click", () => {
       prompt.value = text;
-      isPromptTouched = true;
+      isPromptTouched = false;
       previewPrompt();
     });
     return button;
