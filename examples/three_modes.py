@@ -4,27 +4,30 @@ text, in fewer forwards."""
 import signal
 import sys
 
+import torch
+
 import trimode
 
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
 
-question = sys.argv[1] if len(sys.argv) > 1 else "Why is the sky blue?"
+question = sys.argv[1] if len(sys.argv) > 1 else "How do I make a cup of tea?"
 messages = [{"role": "user", "content": question}]
 lm = trimode.load()  # SmolLM2 with its drafter, where its weights are at hand
 has_template = lm.tokenizer.chat_template  # the small model, for code, has none
 prompt = lm.answering(messages, {})["prompt"] if has_template else "import os\n\n\ndef "
 options = {"max_new_tokens": 96, "seed": 0}
 
+size = f"{lm.model.num_parameters() / 1e6:.0f}M parameters, {str(lm.model.dtype).split('.')[1]}"
+print(f"{size}, {torch.get_num_threads()} threads, at most 96 tokens, greedy\n")
 print(f"{question if has_template else prompt}\n")
 for piece in lm.stream(prompt, mode="ar", **options):
     print(piece, end="", flush=True)
 
 modes = ("ar", "linear", "branching", "auto")
-knobs = {"branching": {"branches": 4, "guesses": False, "min_gain": 0.1}}
 best = {}
 for _ in range(4):  # in turn, so that a slow moment of the machine slows them all
     for mode in modes:
-        found = lm.generate(prompt, mode=mode, **options, **knobs.get(mode, {}))
+        found = lm.generate(prompt, mode=mode, **options)
         if mode not in best or found.stats.seconds < best[mode].stats.seconds:
             best[mode] = found
 

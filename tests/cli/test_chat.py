@@ -138,7 +138,7 @@ def test_a_talk_and_its_commands(
             "/nope x",
         ]
         + ["/mode sideways", "/seed -1", "/reset now", "/system Be brief.", "three", "/reset"]
-        + ["//four", "/system", "five"]
+        + ["//four", "/system", "/temperature hot", "/temperature 0.5", "five"]
     )
     said: list[list[str]] = []
     prepared = Dialogue._prepared
@@ -168,7 +168,8 @@ def test_a_talk_and_its_commands(
         *("mode linear\n", "seed 7\n", "seed drawn for each answer\n", "/reset  "),
         *("'/nope' is no command; allowed: /mode", "mode is 'sideways'", "/seed takes '-1'"),
         *("/reset takes nothing, and got 'now'", "a new conversation; system: Be brief.\n"),
-        *("-- linear, seed ", " tokens/s", " prompt tokens were there\n"),
+        *("-- linear: ", " tokens/s", " prompt tokens kept from before\n", "temperature 0.5\n"),
+        *("-- linear, seed ", "/temperature takes 'hot'; allowed: a number"),
     ):
         assert line in err, line
-    assert err.count("-- ar, ") == 1
+    assert err.count("-- ar: ") == 1

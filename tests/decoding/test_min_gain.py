@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from trimode.decoding import GenerationParams, Sequence
+from trimode.decoding.params import DEFAULT_MIN_GAIN
 from trimode.decoding.sequence import Draft
 from trimode.decoding.speculation import likeliest_outcomes
 from trimode.model.adapter import AdapterForm
@@ -25,6 +26,7 @@ def make() -> Make:
 
     def sequence(form: AdapterForm = FORM, **options: Any) -> Sequence:
         given = {"mode": "branching", "block_length": 8, "branches": 4, "guesses": False}
+        given["min_gain"] = 0.0
         params = GenerationParams(seed=0, max_new_tokens=100, **(given | options))
         seq = Sequence([1], params, mask_token_id=9, form=form)
         seq.setting = params.setting(params.mode, form)
@@ -93,3 +95,16 @@ def test_an_adapter_that_says_nothing(make: Make) -> None:
     """Prevents: a division or an index for what an older adapter does not say."""
     form = AdapterForm(adapts_clean=False, draft_forms=("skip",), num_masks=4)
     assert drafted(make(form, min_gain=0.2), draft(), 0, least=1) == {0: 3}  # 0.6, 0.36, 0.22, 0.13
+
+
+@pytest.mark.parametrize("mode", ["linear", "branching", "quadratic"])
+def test_the_default_is_for_drafters_that_say_how_well_they_draft(mode: str) -> None:
+    """Prevents: groups that nobody needs, where it is known that they bring little."""
+    params = GenerationParams(mode=mode, block_length=8, seed=0, max_new_tokens=9)
+    assert params.setting(mode, FORM).min_gain == DEFAULT_MIN_GAIN
+    unknown = AdapterForm(adapts_clean=False, draft_forms=("skip",), num_masks=4)
+    assert params.setting(mode, unknown).min_gain == 0
+    given = GenerationParams(mode=mode, block_length=8, seed=0, max_new_tokens=9, min_gain=0.0)
+    assert given.setting(mode, FORM).min_gain == 0
+    auto = GenerationParams(mode="auto", block_length=8, seed=0, max_new_tokens=9)
+    assert auto.setting("auto", FORM).min_gain == 0

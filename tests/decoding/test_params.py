@@ -321,11 +321,31 @@ def test_knobs_of_speculation_are_refused_where_they_mean_nothing(
 
 
 AUTO_REFUSES: list[tuple[str, Any, str]] = [
-    ("threshold", 0.5, "None, since mode 'auto' picks for itself"),
-    ("threshold", 2, "None, since mode 'auto' picks for itself"),
-    ("steps", 2, "None, since mode 'auto' picks for itself"),
-    ("branches", 2, "None, since mode 'auto' picks for itself"),
-    ("guesses", False, "None, since mode 'auto' picks for itself"),
+    (
+        "threshold",
+        0.5,
+        "None, since mode 'auto' picks for itself",
+    ),
+    (
+        "threshold",
+        2,
+        "None, since mode 'auto' picks for itself; modes 'diffusion' and 'linear' take them",
+    ),
+    (
+        "steps",
+        2,
+        "None, since mode 'auto' picks for itself; modes 'diffusion' and 'linear' take them",
+    ),
+    (
+        "branches",
+        2,
+        "None, since mode 'auto' picks for itself; modes 'diffusion' and 'linear' take them",
+    ),
+    (
+        "guesses",
+        False,
+        "None, since mode 'auto' picks for itself; modes 'diffusion' and 'linear' take them",
+    ),
     ("policy", "leftmost", "None, since mode 'auto' has no policies"),
     ("entropy_bound", 0.1, "None but with policy 'entropy_bound'"),
     ("revision", "remdm", "None, since mode 'auto' revises nothing"),

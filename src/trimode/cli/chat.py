@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     message = None if is_talk else read_prompt(args.message)
     options = given_options(args) | _template_options(args)
 
+    if is_talk:
+        print("loading the model", file=sys.stderr)
     lm = load_model(args)
     check_template(lm, args)
     if message is None:

@@ -119,7 +119,8 @@ DECODING_FLAGS: dict[str, dict[str, Any]] = {
         "type": float,
         "metavar": "X",
         "help": "speculation: feed only what is expected to bring X tokens for each one fed, 0 to 1"
-        " (default 0; in auto what one costs)",
+        " (default 0.08 where the drafter says how well it drafts, else 0; in auto what one"
+        " costs)",
     },
     "temperature": {"type": float, "metavar": "T", "help": "0 is greedy (default 0.0)"},
     "top_p": {"type": float, "metavar": "P", "help": "likeliest tokens of this probability in all"},

@@ -32,9 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Describe it; weights are not loaded."""
-    from trimode.checkpoint.model_cache import resolve
+    from trimode.checkpoint.model_cache import default_name, resolve
+    from trimode.checkpoint.names import KNOWN
 
-    record = describe(resolve(args.path))
+    path = args.path or default_name()
+    known = KNOWN.get(path)
+    record = describe(resolve(path))
+    record["drafter"] = None if known is None or known.drafter is None else str(known.drafter)
     print(json.dumps(record) if args.json else as_text(record))
     return 0
 
@@ -88,6 +92,7 @@ def as_text(record: dict[str, Any]) -> str:
         "special ids": ", ".join(f"{k} {v}" for k, v in record["special_token_ids"].items()),
         "chat, serve": _as_defaults(record["generation_defaults"]),
         **{f"mode {name}": _as_words(name, knobs) for name, knobs in record["modes"].items()},
+        "drafter": record["drafter"] or "none of its own",
         "adapters": "; ".join(map(_as_use, record["adapters"])) or "none",
         "model card": "yes" if record["has_model_card"] else "none",
         "native step": _as_native(here["native"]),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "/mode": "[MODE]     show or set how answers are decoded",
+    "/temperature": "[T] show or set how freely tokens are drawn; 0 is greedy",
     "/seed": "[N|none]   show or set the seed of all answers; none draws one for each",
     "/system": "[TEXT]   begin anew, with TEXT as the system's message; without it, with none",
     "/reset": "          begin anew",
@@ -59,17 +60,19 @@ def _answer(dialogue: Dialogue, message: str) -> None:
     except KeyboardInterrupt:
         print()
     if dialogue.latest is not None and dialogue.latest is not before:
-        print(_cost(dialogue.latest, str(dialogue.options["mode"])), file=sys.stderr)
+        is_greedy = not dialogue.options.get("temperature")
+        mode = str(dialogue.options["mode"])
+        print(_cost(dialogue.latest, mode, is_greedy=is_greedy), file=sys.stderr)
 
 
-def _cost(answer: Generation, mode: str) -> str:
-    stats = answer.stats
+def _cost(answer: Generation, mode: str, *, is_greedy: bool) -> str:
+    stats, seed = answer.stats, "" if is_greedy else f", seed {answer.seed}"
     each = "" if stats.tpf_decode is None else f", {stats.tpf_decode:.2f} a forward"
     how = {"length": ", cut at the limit", "abort": ", stopped"}.get(answer.finish_reason or "", "")
     return (
-        f"-- {mode}, seed {answer.seed}: {stats.new_tokens} tokens{how}, {stats.seconds:.2f} s,"
+        f"-- {mode}{seed}: {stats.new_tokens} tokens{how}, {stats.seconds:.2f} s,"
         f" {stats.tokens_per_second:.0f} tokens/s{each}; {stats.cached_tokens} of"
-        f" {answer.prompt_tokens} prompt tokens were there"
+        f" {answer.prompt_tokens} prompt tokens kept from before"
     )
 
 
@@ -94,6 +97,15 @@ def _done(dialogue: Dialogue, command: str, argument: str = "") -> str:
             dialogue.check(mode=argument)
             options["mode"] = argument
         return f"mode {options['mode']}"
+    if command == "/temperature":
+        if argument:
+            try:
+                number = float(argument)
+            except ValueError:
+                raise RequestError(f"{command} takes {argument!r}; allowed: a number") from None
+            dialogue.check(temperature=number)
+            options["temperature"] = number
+        return f"temperature {options.get('temperature', 'as the model has it')}"
     if command == "/seed":
         if argument == "none":
             options.pop("seed", None)

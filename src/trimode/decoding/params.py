@@ -22,6 +22,7 @@ DEFAULT_MODE = "auto"
 """What is best differs by model, machine, text and load, so it is measured."""
 
 DEFAULT_BRANCHES = 4
+DEFAULT_MIN_GAIN = 0.08
 MAX_AUTO_BRANCHES = 8
 
 DEFAULT_THRESHOLDS = {"diffusion": 0.9, "linear": 0.0}
@@ -117,8 +118,8 @@ class GenerationParams:
             None verifies whole drafts.
         min_gain: Speculation: what is not expected to bring at least so many tokens for each one
             that is fed is left out of a forward: the end of a draft, the end of a group of masks
-            that skip the bonus, a group. None: 0, nothing is left out; in `auto`, what a fed token
-            costs.
+            that skip the bonus, a group. None: 0.08 where the drafter says how well it drafts, else
+            0, which leaves nothing out; in `auto`, what a fed token costs.
         temperature: 0 to 1e5; less than 1e-5, by which float32 cannot divide, is 0, which is
             greedy.
         min_p: Keep the tokens that are at least so many times as probable as the likeliest, 0 to 1,
@@ -357,7 +358,7 @@ class GenerationParams:
             form: What the drafter was trained for.
         """
         length, most = self.block_length, 2 * self.block_length - 1
-        num_masks, gain = self._num_masks(form), self.min_gain or 0.0
+        num_masks, gain = self._num_masks(form), self._gain(mode, form)
         if mode == "diffusion" and self.revision == "joint_threshold":
             return Setting(mode, length, self.most_edits)
         if mode == "diffusion" and self.reveal_policy == "ar_weighted":
@@ -376,6 +377,11 @@ class GenerationParams:
         if mode == "linear":
             return Setting(mode, length, num_masks=num_masks, min_gain=gain)
         return Setting(mode, length)
+
+    def _gain(self, mode: str, form: AdapterForm) -> float:
+        if self.min_gain is None:
+            return DEFAULT_MIN_GAIN if form.acceptance and mode != "auto" else 0.0
+        return self.min_gain
 
     @property
     def has_lookup(self) -> bool:
