@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stream": {"detokenize", "generation", "engine", "decoding"},
     "dialogue": {
         *("stream", "generation", "messages", "prompts"),
-        *("engine", "decoding", "model"),
+        *("engine", "decoding", "model", "errors"),
     },
     "runtime": {
         *(

@@ -324,7 +324,7 @@ AUTO_REFUSES: list[tuple[str, Any, str]] = [
     (
         "threshold",
         0.5,
-        "None, since mode 'auto' picks for itself",
+        "None, since mode 'auto' picks for itself; modes 'diffusion' and 'linear' take them",
     ),
     (
         "threshold",
@@ -339,12 +339,12 @@ AUTO_REFUSES: list[tuple[str, Any, str]] = [
     (
         "branches",
         2,
-        "None, since mode 'auto' picks for itself; modes 'diffusion' and 'linear' take them",
+        "None, since mode 'auto' picks for itself",
     ),
     (
         "guesses",
         False,
-        "None, since mode 'auto' picks for itself; modes 'diffusion' and 'linear' take them",
+        "None, since mode 'auto' picks for itself",
     ),
     ("policy", "leftmost", "None, since mode 'auto' has no policies"),
     ("entropy_bound", 0.1, "None but with policy 'entropy_bound'"),
