@@ -296,7 +296,8 @@ class TestWatch:
     def test_in_a_terminal(self, tiny_checkpoint: Callable[..., Path]) -> None:
         """Prevents: no picture in a real terminal, colours despite NO_COLOR, a hidden cursor."""
         folder = tiny_checkpoint()
-        command = f"generate --watch --watch-delay 0 --seed 1 --max-new-tokens 16 --model {folder}"
+        command = "generate --watch --watch-delay 0 --seed 1 --max-new-tokens 16 --mode linear"
+        command += f" --model {folder}"
         shown = in_terminal([*command.split(), "def "])
         assert "\x1b[?25l" in shown
         assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
