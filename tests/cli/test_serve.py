@@ -162,7 +162,7 @@ def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--allow-host", "a.example:80"], "--allow-host has 'a.example:80'; allowed: names"),
         (["--cors", "*"], "--cors has '*'; allowed: origins such as"),
         (["--api-keys", "/nonexistent"], "API keys '/nonexistent' cannot be read"),
-        (["--host", "no.such.host.invalid"], "--host is 'no.such.host.invalid'"),
+        (["pocket", "--host", "no.such.host.invalid"], "--host is 'no.such.host.invalid'"),
         (["pocket", "--port", "0", "--max-context", "1"], "--max-context is 1; allowed: 2 to"),
         (["--token-budget", "9"], "--token-budget is 9; allowed: at least 128, 4 times --max-b"),
         (["--port", "0", "/nonexistent"], "/nonexistent"),

@@ -89,14 +89,8 @@ def resolve(path: str | Path | None) -> Path:
 def default_name() -> str:
     """The model where none is named: one answer for the whole process, with a line that says so
     where it is the smaller one."""
-    if (_folder(_of_name(DEFAULT)) / io.CONFIG_NAME).exists():
+    if (_folder(_of_name(DEFAULT)) / io.CONFIG_NAME).exists() or is_at_hand(DEFAULT):
         return DEFAULT
-    if is_at_hand(DEFAULT):
-        try:
-            named_folder(DEFAULT)
-            return DEFAULT
-        except CheckpointError as error:  # the hub answered, and did not give them
-            logger.warning("%s", error)
     logger.warning(
         "the model is %s, small and for Python code, since the weights of %s are not here; %s",
         *(POCKET, DEFAULT, how_to_get(DEFAULT)),
