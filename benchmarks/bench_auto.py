@@ -49,12 +49,12 @@ CONTESTANTS: dict[str, Options] = {
 
 DRAFTER_CONTESTANTS: dict[str, Options] = {
     "ar": {"mode": "ar"},
-    "linear, 5 masks": {"mode": "linear", "skip_masks": 5},
+    "linear, 5 masks": {"mode": "linear", "skip_masks": 5, "min_gain": 0.0},
     "linear, gain 0.06": {"mode": "linear", "lookup": True, "min_gain": 0.06},
     "linear, gain 0.2": {"mode": "linear", "lookup": True, "min_gain": 0.2},
     "branching, 4 masks, m 1": {
         **{"mode": "branching", "skip_masks": 4, "branches": 1, "guesses": False},
-        "lookup": True,
+        **{"lookup": True, "min_gain": 0.0},
     },
     "branching, gain 0.1": {"mode": "branching", "guesses": False, "lookup": True, "min_gain": 0.1},
     "auto": {"mode": "auto"},

@@ -88,10 +88,13 @@ def settings() -> dict[str, Options]:
         }
         found[f"{name}-lookup"] = found[name] | {"lookup": True}
     for gain in (0.05, 0.1):
-        found[f"fused-gain{gain:g}-lookup"] = {
+        found[f"gain{gain:g}-lookup"] = {
             **{"mode": "branching", "branches": 4, "guesses": False},
             **{"lookup": True, "min_gain": gain},
         }
+    for name, options in found.items():
+        if name != REFERENCE:
+            options.setdefault("min_gain", 0.0)  # nothing is left out, but where a name says so
     return found
 
 

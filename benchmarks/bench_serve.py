@@ -59,7 +59,7 @@ DRAFTER_MODES: dict[str, dict[str, Any]] = {
     "linear": {"mode": "linear", "lookup": True, "min_gain": 0.1},
     "branching": {
         **{"mode": "branching", "block_length": 8, "skip_masks": 4, "branches": 1},
-        **{"guesses": False, "lookup": True},
+        **{"guesses": False, "lookup": True, "min_gain": 0.0},
     },
     "auto": {"mode": "auto"},
 }

@@ -42,7 +42,7 @@ SETTINGS: dict[str, Options] = {
     "linear": {"mode": "linear", "lookup": True, "min_gain": 0.06},
     "branching, 1 group": {
         **{"mode": "branching", "branches": 1, "guesses": False, "skip_masks": 4},
-        "lookup": True,
+        **{"lookup": True, "min_gain": 0.0},
     },
     "branching, min_gain": {
         **{"mode": "branching", "branches": 4, "guesses": False},
