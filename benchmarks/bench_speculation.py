@@ -22,10 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import humaneval_prompts
 import torch
 from bench_cpu import LLAMA_KINDS, Llama
 from bench_decode import environment
+from bench_drafting import PROMPT_SETS
 
 import trimode
 
@@ -58,10 +58,7 @@ NUM_DRAWS = 2000
 
 def prompts(name: str) -> list[str]:
     """All of a set."""
-    if name == "humaneval":
-        return [one["prompt"] for one in humaneval_prompts.read()]
-    lines = Path(__file__).with_name("chat_prompts.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line)["prompt"] for line in lines]
+    return [one["prompt"] for one in PROMPT_SETS[name]()]
 
 
 def measure(

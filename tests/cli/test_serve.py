@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.serve_command import SERVE
 from trimode.cli.main import BAD_INPUT, FAILURE, main
 
 WAIT_S = 60.0
@@ -24,17 +25,7 @@ WAIT_S = 60.0
 @contextmanager
 def _serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """The process, where it listens, and the words of its first lines."""
-    command = [
-        sys.executable,
-        "-m",
-        "trimode",
-        "serve",
-        "pocket",
-        "--port",
-        "0",
-        "--no-auto",
-        *words,
-    ]
+    command = [*SERVE, "pocket", "--port", "0", "--no-auto", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRIMODE_API_KEYS", None)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:

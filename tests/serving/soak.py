@@ -33,6 +33,7 @@ from typing import Any
 import httpx
 
 import trimode
+from tests.serve_command import SERVE
 
 REQUEST_TIMEOUT_S = 90.0
 START_TIMEOUT_S = 120.0
@@ -302,17 +303,7 @@ def expected_texts() -> dict[tuple[int, int], str]:
 @contextlib.contextmanager
 def serving(*, replicas: int, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A server of its own; yields its address and its process."""
-    words = [
-        sys.executable,
-        "-m",
-        "trimode",
-        "serve",
-        "pocket",
-        "--port",
-        "0",
-        "--dtype",
-        "float64",
-    ]
+    words = [*SERVE, "pocket", "--port", "0", "--dtype", "float64"]
     words += ["--weights", "plain", "--max-batch", "8", "--max-context", "512"]
     words += ["--token-budget", "64", "--time-slice", "16"]
     words += ["--max-body-bytes", str(MAX_BODY_BYTES), "--replicas", str(replicas)]

@@ -30,6 +30,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import trimode
 from tests.free_ports import free_ports
+from tests.serve_command import SERVE
 from trimode.checkpoint.io import save_checkpoint
 from trimode.cli.main import main
 from trimode.errors import ConfigError
@@ -400,7 +401,7 @@ def test_the_command_starts_and_ends_replicas(checkpoint: Path) -> None:
     """Prevents processes of Ray that outlive the command, and a path that only its own folder
     knows."""
     folder = tempfile.mkdtemp(prefix="ray")
-    command = [sys.executable, "-m", "trimode", "serve", checkpoint.name, "--replicas", "2"]
+    command = [*SERVE, checkpoint.name, "--replicas", "2"]
     environment = {**os.environ, "RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
         [*command, "--port", "0", "--dtype", "float64", "--max-batch", "1", "--no-auto"],

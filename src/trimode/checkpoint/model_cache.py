@@ -72,7 +72,7 @@ def resolve(path: str | Path | None) -> Path:
         path = default_name()
     if isinstance(path, str) and path in NAMES:
         return named_folder(path)
-    file = None if path is None else find_gguf(path)
+    file = find_gguf(path)
     if file is not None:
         return _converted(_of_file(file))
     try:

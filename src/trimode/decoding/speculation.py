@@ -106,7 +106,7 @@ def verify_lookup(seq: Sequence) -> Generator[Step, Readout, bool]:
     """A plain round of `auto`: whether the text itself promised what was worth checking beside the
     next token, which then is done."""
     draft = _looked_up(seq) if seq.mode == "auto" else None
-    if draft is None or not _num_checked(seq, draft):
+    if draft is None or not _num_worth(seq, draft):
         return False
     checked = yield from _check(seq, _told(seq, draft), least_groups=0)
     seq.stats.acceptance_lengths.append(checked.num_emitted)
@@ -141,11 +141,6 @@ def _num_worth(seq: Sequence, draft: Draft) -> int:
     return draft.num_worth(cutoff=seq.params.draft_cutoff, min_gain=seq.setting.min_gain)
 
 
-def _num_checked(seq: Sequence, draft: Draft) -> int:
-    """Tokens of a draft that are fed: no more than may be emitted before the bonus token."""
-    return min(_num_worth(seq, draft), seq.num_remaining - 1)
-
-
 def _check(seq: Sequence, draft: Draft, *, least_groups: int) -> Generator[Step, Readout, _Checked]:
     """One verify forward: the draft checked, what agrees and the bonus token emitted, and the draft
     of the group whose outcome came true kept for the next round.
@@ -155,8 +150,9 @@ def _check(seq: Sequence, draft: Draft, *, least_groups: int) -> Generator[Step,
         draft: May have no tokens.
         least_groups: Groups to feed even where the setting has none.
     """
-    num_checked = _num_checked(seq, draft)
-    is_cut = num_checked == _num_worth(seq, draft) < len(draft.token_ids)
+    num_worth = _num_worth(seq, draft)
+    num_checked = min(num_worth, seq.num_remaining - 1)
+    is_cut = num_checked == num_worth < len(draft.token_ids)
     fed = [seq.last, *draft.token_ids[:num_checked]]
     outcomes = likeliest_outcomes(seq, draft, num_checked, least=least_groups)
     readout = yield _verify_step(seq, fed, outcomes)

@@ -151,7 +151,7 @@ class Planner:
         one.since_probe += one.num_unseen
         one.num_unseen = 0
         if one.setting is None:  # the best of many estimates is too good to be true
-            one.setting, one.pace = _plain(seq), AR_PACE
+            one.setting, one.pace = _plain(seq.params.setting("auto", seq.form)), AR_PACE
             best, pace, gain = self._best(seq, one, others)
             if gain > FIRST_MARGIN:
                 one.setting, one.pace = best, pace
@@ -221,8 +221,9 @@ class Planner:
         assert one.setting is not None
         total = others.plus(one.pace)
         more = MORE_FED * max(total.num_rows, 1)
-        seconds, more_s = self._seconds(total), self._seconds(total, more) - self._seconds(total)
-        gain = min(total.tokens / seconds * max(more_s, 0.0) / more, 1.0)
+        seconds = self._seconds(total)
+        more_s = max(self._seconds(total, more) - seconds, 0.0)
+        gain = min(total.tokens / seconds * more_s / more, 1.0)
         return replace(one.setting, min_gain=max(gain, seq.params.min_gain or 0.0))
 
     def _rate(self, others: _Totals, pace: Pace) -> float:
@@ -241,7 +242,7 @@ class Planner:
         outlook = Outlook(self._known, one.shift.value, widest)
         if one.setting is not None:
             one.pace = outlook.pace(one.setting)
-        best, pace = _plain(seq), AR_PACE
+        best, pace = _plain(widest), AR_PACE
         rate = self._rate(others, pace)
         if not self._known.is_known(widest):
             return best, pace, 0.0
@@ -346,9 +347,8 @@ def _pace_at_best(setting: Setting) -> Pace:
     return Pace((length + (setting.num_masks is not None)) / 2, length, 0.5)
 
 
-def _plain(seq: Sequence) -> Setting:
+def _plain(widest: Setting) -> Setting:
     """AR, in which drafts from the text are no longer than others may be."""
-    widest = seq.params.setting("auto", seq.form)
     return Setting("ar", widest.block_length, num_masks=widest.num_masks)
 
 

@@ -29,6 +29,7 @@ import httpx
 import trimode
 from tests.chat_templates import HERMES
 from tests.free_ports import free_ports
+from tests.serve_command import SERVE
 
 HERE = Path(__file__).parent
 POCKET = Path(trimode.__file__).parent / "assets" / "pocket"
@@ -98,7 +99,7 @@ def _with_tools(folder: Path) -> str:
 def _serving(*words: str) -> Iterator[str]:
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "trimode", "serve", *words, "--port", str(port), "--no-auto"]
+    command = [*SERVE, *words, "--port", str(port), "--no-auto"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         deadline_s = time.monotonic() + START_TIMEOUT_S
